@@ -1,0 +1,369 @@
+"""Configuration: frozen dataclasses, checked when built.
+
+Dtypes, attention kinds and implementations are strings, so that this module imports neither jax nor
+flax and a config file costs nothing to load. `mmx_jax.config_io` reads, overrides and writes these.
+"""
+
+import dataclasses
+import math
+
+LAYER_KINDS = ("lightning", "softmax")
+FLOAT_DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "full", "dots", "attention_out")
+AUX_LOSS_FORMS = ("switch", "report")
+AUX_LOSS_POOLING = ("pooled", "per_layer")
+LR_SHAPES = ("constant", "linear", "exponential", "cosine")
+SOURCE_FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", "tokens")
+PRNG_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be; the message names the field and the remedy."""
+
+
+def _require(ok: bool, message: str):
+    if not ok:
+        raise ConfigError(message)
+
+
+def _require_positive(config, *names: str):
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name}={value!r} must be positive")
+
+
+def _require_choice(config, **choices: tuple[str, ...]):
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        _require(value in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest pattern whose repetition gives `kinds`; `kinds` itself where there is none."""
+    for period in range(1, len(kinds) + 1):
+        if len(kinds) % period == 0 and kinds == kinds[:period] * (len(kinds) // period):
+            return kinds[:period]
+    raise ConfigError("layer_pattern is empty: name at least one layer kind")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shapes and constants of one decoder. The defaults are those of MiniMax-Text-01.
+
+    `layer_pattern` is repeated `num_layers / len(layer_pattern)` times; every repetition is one hybrid
+    block, and the blocks are scanned. An aperiodic stack is one block of its own length.
+    """
+
+    vocab_size: int = 200064
+    hidden_size: int = 6144
+    num_layers: int = 80
+    layer_pattern: tuple[str, ...] = ("lightning",) * 7 + ("softmax",)
+    num_heads: int = 64
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    rotary_dim: int = 64  # the first `rotary_dim` of `head_dim` dims rotate, in softmax layers only
+    rope_theta: float = 1e7
+    max_position_embeddings: int = 10_240_000
+
+    mlp_dim: int = 9216  # of one expert
+    num_experts: int = 32  # 1 is a dense SwiGLU layer
+    experts_per_token: int = 2
+    capacity_factor: float | None = None  # None: dropless; else tokens over the capacity are dropped
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+
+    postnorm: bool = True  # DeepNorm: the residual is the normed input; False is classic pre-norm
+    lightning_alpha: float = 160**0.25
+    lightning_beta: float = 1.0
+    softmax_alpha: float = 160**0.25
+    softmax_beta: float = 1.0
+    mlp_alpha: float = 160**0.25
+    mlp_beta: float = 1.0
+    rms_norm_eps: float = 1e-5
+    lightning_norm_eps: float = 1e-6  # the output norm of lightning attention has its own
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    initializer_range: float = 0.02  # carried for the Hugging Face config; see `initializer`
+    initializer: str = "deepnorm_xavier"  # Xavier, with the DeepNorm gain (8 N)^-1/4 on v, o and the MLP
+
+    dtype: str = "bfloat16"  # activations and matmul inputs; float32 asks for full float32 products
+    param_dtype: str = "float32"  # the router is float32 whatever this says
+    scan_blocks: bool = True
+    remat: str = "none"
+    lightning_implementation: str = "auto"
+    lightning_chunk: int = 256
+    softmax_implementation: str = "auto"
+    softmax_block: int = 512
+    moe_implementation: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+        _require_positive(
+            self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "mlp_dim", "num_experts", "experts_per_token", "rope_theta", "max_position_embeddings",
+            "rms_norm_eps", "lightning_norm_eps", "lightning_chunk", "softmax_block",
+        )  # fmt: skip
+        _require(bool(self.layer_pattern), "layer_pattern is empty: name at least one layer kind")
+        for kind in self.layer_pattern:
+            _require(kind in LAYER_KINDS, f"layer_pattern holds {kind!r}; the kinds are {', '.join(LAYER_KINDS)}")
+        _require(
+            self.num_layers % len(self.layer_pattern) == 0,
+            f"num_layers={self.num_layers} is not a multiple of the {len(self.layer_pattern)} layers of "
+            "layer_pattern; give the whole stack as the pattern if it has no period",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        _require(
+            0 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
+            f"rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}",
+        )
+        _require(
+            self.experts_per_token <= self.num_experts,
+            f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}",
+        )
+        _require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"capacity_factor={self.capacity_factor} must be positive, or None for dropless routing",
+        )
+        _require(
+            self.router_jitter_noise == 0,
+            f"router_jitter_noise={self.router_jitter_noise} is not supported; the released models use 0",
+        )
+        _require_choice(
+            self, dtype=FLOAT_DTYPES, param_dtype=FLOAT_DTYPES, remat=REMAT_POLICIES,
+            initializer=("deepnorm_xavier", "normal"),
+        )  # fmt: skip
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers // len(self.layer_pattern)
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every layer, by absolute index."""
+        return self.layer_pattern * self.num_blocks
+
+    def residual_scales(self, kind: str) -> tuple[float, float]:
+        """(alpha, beta) of the attention residual of a layer kind; see spec C.2."""
+        return getattr(self, f"{kind}_alpha"), getattr(self, f"{kind}_beta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes {dataclasses.asdict(self)} must be positive, at most one of them -1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents: a file, or a folder searched for files of its format."""
+
+    path: str
+    format: str = "auto"
+    weight: float = 1.0
+    text_field: str = "text"  # of jsonl, Parquet and ArrayRecord rows
+    tokens_field: str = "tokens"  # of pre-tokenised rows
+
+    def __post_init__(self):
+        _require(bool(self.path), "path of a data source is empty")
+        _require_choice(self, format=SOURCE_FORMATS)
+        _require_positive(self, "weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is packed. With no source, the standard library's own `.py` files."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""  # folder or tokenizer.json; empty: train a byte-level BPE on the sources
+    tokenizer_vocab_size: int = 0  # of a trained tokenizer; 0: the model's vocab_size
+    eval_fraction: float = 0.02  # of the documents, chosen by a hash of their content
+    packing_bins: int = 32  # rows kept open by first-fit packing
+    packing_alignment: int = 1  # documents start at multiples of this (the lightning chunk, for aligned kernels)
+    shuffle_buffer: int = 0  # 0: a global shuffle by index, every epoch anew
+    prefetch: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "sources", tuple(self.sources))
+        _require(0 <= self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
+        _require_positive(self, "packing_bins", "packing_alignment")
+        for name in ("tokenizer_vocab_size", "shuffle_buffer", "prefetch"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRatePhase:
+    """One piece of the schedule: `tokens` long, from `start` to `end`, both times the peak rate.
+
+    `tokens=0` is allowed for the last phase and runs to the end of training.
+    """
+
+    shape: str = "constant"
+    tokens: int = 0
+    start: float = 1.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        _require_choice(self, shape=LR_SHAPES)
+        _require(self.tokens >= 0, f"tokens={self.tokens} of a learning-rate phase must not be negative")
+        _require(self.start >= 0 and self.end >= 0, f"{self.start=}, {self.end=} must not be negative")
+        _require(self.shape != "constant" or self.start == self.end, "a constant phase needs start == end")
+        _require(
+            self.shape != "exponential" or (self.start > 0 and self.end > 0),
+            "an exponential phase needs start > 0 and end > 0",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRampStep:
+    """From `from_tokens` seen tokens on, one optimizer step takes `batch_tokens` tokens."""
+
+    from_tokens: int
+    batch_tokens: int
+
+    def __post_init__(self):
+        _require(self.from_tokens >= 0, f"from_tokens={self.from_tokens} must not be negative")
+        _require_positive(self, "batch_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training: its length, sequence length, RoPE base and mixture (Table 6 of the report)."""
+
+    tokens: int
+    sequence_length: int
+    rope_theta: float | None = None  # None: the model's
+    source_weights: tuple[float, ...] = ()  # one for each data source; empty: their own
+
+    def __post_init__(self):
+        object.__setattr__(self, "source_weights", tuple(self.source_weights))
+        _require_positive(self, "tokens", "sequence_length")
+        _require(self.rope_theta is None or self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The recipe. Lengths of schedules are tokens, as in section 4.1 of the report."""
+
+    total_tokens: int = 1_000_000
+    sequence_length: int = 8192
+    batch_tokens: int = 131072  # of one optimizer step: sequence_length x rows x accumulation
+    microbatch_rows: int = 0  # rows of one forward and backward pass; 0: the whole batch at once
+    batch_ramp: tuple[BatchRampStep, ...] = ()
+    stages: tuple[StageConfig, ...] = ()  # empty: one stage of total_tokens at sequence_length
+
+    learning_rate: float = 2e-4  # the peak, which the phases scale
+    learning_rate_phases: tuple[LearningRatePhase, ...] = (LearningRatePhase(),)
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0  # global norm; 0: none
+
+    z_loss_coef: float = 0.0
+    aux_loss_form: str = "switch"  # "switch": E sum f P; "report": (1/E) sum f P
+    aux_loss_pooling: str = "pooled"  # "pooled": f and P are means over layers (spec C.8); "per_layer": mean of losses
+    loss_chunk: int = 1024  # tokens whose logits exist at one time
+    max_nonfinite_steps: int = 0  # steps in a row with a non-finite loss or gradient that are skipped before stopping
+
+    eval_every_steps: int = 0  # 0: only at the end
+    eval_batches: int = 8
+    log_every_steps: int = 1
+    seed: int = 0
+    prng_implementation: str = "unsafe_rbg"
+
+    def __post_init__(self):
+        for name in ("batch_ramp", "stages", "learning_rate_phases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _require_positive(
+            self, "total_tokens", "sequence_length", "batch_tokens", "learning_rate", "adam_eps",
+            "loss_chunk", "log_every_steps", "eval_batches",
+        )  # fmt: skip
+        for name in (
+            "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps", "eval_every_steps",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1, f"{self.adam_b1=}, {self.adam_b2=} must lie in [0, 1)")
+        _require_choice(
+            self, aux_loss_form=AUX_LOSS_FORMS, aux_loss_pooling=AUX_LOSS_POOLING, prng_implementation=PRNG_IMPLEMENTATIONS
+        )
+        _require(bool(self.learning_rate_phases), "learning_rate_phases is empty")
+        for phase in self.learning_rate_phases[:-1]:
+            _require(phase.tokens > 0, "only the last of learning_rate_phases may have tokens=0 (to the end)")
+        starts = [step.from_tokens for step in self.batch_ramp]
+        _require(starts == sorted(set(starts)), f"from_tokens of batch_ramp must grow, got {starts}")
+        for stage in self.resolved_stages:
+            for batch_tokens in [self.batch_tokens] + [step.batch_tokens for step in self.batch_ramp]:
+                _require(
+                    batch_tokens % stage.sequence_length == 0,
+                    f"batch_tokens={batch_tokens} is not a multiple of sequence_length={stage.sequence_length}",
+                )
+                rows = batch_tokens // stage.sequence_length
+                _require(
+                    rows % (self.microbatch_rows or rows) == 0,
+                    f"the {rows} rows of a batch of {batch_tokens} tokens are not a multiple of "
+                    f"microbatch_rows={self.microbatch_rows}",
+                )
+
+    @property
+    def resolved_stages(self) -> tuple[StageConfig, ...]:
+        return self.stages or (StageConfig(tokens=self.total_tokens, sequence_length=self.sequence_length),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When training saves and what it keeps."""
+
+    save_every_steps: int = 1000
+    keep: int = 3  # the newest ones
+    keep_best: bool = True  # and the one with the lowest evaluation loss
+    asynchronous: bool = True
+
+    def __post_init__(self):
+        _require_positive(self, "save_every_steps", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of."""
+
+    name: str = "minimax_text_01"
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        for stage in self.training.resolved_stages:
+            _require(
+                not stage.source_weights or len(stage.source_weights) == max(1, len(self.data.sources)),
+                f"source_weights of a stage has {len(stage.source_weights)} entries for "
+                f"{max(1, len(self.data.sources))} data sources",
+            )
+            _require(
+                stage.sequence_length <= self.model.max_position_embeddings,
+                f"sequence_length={stage.sequence_length} exceeds max_position_embeddings="
+                f"{self.model.max_position_embeddings}",
+            )
+
+
+def deepnorm_alpha(num_layers: int) -> float:
+    """Residual scale of DeepNorm, (2 N)^(1/4) (arXiv 2203.00555, Table 1; section 4.2 of the report)."""
+    return math.pow(2 * num_layers, 0.25)

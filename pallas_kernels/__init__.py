@@ -1,0 +1,1 @@
+"""Attention and expert kernels for TPU and GPU; needs jax alone."""

@@ -1,0 +1,115 @@
+"""The one entry point of lightning attention: validation, choice of backend, differentiation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.lightning_attention import chunked_xla, reference
+from pallas_kernels.lightning_attention.segments import document_runs
+
+# A backend is a module with `check`, `forward` and `backward`, as in reference.py.
+IMPLEMENTATIONS = {"reference": reference, "chunked_xla": chunked_xla}
+
+
+def default_implementation() -> str:
+    """What `implementation="auto"` stands for on this platform."""
+    platform.announce("lightning attention", "chunked_xla", f"the default on {platform.platform()}")
+    return "chunked_xla"
+
+
+def lightning_attention(
+    q, k, v, slopes, *, segment_ids=None, initial_state=None, reverse=False, chunk_size=256, implementation="auto"
+):
+    """Causal linear attention with per-head exponential decay (arXiv 2501.08313, section 2.2.1; 2401.04658).
+
+    With S_0 the initial state, per row and head:
+
+        S_t = exp(-s) S_{t-1} + k_t^T v_t        o_t = q_t S_t
+
+    so position j contributes to t >= j with weight exp(-s (t - j)), 1 on the diagonal. Padding neither
+    contributes nor counts as distance, and a document starts from a zero state, wherever it starts. The
+    initial state is continued by the first document of its row and the final state is the last document's.
+
+    Args:
+      q, k: [B, T, H*D], v: [B, T, H*E], heads merged head-major, one floating dtype.
+      slopes: float32 [H] decay rates s > 0. They are constants of the architecture: no gradient reaches them.
+      segment_ids: int [B, T]; 0 is padding, a maximal run of one positive id is a document. None: one document.
+      initial_state: float32 [B, H, D, E]; None is zero.
+      reverse: run from the last token to the first; the initial state then enters at the right end.
+      chunk_size: tokens handled at once. It changes speed and rounding, not the function.
+      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the default of the platform.
+
+    Returns:
+      (output [B, T, H*E] in the dtype of `v`, final state float32 [B, H, D, E]). Outputs at padding are 0.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+      NotImplementedError: the chosen backend cannot serve these shapes; the message says which can.
+    """
+    if implementation == "auto":
+        implementation = default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size)
+    batch, _, width = q.shape
+    heads = slopes.shape[0]
+    slopes = jax.lax.stop_gradient(slopes)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, width // heads, v.shape[-1] // heads), jnp.float32)
+    if reverse:
+        q, k, v = (jnp.flip(x, axis=1) for x in (q, k, v))
+        segment_ids = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
+    runs = None if segment_ids is None else document_runs(segment_ids)
+    IMPLEMENTATIONS[implementation].check(q, k, v, slopes, segmented=runs is not None, chunk_size=chunk_size)
+    output, state = _attend(implementation, chunk_size, q, k, v, slopes, runs, initial_state)
+    return (jnp.flip(output, axis=1) if reverse else output), state
+
+
+def _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size):
+    if q.ndim != 3 or q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.ndim != 3:
+        raise ValueError(f"q, k, v must be [B, T, H*D]; got {q.shape}, {k.shape}, {v.shape}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k, v must share a floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if slopes.ndim != 1 or slopes.dtype != jnp.float32:
+        raise ValueError(f"slopes must be float32 [H]; got {slopes.dtype} {slopes.shape}")
+    (heads,) = slopes.shape
+    if q.shape[-1] % heads or v.shape[-1] % heads:
+        raise ValueError(f"widths {q.shape[-1]} and {v.shape[-1]} are not multiples of the {heads} heads of slopes")
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids must be [B, T]={q.shape[:2]}; got {segment_ids.shape}")
+    state_shape = (q.shape[0], heads, q.shape[-1] // heads, v.shape[-1] // heads)
+    if initial_state is not None and (initial_state.shape != state_shape or initial_state.dtype != jnp.float32):
+        raise ValueError(
+            f"initial_state must be float32 {state_shape}; got {initial_state.dtype} {initial_state.shape}"
+        )
+    if chunk_size < 1 or q.shape[1] < 1:
+        raise ValueError(f"chunk_size={chunk_size} and the length {q.shape[1]} must be positive")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation, chunk_size, q, k, v, slopes, runs, initial_state):
+    output, state, _ = IMPLEMENTATIONS[implementation].forward(
+        q, k, v, slopes, runs, initial_state, chunk_size=chunk_size
+    )
+    return output.astype(v.dtype), state
+
+
+def _attend_forward(implementation, chunk_size, q, k, v, slopes, runs, initial_state):
+    output, state, residuals = IMPLEMENTATIONS[implementation].forward(
+        q, k, v, slopes, runs, initial_state, chunk_size=chunk_size
+    )
+    return (output.astype(v.dtype), state), (q, k, v, slopes, runs, residuals)
+
+
+def _attend_backward(implementation, chunk_size, saved, cotangents):
+    q, k, v, slopes, runs, residuals = saved
+    d_output, d_state = cotangents
+    dq, dk, dv, d_initial = IMPLEMENTATIONS[implementation].backward(
+        q, k, v, slopes, runs, residuals, d_output, d_state, chunk_size=chunk_size
+    )
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(slopes), None, d_initial
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,66 @@
+"""Definitions in NumPy float64, token by token: what everything else is held against."""
+
+import numpy as np
+
+
+def lightning_attention(q, k, v, slopes, segment_ids=None, initial_state=None):
+    """The recurrence S <- exp(-s) S + k^T v, o = q S. q, k, v: [B, T, H, D]; returns (o, final state)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, length, heads, _ = q.shape
+    if segment_ids is None:
+        segment_ids = np.ones((batch, length), int)
+    decay = np.exp(-np.asarray(slopes, np.float64))[:, None, None]
+    output = np.zeros(v.shape)
+    states = np.zeros((batch, heads, k.shape[-1], v.shape[-1]))
+    for b in range(batch):
+        state = np.zeros(states.shape[1:]) if initial_state is None else np.asarray(initial_state[b], np.float64)
+        document = None
+        for t in range(length):
+            if segment_ids[b, t] == 0:
+                continue
+            if document is not None and segment_ids[b, t] != document:
+                state = np.zeros_like(state)
+            document = segment_ids[b, t]
+            state = decay * state + k[b, t, :, :, None] * v[b, t, :, None, :]
+            output[b, t] = np.einsum("hd,hde->he", q[b, t], state)
+        states[b] = state
+    return output, states
+
+
+def alibi_slopes(num_heads):
+    """2^(-8 (h+1) / H), interleaved as in ALiBi where H is not a power of two."""
+
+    def ladder(n):
+        return [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    power = 2 ** int(np.floor(np.log2(num_heads)))
+    return np.array(ladder(power) + ladder(2 * power)[0::2][: num_heads - power])
+
+
+def softmax_attention(q, k, v, segment_ids=None):
+    """Causal grouped-query attention inside documents. q [B, T, H, D], k and v [B, T, K, D]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, length, heads, dim = q.shape
+    group = heads // k.shape[2]
+    if segment_ids is None:
+        segment_ids = np.ones((batch, length), int)
+    output = np.zeros((batch, length, heads, v.shape[-1]))
+    for b in range(batch):
+        for t in range(length):
+            seen = [s for s in range(t + 1) if segment_ids[b, s] == segment_ids[b, t] != 0]
+            for h in range(heads):
+                if seen:
+                    scores = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(dim)
+                    weights = np.exp(scores - scores.max())
+                    output[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+    return output
+
+
+def grouped_matmul(lhs, rhs, group_sizes):
+    """Rows of group g times rhs[g]; rows behind the last group are zero."""
+    output = np.zeros((lhs.shape[0], rhs.shape[-1]))
+    row = 0
+    for weight, size in zip(np.asarray(rhs, np.float64), group_sizes, strict=True):
+        output[row : row + size] = np.asarray(lhs[row : row + size], np.float64) @ weight
+        row += size
+    return output
