@@ -1,0 +1,13 @@
+"""Ablation: one softmax layer in two."""
+
+import dataclasses
+from pathlib import Path
+
+from mmx_jax.config import Config
+from mmx_jax.config_io import load_config
+
+
+def get_config() -> Config:
+    base = load_config(Path(__file__).with_name("base.py"))
+    model = dataclasses.replace(base.model, layer_pattern=("lightning", "softmax"))
+    return dataclasses.replace(base, name="ablation_hybrid_period_2", model=model)

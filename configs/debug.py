@@ -1,0 +1,60 @@
+"""The demo: a hybrid lightning-attention MoE that learns Python from the standard library on two CPU cores."""
+
+from mmx_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LearningRatePhase,
+    ModelConfig,
+    TrainingConfig,
+    deepnorm_alpha,
+)
+
+LAYERS = 4
+ALPHA = deepnorm_alpha(LAYERS)
+
+
+def get_config() -> Config:
+    model = ModelConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        num_layers=LAYERS,
+        layer_pattern=("lightning", "softmax"),  # every kind of layer at the smallest depth
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        rotary_dim=16,
+        rope_theta=10_000.0,
+        max_position_embeddings=8192,
+        mlp_dim=256,
+        num_experts=4,
+        experts_per_token=2,
+        router_aux_loss_coef=0.01,
+        lightning_alpha=ALPHA,
+        softmax_alpha=ALPHA,
+        mlp_alpha=ALPHA,
+        dtype="float32",
+        lightning_chunk=64,
+        softmax_block=256,
+    )
+    total_tokens = 300 * 4096
+    warmup_tokens = 20 * 4096
+    training = TrainingConfig(
+        total_tokens=total_tokens,
+        sequence_length=256,
+        batch_tokens=4096,
+        learning_rate=3e-3,
+        learning_rate_phases=(
+            LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
+            LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
+        ),
+        eval_every_steps=100,
+        eval_batches=4,
+    )
+    return Config(
+        name="debug",
+        model=model,
+        data=DataConfig(packing_bins=16),
+        training=training,
+        checkpoint=CheckpointConfig(save_every_steps=100, keep=2),
+    )

@@ -1,0 +1,45 @@
+"""The size measured on one GPU: two hybrid blocks of 7 lightning layers and 1 softmax layer, sequences of 8192."""
+
+from mmx_jax.config import CheckpointConfig, Config, LearningRatePhase, ModelConfig, TrainingConfig, deepnorm_alpha
+
+LAYERS = 16
+ALPHA = deepnorm_alpha(LAYERS)
+
+
+def get_config() -> Config:
+    model = ModelConfig(
+        vocab_size=32768,
+        hidden_size=2048,
+        num_layers=LAYERS,
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=128,
+        rotary_dim=64,
+        rope_theta=10_000.0,
+        max_position_embeddings=131_072,
+        mlp_dim=2816,
+        num_experts=8,
+        experts_per_token=2,
+        router_aux_loss_coef=0.01,
+        lightning_alpha=ALPHA,
+        softmax_alpha=ALPHA,
+        mlp_alpha=ALPHA,
+        remat="full",
+    )
+    batch_tokens = 2 * 8192
+    warmup_tokens = 500 * batch_tokens
+    total_tokens = 10_000 * batch_tokens
+    training = TrainingConfig(
+        total_tokens=total_tokens,
+        sequence_length=8192,
+        batch_tokens=batch_tokens,
+        learning_rate=2e-4,
+        learning_rate_phases=(
+            LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
+            LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
+        ),
+        loss_chunk=2048,
+        eval_every_steps=500,
+        log_every_steps=10,
+    )
+    return Config(name="small_1b", model=model, training=training, checkpoint=CheckpointConfig(save_every_steps=500))

@@ -1,0 +1,340 @@
+"""Reading, overriding and writing of `mmx_jax.config`: Python files, `--set` strings, JSON, print.
+
+One checker, `_build`, stands behind all of them: it turns plain values (dicts, lists, numbers, strings)
+into the dataclasses by their annotations, refuses what does not fit, and names the field.
+"""
+
+import dataclasses
+import decimal
+import difflib
+import json
+import math
+import os
+import runpy
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mmx_jax.config import Config, ConfigError
+
+_MAX_INT_DIGITS = 30  # 1e999999999 is an integer that no memory holds
+
+
+def load_config(path: str | os.PathLike) -> Config:
+    """Runs the Python file at `path` and returns what its function `get_config()` returns.
+
+    `__file__` is the path inside the file, so one config can load and change its neighbour
+    (`configs/ablations/` does). Raises FileNotFoundError, and ConfigError where `get_config` is missing,
+    returns something else, or builds a config with an impossible value; an exception of the file's own
+    code passes through.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no config file {path!r}; a config is a .py file that defines get_config()")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config):
+            raise ConfigError("defines no function get_config() that returns a Config")
+        config = get_config()
+        if not isinstance(config, Config):
+            raise ConfigError(f"get_config() returned {type(config).__name__}, expected Config")
+        return _build(Config, _plain(config), "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """Returns `config` with each `path.to.field=value` of `overrides` applied in order, then checked as a whole.
+
+    Values are read by the annotation of their field: int (`1_000`, and `1e6` where it is integral), float,
+    bool (`true`, `false`), str (as it stands), optional (`none`), tuples of scalars (`a,b,c` or JSON),
+    tuples of dataclasses (a JSON list, in which left out fields take their defaults). An entry of such a
+    tuple is reached by its index (`training.stages.0.tokens=1e9`); the index one past the end appends.
+
+    Raises ConfigError: unknown path (with the nearest valid one), wrong type, or impossible value.
+    """
+    root = _plain(config)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not of the form path.to.field=value")
+        _set(root, path.strip(), text)
+    return _build(Config, root, "")
+
+
+def config_to_json(config: Config) -> str:
+    """The resolved config as JSON text; every field is written, also those at their default."""
+    return json.dumps(_plain(config), indent=2, allow_nan=False) + "\n"
+
+
+def config_from_json(text: str) -> Config:
+    """The inverse of `config_to_json`. Unknown, missing and repeated keys are refused by name."""
+    try:
+        plain = json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not JSON: {error}") from error
+    return _build(Config, plain, "")
+
+
+def format_config(config: Config) -> str:
+    """An aligned listing for people, values in the syntax of `apply_overrides`; `*` marks those not at their default."""
+    rows = list(_rows(_plain(config), _plain(Config()), ""))
+    width = max(len(path) for path, _, _ in rows)
+    lines = [f"{'*' if changed else ' '} {path:<{width}}  {text}".rstrip() for path, text, changed in rows]
+    return "\n".join([*lines, "(* differs from the default)"])
+
+
+# Plain values: what JSON knows. Tuples become lists, dataclasses dicts.
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"the key {key!r} stands twice in one JSON object")
+    return dict(pairs)
+
+
+def _rows(plain: dict, default: dict, prefix: str) -> Iterator[tuple[str, str, bool]]:
+    """(path, value text, differs) of every leaf; tuples of dataclasses give one row an entry and field."""
+    for name, value in plain.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _rows(value, default[name], f"{path}.")
+        elif value and isinstance(value, list) and isinstance(value[0], dict):
+            for index, entry in enumerate(value):
+                for field, text in entry.items():
+                    yield f"{path}.{index}.{field}", _text(text), value != default[name]
+        else:
+            yield path, _text(value), value != default[name]
+
+
+def _text(value: Any) -> str:
+    """The text that `apply_overrides` reads back as `value`."""
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 1_000_000:
+        return f"{value:_}"
+    return str(value)
+
+
+# Annotations. The kinds in use: int, float, bool, str, X | None, tuple[X, ...], a dataclass.
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    """Name -> annotation."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _optional(kind: Any) -> Any:
+    """X of `X | None`, else None."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        (inner,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
+        return inner
+    return None
+
+
+def _entry(kind: Any) -> Any:
+    """X of `tuple[X, ...]`, else None."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
+def _name(kind: Any) -> str:
+    if inner := _optional(kind):
+        return f"{_name(inner)} or none"
+    if entry := _entry(kind):
+        return f"a list of {_name(entry)}"
+    return kind.__name__
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Plain values of the fields of `cls` that have a default."""
+    return {
+        field.name: _plain(field.default)
+        for field in dataclasses.fields(cls)
+        if field.default is not dataclasses.MISSING
+    }
+
+
+def _build(kind: Any, value: Any, path: str, *, fill: bool = False) -> Any:
+    """The object of annotation `kind` that the plain `value` describes.
+
+    Args:
+      kind: an annotation.
+      value: a plain value.
+      path: dotted path of the field, for the errors; empty for the whole config.
+      fill: fields left out take the defaults of their dataclass; otherwise they are an error.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path, fill=fill)
+    if inner := _optional(kind):
+        return None if value is None else _build(inner, value, path, fill=fill)
+    if entry := _entry(kind):
+        if not isinstance(value, list):
+            raise _wrong_type(path, kind, value)
+        return tuple(_build(entry, member, f"{path}.{index}", fill=fill) for index, member in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise _wrong_type(path, kind, value) from None
+    # bool is a subclass of int, and True is no layer count.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise _wrong_type(path, kind, value)
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} is not finite")
+    return value
+
+
+def _build_dataclass(cls: type, value: Any, path: str, *, fill: bool) -> Any:
+    where = path or "config"
+    if not isinstance(value, dict):
+        raise _wrong_type(where, cls, value)
+    if fill:
+        value = _defaults(cls) | value
+    kinds = _fields(cls)
+    unknown = [name for name in value if name not in kinds]
+    if unknown:
+        hints = "; ".join(f"{name!r}, nearest is {_nearest(name, kinds)!r}" for name in unknown)
+        raise ConfigError(f"{where}: unknown field {hints}")
+    missing = [name for name in kinds if name not in value]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    children = {
+        name: _build(kind, value[name], f"{path}.{name}".lstrip("."), fill=fill) for name, kind in kinds.items()
+    }
+    try:
+        return cls(**children)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _wrong_type(path: str, kind: Any, value: Any) -> ConfigError:
+    shown = repr(value)
+    return ConfigError(f"{path}={shown if len(shown) < 80 else shown[:77] + '...'}: expected {_name(kind)}")
+
+
+# Overrides.
+
+
+def _set(root: dict, path: str, text: str):
+    """Writes the plain value of `text` at `path` into `root`, the plain form of a Config."""
+    *parents, leaf = path.split(".")
+    kind, node = Config, root
+    for depth, part in enumerate(parents):
+        kind, node = _child(kind, node, part, path, ".".join(parents[:depth]))
+    parent = ".".join(parents)
+    kind, _ = _child(kind, node, leaf, path, parent)
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(
+            f"{path} is a group of fields: set one of them, {', '.join(f'{path}.{n}' for n in _fields(kind))}"
+        )
+    node[int(leaf) if isinstance(node, list) else leaf] = _parse(kind, text, path)
+
+
+def _child(kind: Any, node: Any, part: str, path: str, parent: str) -> tuple[Any, Any]:
+    """(annotation, plain value) of the field or entry `part` of `node`, which has the annotation `kind`."""
+    if dataclasses.is_dataclass(kind):
+        kinds = _fields(kind)
+        if part not in kinds:
+            raise ConfigError(f"no field {path!r}; the nearest is {_nearest_path(path, parent, kind)!r}")
+        return kinds[part], node.get(part)  # absent: a required field of an entry that was just appended
+    entry = _entry(kind)
+    if entry is None:
+        raise ConfigError(f"no field {path!r}: {parent} is a single value, {_name(kind)}")
+    if not (part.isascii() and part.isdigit()) or int(part) > len(node):
+        raise ConfigError(f"no field {path!r}: {parent} has {len(node)} entries, and {len(node)} appends one more")
+    if int(part) == len(node):
+        node.append(_defaults(entry) if dataclasses.is_dataclass(entry) else None)
+    return entry, node[int(part)]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    return max(names, key=lambda candidate: difflib.SequenceMatcher(None, name, candidate).ratio())
+
+
+def _nearest_path(path: str, parent: str, kind: type) -> str:
+    """The valid path most like `path`: inside an entry of a tuple its fields, else any path of a Config.
+
+    The likeness of the last names counts as much as that of the whole, so that `training.hidden_size`
+    finds `model.hidden_size`.
+    """
+    if any(part.isdigit() for part in parent.split(".")):
+        return f"{parent}.{_nearest(path.rpartition('.')[2], _fields(kind))}"
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, path, candidate).ratio()
+        last = difflib.SequenceMatcher(None, path.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return whole + last
+
+    return max(_paths(Config, ""), key=likeness)
+
+
+def _paths(cls: type, prefix: str) -> Iterator[str]:
+    for name, kind in _fields(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _paths(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _parse(kind: Any, text: str, path: str) -> Any:
+    """The plain value that `text` means for the annotation `kind`."""
+    if inner := _optional(kind):
+        return None if text.strip().lower() in ("none", "null") else _parse(inner, text, path)
+    if entry := _entry(kind):
+        return _parse_tuple(entry, text, path)
+    if kind is str:
+        return text
+    stripped = text.strip()
+    if kind is bool and stripped.lower() in ("true", "false"):
+        return stripped.lower() == "true"
+    try:
+        if kind is int:
+            return _parse_int(stripped)
+        if kind is float:
+            return float(stripped)
+    except ValueError:
+        pass
+    raise _wrong_type(path, kind, text)
+
+
+def _parse_int(text: str) -> int:
+    """An int, also in scientific notation (`1e6`); exact, unlike a way through float."""
+    try:
+        number = decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        raise ValueError(text) from None
+    if not number.is_finite() or number.adjusted() > _MAX_INT_DIGITS or number != number.to_integral_value():
+        raise ValueError(text)
+    return int(number)
+
+
+def _parse_tuple(entry: Any, text: str, path: str) -> list:
+    stripped = text.strip()
+    if not stripped:
+        return []
+    if stripped.startswith("["):
+        try:
+            values = json.loads(stripped, object_pairs_hook=_unique_keys)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}={stripped!r} is not a JSON list: {error}") from error
+        return _plain(_build(tuple[entry, ...], values, path, fill=True))
+    if dataclasses.is_dataclass(entry):
+        raise ConfigError(
+            f"{path}={text!r}: expected a JSON list of objects with the fields {', '.join(_fields(entry))}; "
+            f"or set {path}.0.FIELD=value"
+        )
+    return [_parse(entry, member.strip(), f"{path}.{index}") for index, member in enumerate(stripped.split(","))]

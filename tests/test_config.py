@@ -1,0 +1,347 @@
+"""Configuration: what a config refuses, and that every way in and out of one agrees."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmx_jax import config as config_lib
+from mmx_jax.config import (
+    BatchRampStep,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LearningRatePhase,
+    MeshConfig,
+    ModelConfig,
+    SourceConfig,
+    StageConfig,
+    TrainingConfig,
+    deepnorm_alpha,
+)
+from mmx_jax.config_io import apply_overrides, config_from_json, config_to_json, format_config, load_config
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIG_FILES = sorted((REPOSITORY / "configs").rglob("*.py"))
+
+BASE = Config(
+    training=TrainingConfig(
+        stages=(StageConfig(tokens=100, sequence_length=256),), batch_tokens=1024, sequence_length=512
+    ),
+    data=DataConfig(sources=(SourceConfig(path="/a"), SourceConfig(path="/b", weight=2.0))),
+)
+
+
+def get(config, path: str):
+    for part in path.split("."):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
+
+
+# Random configs, from every kind of field: scalars, optional, tuples of scalars, tuples of dataclasses.
+
+positive = st.integers(1, 2**60)
+rate = st.floats(1e-12, 1e3)
+name = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=8)
+optional_id = st.none() | st.integers(0, 10**6)
+
+
+@st.composite
+def models(draw):
+    pattern = tuple(draw(st.lists(st.sampled_from(config_lib.LAYER_KINDS), min_size=1, max_size=5)))
+    kv_heads, group, half_rotary = draw(st.tuples(st.integers(1, 8), st.integers(1, 4), st.integers(0, 32)))
+    experts = draw(st.integers(1, 64))
+    return ModelConfig(
+        num_layers=len(pattern) * draw(st.integers(1, 9)),
+        layer_pattern=pattern,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=64,
+        rotary_dim=2 * half_rotary,
+        rope_theta=draw(st.floats(1, 1e9)),
+        num_experts=experts,
+        experts_per_token=draw(st.integers(1, experts)),
+        capacity_factor=draw(st.none() | rate),
+        postnorm=draw(st.booleans()),
+        mlp_alpha=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        bos_token_id=draw(optional_id),
+        eos_token_id=draw(optional_id),
+        dtype=draw(st.sampled_from(config_lib.FLOAT_DTYPES)),
+        lightning_implementation=draw(name),
+    )
+
+
+@st.composite
+def configs(draw):
+    length = draw(st.integers(1, 4096))
+    sources = draw(st.lists(st.builds(SourceConfig, path=name, weight=rate, text_field=name), max_size=3))
+    weights = st.lists(rate, min_size=max(1, len(sources)), max_size=max(1, len(sources)))
+    stage = st.builds(
+        StageConfig,
+        tokens=positive,
+        sequence_length=st.just(length),
+        rope_theta=st.none() | rate,
+        source_weights=st.just(()) | weights,
+    )
+    ramp = sorted(draw(st.sets(positive, max_size=3)))
+    phase = st.builds(LearningRatePhase, shape=st.just("linear"), tokens=positive, start=rate, end=rate)
+    training = TrainingConfig(
+        total_tokens=draw(positive),
+        sequence_length=length,
+        batch_tokens=length * draw(st.integers(1, 9)),
+        batch_ramp=[BatchRampStep(from_tokens=at, batch_tokens=length * draw(st.integers(1, 9))) for at in ramp],
+        stages=draw(st.lists(stage, max_size=3)),
+        learning_rate=draw(rate),
+        learning_rate_phases=draw(st.lists(phase, min_size=1, max_size=3)),
+    )
+    return Config(
+        name=draw(name),
+        model=draw(models()),
+        mesh=MeshConfig(data=draw(st.integers(1, 64)), fsdp=-1),
+        data=DataConfig(sources=sources, tokenizer=draw(name)),
+        training=training,
+        checkpoint=CheckpointConfig(asynchronous=draw(st.booleans())),
+    )
+
+
+def as_overrides(value, path: str = "") -> list[str]:
+    """Override strings that set everything in `value`: scalars as a user types them, tuples as JSON."""
+    if dataclasses.is_dataclass(value):
+        return [
+            text
+            for field in dataclasses.fields(value)
+            for text in as_overrides(getattr(value, field.name), f"{path}.{field.name}".lstrip("."))
+        ]
+    if isinstance(value, tuple):
+        entries = [dataclasses.asdict(entry) if dataclasses.is_dataclass(entry) else entry for entry in value]
+        return [f"{path}={json.dumps(entries)}"]
+    return [f"{path}={value}"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_json_round_trip_is_identity(config):
+    text = config_to_json(config)
+    assert config_from_json(text) == config
+    assert json.loads(text)["model"]["layer_pattern"] == list(config.model.layer_pattern)
+
+
+@settings(max_examples=30, deadline=None)
+@given(configs(), configs())
+def test_overrides_can_turn_any_config_into_any_other(source, target):
+    assert apply_overrides(source, as_overrides(target)) == target
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20))
+def test_a_malformed_number_is_a_config_error_and_nothing_else(text):
+    for path in ("model.num_layers", "model.rope_theta", "model.layer_pattern", "training.stages", "model.postnorm"):
+        try:
+            apply_overrides(BASE, [f"{path}={text}"])
+        except ConfigError as error:
+            # A value of the right type may still be refused by its section.
+            assert path in str(error) or path.split(".")[0] in str(error)
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: str(path.relative_to(REPOSITORY / "configs")))
+def test_every_config_file_loads_and_round_trips(path):
+    config = load_config(path)
+    assert config_from_json(config_to_json(config)) == config
+    if config.model.postnorm:
+        assert config.model.mlp_alpha == pytest.approx(deepnorm_alpha(config.model.num_layers), rel=1e-12)
+
+
+def test_ablations_differ_from_their_base_only_in_the_model():
+    folder = REPOSITORY / "configs/ablations"
+    base = load_config(folder / "base.py")
+    for path in set(folder.glob("*.py")) - {folder / "base.py"}:
+        config = load_config(path)
+        assert config.name == f"ablation_{path.stem}"
+        assert config.model != base.model
+        assert dataclasses.replace(config, name=base.name, model=base.model) == base
+
+
+def test_recipe_of_the_report():
+    config = load_config(REPOSITORY / "configs/minimax_text_01.py")
+    training = config.training
+    assert dataclasses.replace(config.model, remat="none", router_aux_loss_coef=0.001) == ModelConfig()
+    assert [step.batch_tokens // 2**20 for step in training.batch_ramp] == [32, 64, 128]
+    assert [(stage.sequence_length, stage.rope_theta) for stage in training.stages] == [
+        (8192, 1e4), (131072, 5e6), (524288, 1e7), (1048576, 1e7),
+    ]  # fmt: skip
+    rates = [training.learning_rate * phase.end for phase in training.learning_rate_phases]
+    assert rates == pytest.approx([2e-4, 2e-4, 1.3e-4, 3e-5, 3e-5])
+    assert sum(phase.tokens for phase in training.learning_rate_phases) == training.stages[0].tokens == 11_400 * 10**9
+
+
+@pytest.mark.parametrize(
+    "path, text, expected",
+    [
+        ("training.total_tokens", "1_000", 1000),
+        ("training.total_tokens", "1e6", 1_000_000),
+        ("training.total_tokens", "1.5e3", 1500),
+        ("training.total_tokens", "9007199254740993", 2**53 + 1),  # not a float64
+        ("model.rope_theta", "10000", 10000.0),
+        ("training.learning_rate", "3e-4", 3e-4),
+        ("model.capacity_factor", "1.25", 1.25),
+        ("model.capacity_factor", "None", None),
+        ("model.eos_token_id", "none", None),
+        ("model.postnorm", "False", False),
+        ("checkpoint.asynchronous", "true", True),
+        ("name", "a=b", "a=b"),
+        ("name", "none", "none"),
+        ("model.layer_pattern", "lightning, softmax", ("lightning", "softmax")),
+        ("model.layer_pattern", '["softmax"]', ("softmax",)),
+        ("training.stages", "", ()),
+        ("training.stages.0.tokens", "2e3", 2000),
+        ("training.stages.0.source_weights", "1,2.5", (1.0, 2.5)),
+        ("training.stages.0.source_weights.0", None, None),
+        ("training.stages", '[{"tokens": 5, "sequence_length": 512}]', (StageConfig(tokens=5, sequence_length=512),)),
+        ("data.sources.1.path", "/c", "/c"),
+    ],
+)
+def test_typed_override(path, text, expected):
+    if text is None:  # an entry of a tuple inside an entry of a tuple; only 2 weights fit the 2 sources
+        got = apply_overrides(BASE, ["training.stages.0.source_weights=1,2", f"{path}=7"])
+        assert got.training.stages[0].source_weights == (7.0, 2.0)
+        return
+    got = get(apply_overrides(BASE, [f"{path}={text}"]), path)
+    assert got == expected and type(got) is type(expected)
+
+
+def test_an_index_one_past_the_end_appends():
+    got = apply_overrides(Config(), ["data.sources.0.path=/x", "data.sources.0.weight=2", "data.sources.1.path=/y"])
+    assert got.data.sources == (SourceConfig(path="/x", weight=2.0), SourceConfig(path="/y"))
+
+
+def test_overrides_are_checked_together_and_the_last_one_wins():
+    # Neither is possible alone: 8192 does not divide 1536 and 131072 is no multiple of 768.
+    got = apply_overrides(
+        Config(), ["training.batch_tokens=1536", "training.sequence_length=1024", "training.sequence_length=768"]
+    )
+    assert (got.training.batch_tokens, got.training.sequence_length) == (1536, 768)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("training.lerning_rate=1", "no field 'training.lerning_rate'; the nearest is 'training.learning_rate'"),
+        ("learning_rate=1", "nearest is 'training.learning_rate'"),
+        ("training.hidden_size=1", "nearest is 'model.hidden_size'"),
+        ("model.num_layer=1", "nearest is 'model.num_layers'"),
+        ("trianing.seed=1", "nearest is 'training.seed'"),
+        ("training.stages.0.token=1", "nearest is 'training.stages.0.tokens'"),
+        ("training.stages.2.tokens=1", "training.stages has 1 entries"),
+        ("training.stages.-1.tokens=1", "training.stages has 1 entries"),
+        ("training.stages.x.tokens=1", "training.stages has 1 entries"),
+        ("training.seed.x=1", "training.seed is a single value, int"),
+        ("model=1", "model is a group of fields"),
+        ("training.stages.0=1", "training.stages.0 is a group of fields: set one of them, training.stages.0.tokens"),
+        ("training.seed", "not of the form path.to.field=value"),
+        ("model.num_layers=8.5", "model.num_layers='8.5': expected int"),
+        ("model.num_layers=true", "model.num_layers='true': expected int"),
+        ("model.num_layers=1e999999999", "expected int"),
+        ("training.learning_rate=fast", "training.learning_rate='fast': expected float"),
+        ("training.learning_rate=nan", "training.learning_rate=nan is not finite"),
+        ("model.postnorm=1", "model.postnorm='1': expected bool"),
+        ("model.eos_token_id=x", "model.eos_token_id='x': expected int"),
+        ("training.stages=3", "training.stages='3': expected a JSON list of objects with the fields tokens"),
+        ("training.stages=[", "is not a JSON list"),
+        ('training.stages=[{"tokens": 1}]', "training.stages.0: missing sequence_length"),
+        ('training.stages=[{"tokens": 1, "lenght": 2}]', "training.stages.0: unknown field 'lenght', nearest is"),
+        ('training.stages=[{"tokens": "1", "sequence_length": 1}]', "training.stages.0.tokens='1': expected int"),
+        ('model.layer_pattern=["softmax", 1]', "model.layer_pattern.1=1: expected str"),
+        ("data.sources.2.weight=1", "data.sources.2: missing path"),
+        ("model.num_layers=9", "model: num_layers=9 is not a multiple"),
+        ("training.stages.0.tokens=0", "training.stages.0: tokens=0 must be positive"),
+        ("model.max_position_embeddings=10", "config: sequence_length=256 exceeds max_position_embeddings=10"),
+    ],
+)
+def test_a_bad_override_names_the_field_and_the_remedy(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        apply_overrides(BASE, [override])
+
+
+def edited_json(edit) -> str:
+    plain = json.loads(config_to_json(BASE))
+    edit(plain)
+    return json.dumps(plain)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (edited_json(lambda c: c["model"].pop("head_dim")), "model: missing head_dim"),
+        (edited_json(lambda c: c["training"]["stages"][0].pop("rope_theta")), "training.stages.0: missing rope_theta"),
+        (edited_json(lambda c: c["model"].update(hidden=3)), "model: unknown field 'hidden', nearest is 'hidden_size'"),
+        (edited_json(lambda c: c.pop("mesh")), "config: missing mesh"),
+        (edited_json(lambda c: c["model"].update(num_layers=80.0)), "model.num_layers=80.0: expected int"),
+        (edited_json(lambda c: c["model"].update(num_layers=True)), "model.num_layers=True: expected int"),
+        (edited_json(lambda c: c["model"].update(head_dim=None)), "model.head_dim=None: expected int"),
+        (edited_json(lambda c: c["model"].update(rope_theta=10**400)), "expected float"),
+        (edited_json(lambda c: c["model"].update(rope_theta=math.inf)), "model.rope_theta=inf is not finite"),
+        (edited_json(lambda c: c["model"].update(layer_pattern="softmax")), "expected a list of str"),
+        (edited_json(lambda c: c["model"].update(num_kv_heads=7)), "model: num_heads=64 is not a multiple"),
+        (edited_json(lambda c: c.update(data=[])), "data=[]: expected DataConfig"),
+        ("[]", "expected Config"),
+        ("{", "not JSON"),
+        ('{"name": "a", "name": "b"}', "'name' stands twice"),
+    ],
+)
+def test_json_is_strict(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_from_json(text)
+
+
+def test_load_config_checks_types_and_names_the_file(tmp_path):
+    header = "from mmx_jax.config import Config, ModelConfig\n"
+    cases = {
+        "wrong_type.py": ("def get_config(): return Config(model=ModelConfig(rope_theta='x'))", TypeError),
+        "float_layers.py": ("def get_config(): return Config(model=ModelConfig(num_layers=80.0))", ConfigError),
+        "impossible.py": ("def get_config(): return Config(model=ModelConfig(num_layers=81))", ConfigError),
+        "no_function.py": ("config = Config()", ConfigError),
+        "wrong_return.py": ("def get_config(): return 3", ConfigError),
+    }
+    for file, (body, error) in cases.items():
+        (tmp_path / file).write_text(header + body)
+        with pytest.raises(error) as caught:
+            load_config(tmp_path / file)
+        assert error is not ConfigError or file in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="get_config"):
+        load_config(tmp_path / "absent.py")
+
+
+def test_load_config_makes_whole_numbers_floats_where_the_field_is_a_float(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from mmx_jax.config import *\n"
+        "def get_config(): return Config(training=TrainingConfig(weight_decay=0, stages=[]))"
+    )
+    config = load_config(file)
+    assert isinstance(config.training.weight_decay, float) and config.training.stages == ()
+
+
+def test_listing_marks_what_differs_and_reads_back():
+    lines = format_config(BASE).splitlines()
+    values = {line[2:].split()[0]: line for line in lines[:-1]}
+    assert values["training.batch_tokens"].startswith("* ")
+    assert values["training.seed"].startswith("  ")
+    assert len({line.index(line.split()[-1]) for line in (values["name"][2:], values["training.seed"][2:])}) == 1
+    overrides = [
+        f"{line[2:].split()[0]}={' '.join(line[2:].split()[1:])}" for line in lines[:-1] if line.startswith("* ")
+    ]
+    assert apply_overrides(Config(), overrides) == BASE
+
+
+def test_a_config_costs_no_jax_import():
+    code = "import sys, mmx_jax.config_io; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
