@@ -78,7 +78,7 @@ def config_from_json(text: str) -> Config:
 
 
 def format_config(config: Config) -> str:
-    """An aligned listing for people, values in the syntax of `apply_overrides`; `*` marks those not at their default."""
+    """An aligned listing, values in the syntax of `apply_overrides`; `*` marks those that differ from the default."""
     rows = list(_rows(_plain(config), _plain(Config()), ""))
     width = max(len(path) for path, _, _ in rows)
     lines = [f"{'*' if changed else ' '} {path:<{width}}  {text}".rstrip() for path, text, changed in rows]

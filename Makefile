@@ -1,0 +1,68 @@
+# make demo | test | lint | format | parity | clean
+#
+#   PYTHON=python3.12   the interpreter that makes the environment (3.11 or later)
+#   VENV=.venv          where the environment lives
+#   DATA=PATH           demo: a file or folder of text instead of the standard library's sources
+#   PIP_FLAGS=...       for every pip install, e.g. "-c constraints.txt"
+#   TESTS=tests/x.py    test: these only
+#   PYTEST_FLAGS=...    test: replaces "-n 2 --dist loadfile"
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+PIP_FLAGS ?=
+TESTS ?=
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+INSTALLED := $(VENV)/.installed
+INSTALLED_PARITY := $(VENV)/.installed-parity
+
+.DELETE_ON_ERROR:
+.PHONY: demo test parity lint format venv clean
+
+# The demo starts afresh: what an earlier one left in runs/demo is removed.
+demo: $(INSTALLED)
+	rm -rf runs/demo
+	$(BIN)/python train.py --config=configs/debug.py --workdir=runs/demo $(if $(DATA),--data="$(DATA)")
+	$(BIN)/python -m mmx_jax.convert export runs/demo runs/demo/export
+	$(BIN)/python infer.py --checkpoint=runs/demo/export --prompt='def main('
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+parity: $(INSTALLED_PARITY)
+	$(BIN)/python -m pytest -m parity $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mmx_jax needs Python 3.11 or later, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
+	  echo "name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+
+# Installed again only when the dependencies may have changed. Plain `jax` on Linux is the CPU build.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[data,log,dev]'
+	@touch $@
+
+# torch by itself and first: asked for in one go with transformers, a newer CUDA build could be chosen.
+$(INSTALLED_PARITY): $(INSTALLED)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[parity]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""The layering of the project, read from its import statements; nothing is imported here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Group -> the groups it may import, besides itself. A group is a module or folder of mmx_jax, or pallas_kernels.
+# A new one must be entered here, where its place among the others is seen.
+ALLOWED = {
+    "pallas_kernels": set(),
+    "config": set(),
+    "config_io": {"config"},
+    "sharding": {"config"},
+    "tokenizer": set(),
+    "metrics": {"config"},
+    "parallel": {"sharding", "pallas_kernels"},
+    "layers": {"config", "sharding", "parallel", "pallas_kernels"},
+    "models": {"config", "sharding", "layers"},
+    "checkpoint": {"config", "config_io", "sharding", "models"},
+    "convert": {"config", "config_io", "sharding", "models", "checkpoint"},
+    "training": {"config", "config_io", "sharding", "models", "layers", "checkpoint", "tokenizer", "metrics"},
+    "generate": {"config", "sharding", "models", "checkpoint", "tokenizer", "convert"},
+    "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate"},
+    # mmx_jax/__init__.py: `from_pretrained`, by a lazy import, so that a config costs no jax.
+    "__init__": {"generate"},
+}
+
+# What else a group may import; the others may use everything that pyproject.toml names.
+ONLY_EXTERNAL = {
+    "pallas_kernels": {"jax", "numpy"},
+    "config": set(),
+    "config_io": set(),
+}
+
+# Of an extra: imported where it is used, so that the core runs without it.
+OPTIONAL = {
+    "grain", "array_record", "pyarrow", "tensorboardX", "matplotlib", "starlette", "uvicorn", "PIL", "qwix", "tokamax",
+}  # fmt: skip
+
+# Never at run time, whatever is installed.
+FORBIDDEN = {"torch", "transformers", "safetensors", "tensorflow", "clu", "ml_collections", "einops", "chex"}
+
+
+def source_files() -> list[Path]:
+    files = [path for folder in ("mmx_jax", "pallas_kernels") for path in (REPOSITORY / folder).rglob("*.py")]
+    return sorted([*files, *REPOSITORY.glob("*.py"), *(REPOSITORY / "configs").rglob("*.py")])
+
+
+def group_of(parts: tuple[str, ...]) -> str:
+    """`parts`: a dotted name, split."""
+    if parts[0] != "mmx_jax":
+        return parts[0]
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def file_group(path: Path) -> str:
+    return group_of(path.relative_to(REPOSITORY).with_suffix("").parts)
+
+
+def imported_names(node: ast.AST, path: Path) -> list[tuple[str, ...]]:
+    """Dotted names that the statement `node` imports; of `from mmx_jax import x` it is `mmx_jax.x`."""
+    if isinstance(node, ast.Import):
+        return [tuple(alias.name.split(".")) for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    module = tuple(node.module.split(".")) if node.module else ()
+    if node.level:
+        package = path.relative_to(REPOSITORY).parent.parts
+        module = package[: len(package) - node.level + 1] + module
+    if module == ("mmx_jax",):
+        return [(*module, alias.name) for alias in node.names]
+    return [module]
+
+
+def all_imports(path: Path) -> list[tuple[str, ...]]:
+    return [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node, path)]
+
+
+def internal(name: tuple[str, ...]) -> bool:
+    return name[0] in ("mmx_jax", "pallas_kernels")
+
+
+files = pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+
+
+@files
+def test_imports_follow_the_layers(path):
+    group = file_group(path)
+    if path.relative_to(REPOSITORY).parts[0] not in ("mmx_jax", "pallas_kernels"):
+        return  # mains and configs stand on top of everything
+    assert group in ALLOWED, f"{path}: give {group!r} its place in ALLOWED"
+    for name in filter(internal, all_imports(path)):
+        assert group_of(name) in ALLOWED[group] | {group}, f"{path}: {group} must not import {'.'.join(name)}"
+
+
+@files
+def test_external_imports(path):
+    group = file_group(path)
+    for name in all_imports(path):
+        if internal(name) or name[0] in sys.stdlib_module_names:
+            continue
+        assert name[0] not in FORBIDDEN, f"{path} imports {name[0]}, which is for tests and benchmarks only"
+        assert group not in ONLY_EXTERNAL or name[0] in ONLY_EXTERNAL[group], f"{path} must not import {name[0]}"
+
+
+@files
+def test_optional_packages_are_imported_where_they_are_used(path):
+    for node in ast.parse(path.read_text()).body:
+        for name in imported_names(node, path):
+            assert name[0] not in OPTIONAL, f"{path}:{node.lineno} imports {name[0]} at its head; it is of an extra"
+
+
+def test_configs_import_the_configuration_alone():
+    for path in (REPOSITORY / "configs").rglob("*.py"):
+        groups = {group_of(name) for name in all_imports(path) if name[0] not in sys.stdlib_module_names}
+        assert groups <= {"config", "config_io"}, path
+
+
+def test_the_layers_have_no_cycle():
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {group for group, below in ALLOWED.items() if below <= done} - done
+        assert ready, f"a cycle among {sorted(set(ALLOWED) - done)}"
+        done |= ready
+
+
+def test_the_checks_see_a_violation():
+    path = REPOSITORY / "mmx_jax/layers/example.py"
+    source = "from ..training import step\nimport torch.nn\nfrom mmx_jax import generate\ndef f():\n  import grain\n"
+    names = [name for node in ast.walk(ast.parse(source)) for name in imported_names(node, path)]
+    assert names == [("mmx_jax", "training"), ("torch", "nn"), ("mmx_jax", "generate"), ("grain",)]
+    assert [group_of(name) for name in names] == ["training", "torch", "generate", "grain"]
