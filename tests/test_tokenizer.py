@@ -1,0 +1,203 @@
+"""Tokenizer: round trips, determinism, streaming decode, and the strings of the chat templates (spec F)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmx_jax.chat import ChatError, render_chat
+from mmx_jax.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError
+
+TEXTS = ["def f(x):\n    return x + 1\n" * 20, "naïve café, 你好 😀\n" * 20]
+TOKENIZER = Tokenizer.train(TEXTS, 330)
+BOS, EOS = "<beginning_of_sentence>", "<end_of_sentence>"
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_decode_inverts_encode(text):
+    ids = TOKENIZER.encode(text, parse_special=False)
+    assert TOKENIZER.decode(ids) == text
+    assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
+
+
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_stream_equals_decode_for_any_tokens(ids):
+    stream = TOKENIZER.stream()
+    parts = [stream.step(i) for i in ids] + [stream.finish()]
+    assert "".join(part or "" for part in parts) == TOKENIZER.decode(ids)
+
+
+def test_stream_waits_for_a_whole_character():
+    tokenizer = Tokenizer.train(["plain"], 260)  # bytes only: an emoji is four tokens
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("a👍🏽b")
+    assert len(ids) == 10
+    assert [stream.step(i) for i in ids] == ["a", None, None, None, "👍", None, None, None, "🏽", "b"]
+    assert stream.finish() is None
+
+
+def test_stream_gives_out_an_unfinished_character_at_the_end():
+    tokenizer = Tokenizer.train(["plain"], 260)
+    stream = tokenizer.stream()
+    assert [stream.step(i) for i in tokenizer.encode("é")[:1]] == [None]
+    assert stream.finish() == "\ufffd"
+
+
+def test_training_is_deterministic_across_processes():
+    script = (
+        "import sys, hashlib; from mmx_jax.tokenizer import Tokenizer\n"
+        "texts = ['def f(x):\\n    return x + 1\\n' * 20, 'na\u00efve caf\u00e9, \u4f60\u597d \U0001f600\\n' * 20]\n"
+        "sys.stdout.buffer.write(Tokenizer.train(texts, 330).backend.to_str().encode())"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.decode()
+    assert json.loads(out) == json.loads(TOKENIZER.backend.to_str())
+
+
+def test_save_then_load_keeps_everything(tmp_path):
+    tokenizer = Tokenizer(TOKENIZER.backend, TOKENIZER.config, "{{ messages[0].content }}")
+    tokenizer.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.backend.to_str() == tokenizer.backend.to_str()
+        assert (loaded.eos_id, loaded.pad_id, loaded.bos_id) == (0, 1, None)
+        assert loaded.chat_template == tokenizer.chat_template
+        assert loaded.vocab_size == tokenizer.vocab_size
+
+
+def test_special_tokens():
+    assert [TOKENIZER.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3]
+    assert TOKENIZER.token_to_id("<absent>") is None
+    assert TOKENIZER.stop_ids == (0, 3)
+    assert TOKENIZER.encode("<end_of_document>") == [0]
+    in_a_document = TOKENIZER.encode("<end_of_document>", parse_special=False)
+    assert 0 not in in_a_document and TOKENIZER.decode(in_a_document) == "<end_of_document>"
+    assert TOKENIZER.decode([0]) == "" and TOKENIZER.decode([0], skip_special_tokens=False) == "<end_of_document>"
+
+
+def test_roles_written_as_objects_and_named_templates(tmp_path):
+    TOKENIZER.save(tmp_path)
+    config = {"eos_token": {"content": EOS}, "bos_token": BOS}
+    config["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id, loaded.pad_id, loaded.chat_template) == (3, 2, None, "y")
+    (tmp_path / "chat_template.jinja").write_text("z")
+    assert Tokenizer.load(tmp_path).chat_template == "z"
+
+
+def test_errors_name_the_file_or_the_field(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        Tokenizer.load(tmp_path / "absent")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(TokenizerError, match=r"eos_token='</s>'"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(TokenizerError, match="vocab_size=100"):
+        Tokenizer.train(TEXTS, 100)
+
+
+def _part(text, **more):
+    return [{"type": "text", "text": text, **more}]
+
+
+CHAT = [("system", "SYS"), ("user", "U1"), ("assistant", "A1"), ("user", "U2")]
+AS_TEXT = [{"role": role, "content": text} for role, text in CHAT]
+AS_PARTS = [{"role": role, "content": _part(text)} for role, text in CHAT]
+TURNS = (
+    "<beginning_of_sentence>system ai_setting=assistant\nSYS<end_of_sentence>\n"
+    "<beginning_of_sentence>user name=user\nU1<end_of_sentence>\n"
+    "<beginning_of_sentence>ai name=assistant\nA1<end_of_sentence>\n"
+    "<beginning_of_sentence>user name=user\nU2<end_of_sentence>\n"
+)
+PROMPT = "<beginning_of_sentence>ai name=assistant\n"
+TOOLS = [{"name": "f", "description": "a <b> & 'c' 你", "parameters": {}}, {"name": "g"}]
+
+
+@pytest.mark.parametrize("messages", [AS_TEXT, AS_PARTS])
+def test_golden_conversations(messages):
+    assert TOKENIZER.apply_chat(messages, "text01") == TURNS + PROMPT
+    assert TOKENIZER.apply_chat(messages, "text01", add_generation_prompt=False) == TURNS
+    assert TOKENIZER.apply_chat(messages, "m1") == "<begin_of_document>" + TURNS + PROMPT
+
+
+def test_golden_text01_functions():
+    messages = [{"role": "user", "content": "hi"}, {"role": "function", "name": "f", "content": '{"a": 1}'}]
+    assert render_chat(messages, "text01", tools=TOOLS) == (
+        "<beginning_of_sentence>user name=user\nhi<end_of_sentence>\n"
+        '<beginning_of_sentence>system function_response=functions\n{"name": "f", "response": {"a": 1}}'
+        "<end_of_sentence>\n"
+        "<beginning_of_sentence>system function_setting=functions\n"
+        '{"name": "f", "description": "a <b> & \'c\' 你", "parameters": {}}<end_of_sentence>\n'
+        '<beginning_of_sentence>system function_setting=functions\n{"name": "g"}<end_of_sentence>\n'
+        "<beginning_of_sentence>ai name=assistant\n"
+    )
+
+
+@pytest.mark.parametrize("named_part", [True, False])
+def test_golden_m1_tools(named_part):
+    result = {"content": _part("R", name="f")} if named_part else {"content": "R", "name": "f"}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "system", "content": "A"},
+        {"role": "tool", **result},
+        {"role": "system", "content": "B"},
+    ]
+    assert render_chat(messages, "m1", tools=TOOLS) == (
+        "<begin_of_document><beginning_of_sentence>system ai_setting=assistant\nAB<end_of_sentence>\n"
+        "<beginning_of_sentence>system tool_setting=tools\nYou are provided with these tools:\n<tools>\n"
+        '{"name": "f", "description": "a <b> & \'c\' 你", "parameters": {}}\n{"name": "g"}\n</tools>\n\n'
+        "If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide tool-name and "
+        "json-object of arguments, following the format below:\n<tool_calls>\n"
+        "{name: <tool-name-1>, arguments: <args-json-object-1>}\n...\n</tool_calls><end_of_sentence>\n"
+        "<beginning_of_sentence>user name=user\nhi<end_of_sentence>\n"
+        "<beginning_of_sentence>tool name=tools\ntool name: f\ntool result: R\n\n<end_of_sentence>\n"
+        "<beginning_of_sentence>ai name=assistant\n"
+    )
+
+
+def test_assistant_parts_are_joined():
+    parts = _part("A") + [{"type": "image"}] + _part("B")
+    chat = [{"role": "assistant", "content": parts}]
+    expected = "<beginning_of_sentence>ai name=assistant\nAB<end_of_sentence>\n"
+    assert render_chat(chat, "text01", add_generation_prompt=False) == expected
+
+
+def test_own_templates_get_content_as_they_read_it():
+    plain = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+    tokenizer = Tokenizer(TOKENIZER.backend, TOKENIZER.config, plain)
+    assert tokenizer.apply_chat(AS_TEXT[:2]) == "system:SYS<end_of_document>user:U1<end_of_document>"
+    looping = "{% for m in messages %}{% for c in m['content'] %}{{ c.text }};{% endfor %}{% endfor %}"
+    assert render_chat(AS_TEXT, looping) == "SYS;U1;A1;U2;"
+    marked = "{% for m in messages %}{% generation %}{{ m.content[0].text }}{% endgeneration %}{% endfor %}"
+    assert render_chat(AS_TEXT, marked) == "SYSU1A1U2"
+    assert render_chat([], "{{ strftime_now('%%') }}{% generation %}{% endgeneration %}{{ absent }}") == "%"
+
+
+def test_chat_errors():
+    with pytest.raises(ChatError, match='role "robot" is not one of system, user, assistant, function'):
+        render_chat([{"role": "robot", "content": "x"}], "text01")
+    with pytest.raises(ChatError, match='role "function" is not one of system, user, assistant, tool'):
+        render_chat([{"role": "function", "name": "f", "content": "x"}], "m1")
+    with pytest.raises(ChatError, match="message 0"):
+        render_chat(["hello"], "m1")
+    with pytest.raises(ChatError, match=r"content of message 1 \(user\)"):
+        render_chat([AS_TEXT[0], {"role": "user"}], "m1")
+    with pytest.raises(ChatError, match="name"):
+        render_chat([{"role": "tool", "content": "R"}], "m1")
+    with pytest.raises(ChatError, match="this one"):
+        render_chat(AS_TEXT, "{{ raise_exception('this one') }}")
+    with pytest.raises(ChatError, match="text01, m1"):
+        TOKENIZER.apply_chat(AS_TEXT)
+    with pytest.raises(ChatError, match="unsafe"):
+        render_chat(AS_TEXT, "{{ messages.__class__.__mro__ }}")
