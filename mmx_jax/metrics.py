@@ -1,0 +1,134 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a picture of the loss."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+
+
+class MetricsWriter:
+    """Appends rows to WORKDIR/metrics.jsonl and, where tensorboardX is installed, to WORKDIR/tensorboard.
+
+    A row is a flat dict with an int "step"; a number that is not finite is written as null, for JSON has no
+    other word for it. A list goes to the jsonl alone.
+
+    Args:
+      workdir: folder of the run.
+      resume_step: rows after this step belong to work that was lost and are removed; 0 starts anew.
+    """
+
+    def __init__(self, workdir, resume_step: int = 0):
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_rows(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _tensorboard(self._path.parent / "tensorboard", resume_step)
+
+    @property
+    def has_tensorboard(self) -> bool:
+        return self._board is not None
+
+    def write(self, row: dict):
+        self._file.write(json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, row["step"])
+
+    def close(self):
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(path) -> list[dict]:
+    """Rows of a metrics.jsonl; a last line cut off by a kill is left out, a broken line elsewhere raises."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number} of {path} is not JSON ({error}); repair or remove the file") from error
+    return rows
+
+
+def truncate_rows(path, step: int):
+    """Removes the rows after `step`; the file is replaced in one rename."""
+    path = pathlib.Path(path)
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot_loss(rows: list[dict], path, *, unigram_entropy: float | None = None, title: str = ""):
+    """Draws training and held-out loss over tokens seen into a PNG (needs matplotlib).
+
+    Args:
+      rows: of metrics.jsonl: "tokens_seen" with "loss" or "eval_loss", nats per token.
+      unigram_entropy: nats per token; drawn as the line that a model of word frequencies alone would reach.
+    """
+    # Without pyplot there is no global state, and no display is asked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [(row["tokens_seen"], row["loss"]) for row in rows if row.get("loss") is not None]
+    held_out = [(row["tokens_seen"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9ec5e8", linewidth=0.9, label="training loss, each logged step")
+        axes.plot(*_smooth(train), color="#1f5f99", linewidth=1.8, label="training loss, running mean")
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True), "o-", color="#d1495b", linewidth=1.4, markersize=4, label="held-out loss"
+        )
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="#555555", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"unigram entropy {unigram_entropy:.3f}", (1.0, unigram_entropy), xycoords=("axes fraction", "data"),
+            xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", color="#555555", fontsize=9,
+        )  # fmt: skip
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(True, color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or held_out:
+        axes.legend(frameon=False)
+    temporary = pathlib.Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+
+
+def _smooth(points, share: float = 0.05):
+    """Running mean over the last `share` of all points, as (x, y) lists."""
+    window = max(1, round(share * len(points)))
+    xs, ys = zip(*points, strict=True)
+    means = [sum(ys[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(ys))]
+    return list(xs), means
+
+
+def _jsonable(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_jsonable(x) for x in value]
+    return value
+
+
+def _tensorboard(path, resume_step):
+    if importlib.util.find_spec("tensorboardX") is None:
+        return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(path), purge_step=resume_step + 1 if resume_step else None)

@@ -1,0 +1,181 @@
+"""Training losses: cross entropy in chunks over a large vocabulary, and the load-balancing loss of the router."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over the tokens that have a target; divide by `count` after adding what belongs together.
+
+    Sums, so that micro-batches and data-parallel shards average right. All float32 scalars.
+
+    Attributes:
+      objective: what is differentiated: `nll + z_loss_coef * z`. The other fields carry no gradient.
+      nll: sum of -log p(target), nats.
+      z: sum of logsumexp(logits)^2.
+      correct: number of tokens whose target has the largest logit.
+      count: number of tokens with a target.
+    """
+
+    objective: jax.Array
+    nll: jax.Array
+    z: jax.Array
+    correct: jax.Array
+    count: jax.Array
+
+
+def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0):
+    """Cross entropy of a linear head; the logits of at most `chunk` tokens exist at one time, backward included.
+
+    The gradients are computed in the forward scan, where the logits are at hand: the backward pass only
+    scales them, so the head costs three products in all and no logits are ever recomputed or stored.
+
+    Args:
+      hidden: [B, T, M], float32 or bfloat16.
+      head: [V, M]; it is multiplied in the dtype of `hidden`, with float32 accumulation and float32 logits.
+      targets: int [B, T]; tokens with a negative target do not count.
+      chunk: tokens per step of the scan. Rows are never split over steps while `chunk >= B`, so every
+        shard of the batch axis works in every step.
+      z_loss_coef: weight of the z-loss, the squared logsumexp (arXiv 2204.02311, section 5).
+
+    Returns:
+      CrossEntropy. The gradient with respect to `head` is accumulated in float32.
+    """
+    if hidden.shape[:2] != targets.shape or hidden.shape[2:] != head.shape[1:]:
+        raise ValueError(
+            f"hidden {hidden.shape}, head {head.shape} and targets {targets.shape} are not [B, T, M], [V, M], [B, T]"
+        )
+    if chunk < 1:
+        raise ValueError(f"{chunk=} must be positive")
+    objective, sums = _cross_entropy(hidden, head, targets, chunk, z_loss_coef)
+    return CrossEntropy(objective, *jax.lax.stop_gradient(sums))
+
+
+def load_balancing_loss(stats, *, form="switch", pooling="pooled"):
+    """Load-balancing loss of the router (spec C.8); f carries no gradient, P does.
+
+    Args:
+      stats: RouterStats: `assignments` and `probability` [L, E], `tokens` [L], of one micro-batch.
+      form: "switch": E sum_e f_e P_e, k at uniform load; "report": (1/E) sum_e f_e P_e (section 2.1 of the report).
+      pooling: "pooled": f and P are means over all layers and tokens; "per_layer": the mean of the layers' losses.
+
+    Returns:
+      (loss, per_layer): float32 scalar and [L]. f sums to the number of experts per token.
+    """
+    num_experts = stats.assignments.shape[-1]
+    scale = {"switch": float(num_experts), "report": 1.0 / num_experts}[form]
+
+    def balance(assignments, probability, tokens):
+        tokens = jnp.maximum(tokens, 1.0)[..., None]
+        fraction = jax.lax.stop_gradient(assignments / tokens)
+        return scale * jnp.sum(fraction * (probability / tokens), axis=-1)
+
+    per_layer = balance(stats.assignments, stats.probability, stats.tokens)
+    if pooling == "per_layer":
+        return jnp.mean(per_layer), per_layer
+    return balance(stats.assignments.sum(0), stats.probability.sum(0), stats.tokens.sum(0)), per_layer
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cross_entropy(hidden, head, targets, chunk, z_loss_coef):
+    def step(sums, inputs):
+        x, t = inputs
+        return jax.tree.map(jnp.add, sums, _chunk_sums(_logits(x, head), t)[0]), None
+
+    sums, _ = jax.lax.scan(step, _zero_sums(), _split(hidden, targets, chunk))
+    return sums[0] + z_loss_coef * sums[1], sums
+
+
+def _cross_entropy_forward(hidden, head, targets, chunk, z_loss_coef):
+    def step(carry, inputs):
+        sums, dhead = carry
+        x, t = inputs  # [C, M], [C]
+        logits = _logits(x, head)
+        chunk_sums, log_z = _chunk_sums(logits, t)
+        # d objective / d logits = p - onehot + z_loss_coef * 2 log_z p, and nothing where there is no target
+        weight = (1.0 + 2.0 * z_loss_coef * log_z)[:, None]
+        dlogits = weight * jnp.exp(logits - log_z[:, None]) - _is_target(logits, t)
+        dlogits = jnp.where((t >= 0)[:, None], dlogits, 0.0).astype(x.dtype)
+        dx = _dot("cv,vm->cm", dlogits, head.astype(x.dtype))
+        dhead = dhead + _dot("cv,cm->vm", dlogits, x)
+        return (jax.tree.map(jnp.add, sums, chunk_sums), dhead), dx.astype(x.dtype)
+
+    init = _zero_sums(), jnp.zeros(head.shape, jnp.float32)
+    (sums, dhead), dx = jax.lax.scan(step, init, _split(hidden, targets, chunk))
+    # The empty array carries the head's dtype, which a residual cannot otherwise name.
+    residuals = _join(dx, hidden.shape, chunk), dhead, jnp.zeros((0,), head.dtype)
+    return (sums[0] + z_loss_coef * sums[1], sums), residuals
+
+
+def _cross_entropy_backward(chunk, z_loss_coef, residuals, cotangents):
+    dhidden, dhead, head_dtype = residuals
+    scale, _ = cotangents
+    return (scale * dhidden).astype(dhidden.dtype), (scale * dhead).astype(head_dtype.dtype), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _dot(equation, x, y):
+    # float32 inputs ask for float32 products; bfloat16 ones are exact in one pass
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _logits(x, head):
+    return _dot("cm,vm->cv", x, head.astype(x.dtype))
+
+
+def _is_target(logits, targets):
+    # A comparison, not a gather or scatter: it fuses, and it partitions over the vocabulary.
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+
+
+def _zero_sums():
+    return (jnp.zeros((), jnp.float32),) * 4
+
+
+def _chunk_sums(logits, targets):
+    """((nll, z, correct, count) of one chunk, logsumexp [C])."""
+    real = (targets >= 0).astype(jnp.float32)
+    top = jnp.max(logits, axis=-1)
+    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+    chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    # Masked by selection, not by a product: a masked token may hold anything, NaN included.
+    return (
+        jnp.sum(jnp.where(targets >= 0, log_z - chosen, 0.0)),
+        jnp.sum(jnp.where(targets >= 0, log_z**2, 0.0)),
+        jnp.sum(jnp.where(targets >= 0, chosen == top, False).astype(jnp.float32)),
+        jnp.sum(real),
+    ), log_z
+
+
+def _tile(rows, length, chunk):
+    """(rows, tokens of each row) of one chunk: whole batches of rows, unless there are more rows than `chunk`."""
+    tile_rows = min(rows, chunk)
+    return tile_rows, min(length, max(1, chunk // tile_rows))
+
+
+def _split(hidden, targets, chunk):
+    """[B, T, M] and [B, T] -> [n, C, M] and [n, C], the last chunks filled up with tokens without a target."""
+    rows, length, width = hidden.shape
+    r, t = _tile(rows, length, chunk)
+    pad = (0, -rows % r), (0, -length % t)
+    hidden = jnp.pad(hidden, (*pad, (0, 0)))
+    targets = jnp.pad(targets, pad, constant_values=-1)
+    row_tiles, time_tiles = hidden.shape[0] // r, hidden.shape[1] // t
+    hidden = hidden.reshape(row_tiles, r, time_tiles, t, width).transpose(0, 2, 1, 3, 4)
+    targets = targets.reshape(row_tiles, r, time_tiles, t).transpose(0, 2, 1, 3)
+    return hidden.reshape(-1, r * t, width), targets.reshape(-1, r * t)
+
+
+def _join(chunks, shape, chunk):
+    """The inverse of `_split` for [n, C, M]."""
+    rows, length, width = shape
+    r, t = _tile(rows, length, chunk)
+    row_tiles, time_tiles = -(-rows // r), -(-length // t)
+    joined = chunks.reshape(row_tiles, time_tiles, r, t, width).transpose(0, 2, 1, 3, 4)
+    return joined.reshape(row_tiles * r, time_tiles * t, width)[:rows, :length]
