@@ -1,0 +1,344 @@
+"""import, export and verify: what `python -m mmx_jax.convert` runs."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mmx_jax.config import Config, ModelConfig, TrainingConfig
+from mmx_jax.config_io import config_to_json
+from mmx_jax.convert import rules
+from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert.hf_config import describe, model_config_to_hf
+from mmx_jax.convert.job import Job, check_free_space, disk_errors
+from mmx_jax.convert.params_io import ParamsReader, ParamsWriter
+from mmx_jax.convert.pipeline import bounded_map
+from mmx_jax.convert.progress import Progress
+from mmx_jax.convert.safetensors_io import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorSpec,
+    atomic_file,
+    file_order,
+    plan_shards,
+    raw_bytes,
+    write_atomically,
+    write_index,
+    write_shard,
+)
+from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, carried_files, open_tensors, resolve
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the journal and the manifest
+DEFAULT_SHARD_SIZE = 5 * 10**9
+WEIGHT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPE_CHOICES = ("keep", *WEIGHT_DTYPES)
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(raw_bytes(array)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _budget(specs):
+    return max(spec.nbytes for spec in specs)
+
+
+def _carry(folder: Path | None, destination: Path) -> list[str]:
+    files = carried_files(folder) if folder else []
+    for file in files:
+        with atomic_file(destination / file.name) as out:
+            out.write(file.read_bytes())
+    return [file.name for file in files]
+
+
+def import_checkpoint(source_path, destination, *, overwrite: bool = False) -> str:
+    """Hugging Face folder -> weights folder (config.json, params/, tokenizer files, manifest.json).
+
+    Weights keep the dtype that they have on disk; the router is float32 (a bfloat16 one is widened, which is exact).
+    Continues a conversion that was interrupted; `destination` appears when it is whole.
+
+    Returns:
+      A report of a few lines.
+
+    Raises:
+      ConversionError: source and rules do not match, source or disk is damaged or full, or `destination` exists.
+    """
+    destination = Path(destination)
+    source = resolve(source_path)
+    if source.kind != "huggingface":
+        raise ConversionError(f"{source_path}: already a checkpoint of ours ({source.kind}); nothing to import")
+    with disk_errors(destination):
+        return _import(source, HuggingFaceTensors(source), destination, overwrite)
+
+
+def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Path, overwrite: bool) -> str:
+    folder = tensors.folder
+    dtypes = {
+        mapping.leaf: np.dtype(np.float32) if mapping.float32 else folder.entries[mapping.hf].dtype
+        for mapping in tensors.mappings
+    }
+    embedding = dtypes[("embed", "embedding")]
+    config = dataclasses.replace(tensors.config, param_dtype=embedding.name)
+    shapes = rules.leaf_shapes(config, tensors.mappings)
+    leading = {mapping.leaf: len(mapping.index) for mapping in tensors.mappings}
+    total = sum(entry.nbytes for entry in tensors.specs.values())
+    plan = {"format": FORMAT, "command": "import", "source": str(source.params_dir.absolute()), **folder.fingerprint}
+    job = Job(destination, plan, overwrite=overwrite)
+    try:
+        check_free_space(job.folder, _params_bytes(shapes, dtypes) - _finished_bytes(job, tensors.specs))
+        writer = ParamsWriter(job.folder / "params", shapes, dtypes, leading, resume=job.resumed)
+        reader = ParamsReader(job.folder / "params")
+        job.begin()
+
+        def convert(mapping):
+            done = job.finished.get(mapping.hf)
+            if done and writer.is_written(mapping.leaf, mapping.index, mapping.slice_shape):
+                written = reader.read_hf(mapping)
+                if sha256(written.astype(tensors.specs[mapping.hf].dtype, copy=False)) == done["sha256"]:
+                    return done["sha256"], True
+            tensor = tensors.read(mapping)
+            digest = sha256(tensor)
+            writer.write(mapping.leaf, mapping.index, mapping.to_mmx(tensor.astype(dtypes[mapping.leaf], copy=False)))
+            return digest, False
+
+        # Shard by shard, in file order: the source is read once, from front to back.
+        def location(mapping):
+            entry = folder.entries[mapping.hf]
+            return entry.path.name, entry.offset
+
+        order = sorted(tensors.mappings, key=location)
+        skipped = 0
+        with Progress("import", total) as progress:
+            results = bounded_map(convert, order, lambda m: tensors.specs[m.hf].nbytes, _budget(tensors.specs.values()))
+            for mapping, (digest, was_done) in results:
+                if not was_done:
+                    job.record(mapping.hf, sha256=digest)
+                skipped += was_done
+                progress.advance(tensors.specs[mapping.hf].nbytes, skipped=was_done)
+        HuggingFaceTensors(source).folder.check_unchanged(folder.fingerprint, "the import began")
+        manifest = {
+            "format": FORMAT,
+            "tensors": {
+                name: {
+                    "file": folder.entries[name].path.name, "dtype": spec.dtype.name, "shape": spec.shape,
+                    "sha256": job.finished[name]["sha256"],
+                }
+                for name, spec in tensors.specs.items()
+            },
+            "dropped": sorted(tensors.dropped),
+        }  # fmt: skip
+        write_atomically(job.folder / "config.json", config_to_json(whole_config(source.params_dir.name, config)))
+        carried = _carry(source.params_dir, job.folder)
+        write_atomically(job.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        job.commit()
+    finally:
+        job.close()
+    widened = sum(m.float32 and tensors.specs[m.hf].dtype != np.float32 for m in tensors.mappings)
+    lines = [
+        f"{destination}: {describe(config)}, {sum(map(math.prod, shapes.values())):,} parameters",
+        f"{len(tensors.mappings)} tensors, {total / 1e9:.3f} GB ({skipped} were finished before); "
+        f"{len(tensors.dropped)} derived buffers dropped; {widened} gates widened to float32",
+        f"carried along: {', '.join(carried) or 'nothing'}",
+    ]
+    return "\n".join(lines)
+
+
+def whole_config(name: str, config: ModelConfig) -> Config:
+    """The Config stored beside converted weights; its training section only has to fit the model."""
+    length = min(TrainingConfig.sequence_length, config.max_position_embeddings)
+    return Config(name=name, model=config, training=TrainingConfig(sequence_length=length, batch_tokens=length))
+
+
+def _params_bytes(shapes, dtypes):
+    return sum(math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items())
+
+
+def _finished_bytes(job, specs):
+    return sum(specs[name].nbytes for name in job.finished if name in specs)
+
+
+def export_checkpoint(
+    source_path, destination, *, naming: str = "original", shard_size: int | None = None, dtype: str = "keep",
+    overwrite: bool = False,
+) -> str:  # fmt: skip
+    """Any checkpoint -> Hugging Face folder with the released tensor names.
+
+    Args:
+      naming: of config.json, and the base of shard names ("original" counts from 0, "transformers" from 1).
+      shard_size: bytes of a shard at most. None: the shards that the checkpoint was imported from, where it was, so
+        that the files come out byte-identical; else DEFAULT_SHARD_SIZE.
+      dtype: "keep", or the dtype of all weights but the routers, which stay float32.
+
+    Returns:
+      A report of a few lines.
+
+    Raises:
+      ConversionError: the checkpoint and its config do not match, the disk is full, or `destination` exists.
+    """
+    destination = Path(destination)
+    source = resolve(source_path)
+    hf_config = model_config_to_hf(source.config, naming)
+    tensors = open_tensors(source)
+    with disk_errors(destination):
+        return _export(source, tensors, hf_config, destination, naming, shard_size, dtype, overwrite)
+
+
+def _export(source, tensors, hf_config, destination, naming, shard_size, dtype, overwrite):
+    by_name = {mapping.hf: mapping for mapping in tensors.mappings}
+    specs = [export_spec(mapping, tensors.specs[mapping.hf].dtype, dtype) for mapping in tensors.mappings]
+    manifest = _read_manifest(source)
+    shards = _shards(specs, shard_size, naming, manifest)
+    if "dtype" in hf_config:
+        hf_config["dtype"] = specs[0].dtype.name
+    total = sum(spec.nbytes for spec in specs)
+    plan = {
+        "format": FORMAT, "command": "export", "source": str(source.params_dir.absolute()), "naming": naming,
+        "dtype": dtype, "shards": {file: [spec.name for spec in names] for file, names in shards.items()},
+        **_identity(source, tensors),
+    }  # fmt: skip
+    job = Job(destination, plan, overwrite=overwrite)
+    try:
+        job.begin()
+        finished = {file for file in shards if _is_finished(job, file)}
+        missing = [spec.nbytes for file in shards if file not in finished for spec in shards[file]]
+        check_free_space(job.folder, sum(missing))
+
+        def read(spec):
+            tensor = tensors.read(by_name[spec.name])
+            digest = sha256(tensor)
+            expected = manifest.get(spec.name, {}).get("sha256")
+            unchanged = manifest.get(spec.name, {}).get("dtype") == tensor.dtype.name
+            if expected and unchanged and digest != expected:
+                raise ConversionError(
+                    f"{source.params_dir}: {spec.name!r} is damaged, its sha256 differs from {MANIFEST}; import again"
+                )
+            if tensor.dtype == spec.dtype:
+                return tensor, digest
+            tensor = tensor.astype(spec.dtype)
+            return tensor, sha256(tensor)
+
+        with Progress("export", total) as progress:
+            for file, names in shards.items():
+                size = sum(spec.nbytes for spec in names)
+                if file in finished:
+                    progress.advance(size, skipped=True)
+                    continue
+                digests = {}
+                results = bounded_map(read, file_order(names), lambda spec: spec.nbytes, _budget(specs))
+
+                def stream(results=results, digests=digests):
+                    for spec, (tensor, digest) in results:
+                        digests[spec.name] = digest
+                        yield tensor
+                        del tensor  # before the next one is asked for
+
+                digest = write_shard(job.folder / file, names, stream(), progress.advance)
+                job.record(file, sha256=digest, tensors=digests)
+        if list(shards) != [SINGLE_NAME]:
+            write_index(job.folder / INDEX_NAME, shards)
+        write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+        carried = _carry(source.tokenizer_dir or source.params_dir.parent, job.folder)
+        out = {
+            "format": FORMAT,
+            "files": {file: job.finished[file]["sha256"] for file in shards},
+            "tensors": {name: digest for file in shards for name, digest in job.finished[file]["tensors"].items()},
+        }
+        write_atomically(job.folder / MANIFEST, json.dumps(out, indent=1) + "\n")
+        job.commit()
+    finally:
+        job.close()
+    lines = [
+        f"{destination}: {describe(source.config)}, {naming} naming",
+        f"{len(specs)} tensors, {total / 1e9:.3f} GB in {len(shards)} files ({len(finished)} were finished before)",
+        f"carried along: {', '.join(carried) or 'nothing'}",
+    ]
+    return "\n".join(lines)
+
+
+def export_spec(mapping: rules.Mapping, stored: np.dtype, dtype: str) -> TensorSpec:
+    """What a parameter slice becomes on disk."""
+    if dtype not in DTYPE_CHOICES:
+        raise ConversionError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
+    name = "float32" if mapping.float32 else stored.name if dtype == "keep" else dtype
+    return TensorSpec(mapping.hf, WEIGHT_DTYPES[name], mapping.hf_shape)
+
+
+def _shards(specs, shard_size, naming, manifest):
+    if shard_size is None and manifest:
+        if set(manifest) != {spec.name for spec in specs}:
+            raise ConversionError(f"{MANIFEST} lists other tensors than config.json; give --shard_size to ignore it")
+        shards = {}
+        for spec in specs:
+            shards.setdefault(manifest[spec.name]["file"], []).append(spec)
+        return dict(sorted(shards.items()))
+    return plan_shards(specs, shard_size or DEFAULT_SHARD_SIZE, naming)
+
+
+def _read_manifest(source):
+    path = source.params_dir.parent / MANIFEST
+    if source.kind != "weights" or not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["tensors"]
+    except (ValueError, KeyError, TypeError):
+        raise ConversionError(f"{path}: damaged; import the checkpoint again") from None
+
+
+def _identity(source, tensors):
+    """What tells that a checkpoint is not the one that an interrupted export began with."""
+    if isinstance(tensors, HuggingFaceTensors):
+        return tensors.folder.fingerprint
+    marks = [source.params_dir / name for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")]
+    return {mark.name: [mark.stat().st_size, mark.stat().st_mtime_ns] for mark in marks if mark.exists()}
+
+
+def _is_finished(job, file):
+    path = job.folder / file
+    return file in job.finished and path.is_file() and sha256_file(path) == job.finished[file]["sha256"]
+
+
+def verify_checkpoints(first, second, print_line=print) -> bool:
+    """Compares two checkpoints of any kind tensor by tensor, prints a table, and returns whether all are equal.
+
+    Derived buffers do not count. Tensors are equal when dtype, shape and every byte are.
+    """
+    sides = [open_tensors(resolve(path)) for path in (first, second)]
+    names = list(dict.fromkeys(name for side in sides for name in side.specs))
+    width = max(map(len, names))
+    print_line(f"{'tensor':{width}}  {'shape':16} {'dtype':19} {'sha256 A':10} {'sha256 B':10} equal")
+    by_name = [{mapping.hf: mapping for mapping in side.mappings} for side in sides]
+
+    def digests(name):
+        return [sha256(side.read(own[name])) if name in own else "-" for side, own in zip(sides, by_name, strict=True)]
+
+    def size(name):
+        return max(side.specs[name].nbytes for side in sides if name in side.specs)
+
+    budget = max(map(size, names))
+    unequal = 0
+    with Progress("verify", sum(map(size, names))) as progress:
+        for name, (a, b) in bounded_map(digests, names, size, budget):
+            specs = [side.specs.get(name) for side in sides]
+            same_form = None not in specs and len({(spec.dtype, spec.shape) for spec in specs}) == 1
+            equal = same_form and a == b
+            unequal += not equal
+            shape = _both(specs, lambda spec: "x".join(map(str, spec.shape)))
+            dtype = _both(specs, lambda spec: spec.dtype.name)
+            print_line(f"{name:{width}}  {shape:16} {dtype:19} {a[:10]:10} {b[:10]:10} {'yes' if equal else 'NO'}")
+            progress.advance(size(name))
+    print_line(f"{len(names) - unequal} of {len(names)} tensors are equal" + (f"; {unequal} differ" if unequal else ""))
+    return not unequal
+
+
+def _both(specs, text):
+    values = [text(spec) if spec else "-" for spec in specs]
+    return values[0] if values[0] == values[1] else " / ".join(values)

@@ -1,0 +1,140 @@
+"""What a checkpoint path may be, and one interface to its tensors in the Hugging Face layout."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mmx_jax.config import Config, ConfigError, ModelConfig
+from mmx_jax.config_io import config_from_json
+from mmx_jax.convert import rules
+from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert.hf_config import model_config_from_hf
+from mmx_jax.convert.params_io import ParamsReader
+from mmx_jax.convert.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsFolder, TensorSpec, open_folder
+
+# Files that travel with the weights. The remote code is what `auto_map` of a released config points to.
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "generation_config.json", "chat_template*",
+    "configuration_minimax*.py", "modeling_minimax*.py",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsSource:
+    """A checkpoint that was found: `params_dir` holds safetensors ("huggingface") or an orbax tree."""
+
+    kind: str  # "huggingface", "weights" or "run"
+    params_dir: Path
+    config: ModelConfig
+    tokenizer_dir: Path | None
+
+
+def resolve(path) -> WeightsSource:
+    """Finds out what lies at `path`.
+
+    Args:
+      path: a Hugging Face folder, a weights folder of `convert import`, a training run folder (its newest step is
+        taken), or one step of a run.
+
+    Raises:
+      ConversionError: none of these, or its config is missing or wrong.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint")
+    if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
+        return WeightsSource("huggingface", path, read_hf_config(path), _tokenizer_dir(path))
+    if (path / "checkpoints").is_dir():
+        return _run(path, path / "checkpoints" / str(_newest_step(path / "checkpoints")))
+    if (path / "params").is_dir():
+        if path.parent.name == "checkpoints" and path.name.isdigit():
+            return _run(path.parent.parent, path)
+        return WeightsSource("weights", path / "params", read_config(path).model, _tokenizer_dir(path))
+    hint = ""
+    if (partial := path.with_name(path.name + ".partial")).exists():
+        hint = f"; {partial.name} beside it is an unfinished conversion"
+    raise ConversionError(
+        f"{path}: not a checkpoint: it holds neither {SINGLE_NAME} nor {INDEX_NAME} (a Hugging Face folder), "
+        f"nor params (a converted one), nor checkpoints (a training run){hint}"
+    )
+
+
+def _run(run, step):
+    if not (step / "params").is_dir():
+        raise ConversionError(f"{step}: the training step holds no params; name another step of the run")
+    tokenizer_dir = _tokenizer_dir(run / "tokenizer")
+    return WeightsSource("run", step / "params", read_config(run).model, tokenizer_dir)
+
+
+def _newest_step(folder):
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and (entry / "params").is_dir()]
+    if not steps:
+        raise ConversionError(f"{folder}: holds no finished step; let the training run save one")
+    return max(steps)
+
+
+def _tokenizer_dir(folder):
+    return folder if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists() else None
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config stored beside our own checkpoints."""
+    try:
+        return config_from_json((folder / "config.json").read_text())
+    except (OSError, ConfigError) as error:
+        raise ConversionError(f"{folder / 'config.json'}: {error}") from None
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The model of a Hugging Face folder."""
+    try:
+        return model_config_from_hf(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{folder / 'config.json'}: {error}") from None
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The tokenizer and generation files of a folder."""
+    return sorted({file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()})
+
+
+class HuggingFaceTensors:
+    """The tensors of a Hugging Face folder, without the derived buffers."""
+
+    def __init__(self, source: WeightsSource):
+        self.config = source.config
+        self.mappings = rules.expand(self.config)
+        self.folder: SafetensorsFolder = open_folder(source.params_dir)
+        self.dropped = rules.check_tensors(self.config, self.mappings, self.folder.entries, str(source.params_dir))
+        self.specs: dict[str, TensorSpec] = {m.hf: self.folder.entries[m.hf] for m in self.mappings}
+
+    def read(self, mapping: rules.Mapping) -> np.ndarray:
+        return self.folder.entries[mapping.hf].read()
+
+
+class ParamsTensors:
+    """The tensors that an orbax parameter tree makes in the Hugging Face layout."""
+
+    def __init__(self, source: WeightsSource):
+        self.config = source.config
+        self.mappings = rules.expand(self.config)
+        self._reader = ParamsReader(source.params_dir)
+        rules.check_parameters(self.config, self.mappings, self._reader.shapes)
+        for path, dtype in self._reader.dtypes.items():
+            if dtype.name not in rules.WEIGHT_DTYPES:
+                raise ConversionError(
+                    f"{source.params_dir}: {'/'.join(path)} has dtype {dtype.name}, expected one of "
+                    f"{', '.join(rules.WEIGHT_DTYPES)}; cast it first"
+                )
+        self.specs = {m.hf: TensorSpec(m.hf, self._reader.dtypes[m.leaf], m.hf_shape) for m in self.mappings}
+
+    def read(self, mapping: rules.Mapping) -> np.ndarray:
+        return self._reader.read_hf(mapping)
+
+
+def open_tensors(source: WeightsSource) -> HuggingFaceTensors | ParamsTensors:
+    """The tensors of any checkpoint in the Hugging Face layout, checked against its config."""
+    return (HuggingFaceTensors if source.kind == "huggingface" else ParamsTensors)(source)
