@@ -184,28 +184,46 @@ def export_checkpoint(
     Raises:
       ConversionError: the checkpoint and its config do not match, the disk is full, or `destination` exists.
     """
-    destination = Path(destination)
     source = resolve(source_path)
-    hf_config = model_config_to_hf(source.config, naming)
     tensors = open_tensors(source)
+    return export_tensors(
+        tensors, Path(destination), naming=naming, shard_size=shard_size, dtype=dtype, overwrite=overwrite,
+        identity={"source": str(source.params_dir.absolute()), **_identity(source, tensors)},
+        manifest=_read_manifest(source), carry_from=source.tokenizer_dir or source.params_dir.parent,
+    )  # fmt: skip
+
+
+def export_tensors(
+    tensors, destination: Path, *, naming, shard_size, dtype, overwrite, identity, manifest, carry_from,
+    resumable: bool = True,
+) -> str:  # fmt: skip
+    """`export_checkpoint` of anything with `config`, `mappings`, `specs` and `read(mapping)`.
+
+    Args:
+      identity: JSON-able; an unfinished export is continued only if it was begun with the same.
+      manifest: name -> {file, dtype, sha256} of the tensors at their import; empty where there is none.
+      carry_from: folder of the tokenizer files, or None.
+      resumable: False discards what an unfinished export left.
+    """
     with disk_errors(destination):
-        return _export(source, tensors, hf_config, destination, naming, shard_size, dtype, overwrite)
+        return _export(
+            tensors, destination, naming, shard_size, dtype, overwrite, identity, manifest, carry_from, resumable
+        )
 
 
-def _export(source, tensors, hf_config, destination, naming, shard_size, dtype, overwrite):
+def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity, manifest, carry_from, resumable):
+    hf_config = model_config_to_hf(tensors.config, naming)
     by_name = {mapping.hf: mapping for mapping in tensors.mappings}
     specs = [export_spec(mapping, tensors.specs[mapping.hf].dtype, dtype) for mapping in tensors.mappings]
-    manifest = _read_manifest(source)
     shards = _shards(specs, shard_size, naming, manifest)
     if "dtype" in hf_config:
         hf_config["dtype"] = specs[0].dtype.name
     total = sum(spec.nbytes for spec in specs)
     plan = {
-        "format": FORMAT, "command": "export", "source": str(source.params_dir.absolute()), "naming": naming,
-        "dtype": dtype, "shards": {file: [spec.name for spec in names] for file, names in shards.items()},
-        **_identity(source, tensors),
+        "format": FORMAT, "command": "export", "naming": naming, "dtype": dtype, **identity,
+        "shards": {file: [spec.name for spec in names] for file, names in shards.items()},
     }  # fmt: skip
-    job = Job(destination, plan, overwrite=overwrite)
+    job = Job(destination, plan, overwrite=overwrite, resumable=resumable)
     try:
         job.begin()
         finished = {file for file in shards if _is_finished(job, file)}
@@ -219,7 +237,7 @@ def _export(source, tensors, hf_config, destination, naming, shard_size, dtype, 
             unchanged = manifest.get(spec.name, {}).get("dtype") == tensor.dtype.name
             if expected and unchanged and digest != expected:
                 raise ConversionError(
-                    f"{source.params_dir}: {spec.name!r} is damaged, its sha256 differs from {MANIFEST}; import again"
+                    f"{identity['source']}: {spec.name!r} is damaged, its sha256 differs from {MANIFEST}; import again"
                 )
             if tensor.dtype == spec.dtype:
                 return tensor, digest
@@ -246,7 +264,7 @@ def _export(source, tensors, hf_config, destination, naming, shard_size, dtype, 
         if list(shards) != [SINGLE_NAME]:
             write_index(job.folder / INDEX_NAME, shards)
         write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
-        carried = _carry(source.tokenizer_dir or source.params_dir.parent, job.folder)
+        carried = _carry(carry_from, job.folder)
         out = {
             "format": FORMAT,
             "files": {file: job.finished[file]["sha256"] for file in shards},
@@ -257,7 +275,7 @@ def _export(source, tensors, hf_config, destination, naming, shard_size, dtype, 
     finally:
         job.close()
     lines = [
-        f"{destination}: {describe(source.config)}, {naming} naming",
+        f"{destination}: {describe(tensors.config)}, {naming} naming",
         f"{len(specs)} tensors, {total / 1e9:.3f} GB in {len(shards)} files ({len(finished)} were finished before)",
         f"carried along: {', '.join(carried) or 'nothing'}",
     ]

@@ -21,9 +21,10 @@ class Job:
       destination: the final folder.
       plan: what is being made from what, JSON-able. A journal with another plan is not continued.
       overwrite: replaces an existing destination, and discards a partial one with another plan.
+      resumable: False discards any partial one.
     """
 
-    def __init__(self, destination: Path, plan: dict, *, overwrite: bool):
+    def __init__(self, destination: Path, plan: dict, *, overwrite: bool, resumable: bool = True):
         self.destination = destination
         self.folder = destination.with_name(destination.name + ".partial")
         if destination.exists() and not overwrite:
@@ -38,7 +39,7 @@ class Job:
         lines = self._read()
         self.finished: dict[str, dict] = {}
         self.resumed = bool(lines)
-        if lines:
+        if lines and resumable:
             difference = _first_difference(lines[0], plan)
             if not difference:
                 self.finished = {line["part"]: line for line in lines[1:]}

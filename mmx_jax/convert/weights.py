@@ -1,0 +1,160 @@
+"""Parameters in memory, from any checkpoint and to safetensors; what training and inference load through."""
+
+import dataclasses
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.convert import rules
+from mmx_jax.convert.commands import export_tensors
+from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert.params_io import ParamsReader, flatten, unflatten
+from mmx_jax.convert.safetensors_io import TensorSpec
+from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, resolve
+
+__all__ = ["WeightsSource", "load_params", "resolve", "save_huggingface"]
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def load_params(
+    path, *, param_dtype: str | None = None, mesh=None, shardings=None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Loads the parameters of any checkpoint that `resolve` knows.
+
+    Args:
+      path: a Hugging Face folder, a weights folder, a training run or one of its steps.
+      param_dtype: "float32" or "bfloat16" for all but the routers, which are float32. None: as on disk.
+      mesh: where to; the placement is `mmx_jax.sharding.param_shardings`. Each process reads what its shards need.
+      shardings: instead of a mesh, one sharding, or a tree like the parameters.
+
+    Returns:
+      The model's config, with `param_dtype` as loaded, and the parameter tree of jax.Arrays.
+
+    Raises:
+      ConversionError: the checkpoint does not match its config, or is damaged.
+    """
+    source = resolve(path)
+    if param_dtype not in (None, *rules.WEIGHT_DTYPES):
+        raise ConversionError(f"param_dtype={param_dtype!r} is not one of {', '.join(rules.WEIGHT_DTYPES)}")
+    huggingface = source.kind == "huggingface"
+    tensors = HuggingFaceTensors(source) if huggingface else None
+    mappings = tensors.mappings if huggingface else rules.expand(source.config)
+    shapes = rules.leaf_shapes(source.config, mappings)
+    if huggingface:
+        stored = {mapping.leaf: tensors.specs[mapping.hf].dtype for mapping in mappings}
+    else:
+        reader = ParamsReader(source.params_dir)
+        rules.check_parameters(source.config, mappings, reader.shapes)
+        stored = reader.dtypes
+    dtypes = {path: np.dtype(jax.numpy.dtype(param_dtype)) if param_dtype else dtype for path, dtype in stored.items()}
+    dtypes |= {mapping.leaf: FLOAT32 for mapping in mappings if mapping.float32}
+    config = dataclasses.replace(source.config, param_dtype=dtypes[("embed", "embedding")].name)
+    places = _placement(config, shapes, mesh, shardings)
+    if not huggingface:
+        abstract = {
+            path: jax.ShapeDtypeStruct(shapes[path], dtypes[path], sharding=places[path]) for path in shapes
+        }
+        with ocp.StandardCheckpointer() as checkpointer:
+            return config, checkpointer.restore(source.params_dir.absolute(), unflatten(abstract))
+    slices = {}
+    for mapping in mappings:
+        slices.setdefault(mapping.leaf, {})[mapping.index] = mapping
+    leaves = {}
+    for path, shape in shapes.items():
+        read = _ShardReader(tensors, slices[path], shape, dtypes[path])
+        leaves[path] = jax.make_array_from_callback(shape, places[path], read)
+    return config, unflatten(leaves)
+
+
+def _placement(config, shapes, mesh, shardings):
+    if mesh is not None and shardings is not None:
+        raise ConversionError("load_params takes a mesh or shardings, not both")
+    if mesh is not None:
+        from mmx_jax.sharding import param_shardings
+
+        shardings = param_shardings(config, mesh)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(shapes, shardings)
+    places = flatten(shardings)
+    if set(places) != set(shapes):
+        differing = sorted("/".join(path) for path in set(places) ^ set(shapes))
+        raise ConversionError(f"shardings and parameters differ in {rules.summarize(differing)}")
+    return places
+
+
+class _ShardReader:
+    """Builds shards of one parameter from slices of memory maps; a shard that several devices hold is read once."""
+
+    def __init__(self, tensors, mappings, shape, dtype):
+        self._entries = tensors.folder.entries
+        self._mappings, self._shape, self._dtype = mappings, shape, dtype
+        self._cached = None, None
+
+    def __call__(self, region: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(size)[part] for part, size in zip(region, self._shape, strict=True)]
+        if self._cached[0] == ranges:
+            return self._cached[1]
+        out = np.empty([len(part) for part in ranges], self._dtype)
+        leading = len(next(iter(self._mappings)))
+        for local in np.ndindex(*out.shape[:leading]):
+            mapping = self._mappings[tuple(part[i] for part, i in zip(ranges[:leading], local, strict=True))]
+            piece = mapping.to_mmx(self._entries[mapping.hf].map())[tuple(region[leading:])]
+            if piece.dtype == self._dtype:
+                rules.copy_strips(out[local], piece)
+            else:
+                out[local] = piece.astype(self._dtype)
+        self._cached = ranges, out
+        return out
+
+
+class _ArrayTensors:
+    """Parameters in memory as Hugging Face tensors."""
+
+    def __init__(self, params, config: ModelConfig):
+        self.config = config
+        self.mappings = rules.expand(config)
+        self._leaves = flatten(params)
+        rules.check_parameters(config, self.mappings, {path: leaf.shape for path, leaf in self._leaves.items()})
+        for path, leaf in self._leaves.items():
+            name = "/".join(path)
+            if np.dtype(leaf.dtype).name not in rules.WEIGHT_DTYPES:
+                raise ConversionError(f"{name} has dtype {leaf.dtype}, expected {' or '.join(rules.WEIGHT_DTYPES)}")
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                raise ConversionError(
+                    f"{name} lies on several processes; save a checkpoint and export that (python -m mmx_jax.convert)"
+                )
+        self.specs = {m.hf: TensorSpec(m.hf, np.dtype(self._leaves[m.leaf].dtype), m.hf_shape) for m in self.mappings}
+
+    def read(self, mapping: rules.Mapping) -> np.ndarray:
+        return mapping.to_hf(np.asarray(self._leaves[mapping.leaf][mapping.index]))
+
+
+def save_huggingface(
+    params: dict[str, Any], config: ModelConfig, path, naming: str = "original", *, shard_size: int | None = None,
+    tokenizer_dir=None, dtype: str = "keep", overwrite: bool = False,
+) -> str:  # fmt: skip
+    """Writes parameters in memory as a Hugging Face folder; see `export_checkpoint` for the arguments it shares.
+
+    Args:
+      params: the parameter tree, float32 or bfloat16, all of it addressable by this process.
+      tokenizer_dir: folder of the tokenizer files that go along.
+
+    Returns:
+      A report of a few lines.
+
+    Raises:
+      ConversionError: the tree does not fit `config`, `path` exists, or the disk is full.
+    """
+    return export_tensors(
+        _ArrayTensors(params, config), Path(path), naming=naming, shard_size=shard_size, dtype=dtype,
+        overwrite=overwrite, identity={"source": uuid.uuid4().hex}, manifest={},
+        carry_from=None if tokenizer_dir is None else Path(tokenizer_dir), resumable=False,
+    )  # fmt: skip
