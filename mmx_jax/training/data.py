@@ -1,0 +1,395 @@
+"""The data pipeline: sources of documents to packed batches, deterministic, and resumable to the bit.
+
+    source -> shuffle -> repeat -> this process' share -> train split -> tokens -> pieces -> packed rows
+    rows of all sources -> mixture -> batches -> a thread that works ahead
+
+grain is imported when a pipeline is built, not before.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mmx_jax.config import DataConfig
+from mmx_jax.tokenizer import Tokenizer
+from mmx_jax.training.packing import batches_of, pack, split_document
+from mmx_jax.training.sources import DataError, Document, Source, import_extra, open_source, standard_library
+
+# So many documents of every source are read when it is opened: what is smaller is known exactly.
+_SCANNED_DOCUMENTS = 2000
+_TOKENIZER_TEXT = 4 * 1024 * 1024  # characters that a tokenizer is trained on
+
+
+def open_sources(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Source]:
+    """The sources of a config, in order; the standard library's own code where it names none."""
+    eos_id = tokenizer.eos_id if tokenizer else None
+    return [open_source(source, eos_id) for source in data.sources] or [standard_library()]
+
+
+def mixture(data: DataConfig, source_weights: Sequence[float] = ()) -> tuple[float, ...]:
+    """Shares of the sources, summing to 1: those given, or the config's."""
+    weights = tuple(source_weights) or tuple(source.weight for source in data.sources) or (1.0,)
+    if len(weights) != max(1, len(data.sources)) or min(weights) <= 0:
+        raise DataError(f"source_weights={weights} must hold a positive weight for each of {len(data.sources)} sources")
+    return tuple(weight / math.fsum(weights) for weight in weights)
+
+
+# -- held-out split ---------------------------------------------------------------------------------------------------
+
+
+def content_hash(document: Document) -> float:
+    """Uniform in [0, 1), from the content alone: copies of a document fall on one side of a split."""
+    data = document.encode() if isinstance(document, str) else np.asarray(document, "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Held out are the documents whose hash is at most `threshold`; -1 holds out none."""
+
+    threshold: float
+
+    def is_held_out(self, document: Document) -> bool:
+        return len(document) > 0 and content_hash(document) <= self.threshold
+
+    def is_train(self, document: Document) -> bool:
+        return len(document) > 0 and content_hash(document) > self.threshold
+
+
+def make_split(sources: Sequence[Source], eval_fraction: float) -> Split:
+    """The split of a corpus; reads the first documents of every source.
+
+    A corpus so small that its hashes hold out nothing gives up the document with the smallest hash, out of a
+    source that can spare one.
+
+    Raises:
+      DataError: a source has no document to train on, or there is but one document to train on and hold out.
+    """
+    hashes = [_scan(source) for source in sources]
+    for source, found in zip(sources, hashes, strict=True):
+        if not found:
+            raise DataError(f"data source {source.name} is empty: none of its first documents has any content")
+    if eval_fraction == 0:
+        return Split(-1.0)
+    threshold = eval_fraction
+    if all(len(source) <= _SCANNED_DOCUMENTS for source in sources) and min(map(min, hashes)) > threshold:
+        spare = [min(found) for found in hashes if len(found) > 1]
+        threshold = min(spare, default=1.0)
+    for source, found in zip(sources, hashes, strict=True):
+        if max(found) <= threshold:
+            raise DataError(
+                f"data source {source.name}: {len(found)} different documents, and all of them would be held out; add "
+                f"documents, or set data.eval_fraction={eval_fraction} to less, 0 for no evaluation"
+            )
+    return Split(threshold)
+
+
+def _scan(source: Source) -> set[float]:
+    documents = (source[i] for i in range(min(len(source), _SCANNED_DOCUMENTS)))
+    return {content_hash(document) for document in documents if len(document)}
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
+
+
+class _Tokenise:
+    """A document to int32 [n], eos at its end where the tokenizer has one."""
+
+    def __init__(self, tokenizer: Tokenizer, source: Source):
+        self._tokenizer = tokenizer
+        self._source = source
+
+    def __call__(self, document: Document) -> np.ndarray:
+        tokenizer, eos_id = self._tokenizer, self._tokenizer.eos_id
+        if isinstance(document, str):
+            tokens = np.asarray(tokenizer.encode(document, parse_special=False), np.int32)
+        else:
+            tokens = document
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= tokenizer.vocab_size:
+                raise DataError(
+                    f"a document of {self._source.name} holds token {low if low < 0 else high}; the vocabulary has "
+                    f"{tokenizer.vocab_size}: tokenise it with the tokenizer of this run"
+                )
+            tokens = tokens.astype(np.int32)
+        if eos_id is not None and tokens[-1:] != eos_id:
+            tokens = np.append(tokens, np.int32(eos_id))
+        return tokens
+
+
+def _seeds(seed: int, source: int) -> tuple[int, int]:
+    """Seeds of the shuffle of documents and of rows; grain adds the epoch, so neighbours must lie far apart."""
+    first, second = np.random.SeedSequence([seed, source]).generate_state(2)
+    return int(first), int(second)
+
+
+def _shuffled(source: Source, index: int, seed: int) -> Iterator[Document]:
+    """The documents of one epoch, in an order of its own."""
+    grain = import_extra("grain")
+    shuffled = grain.MapDataset.source(source).shuffle(_seeds(seed, index)[0])
+    return (shuffled[i] for i in range(len(shuffled)))
+
+
+def _shuffled_split(
+    data: DataConfig, source: Source, index: int, split: Split, *, held_out: bool
+) -> Iterator[Document]:
+    keep = split.is_held_out if held_out else split.is_train
+    return filter(keep, _shuffled(source, index, data.seed))
+
+
+def load_or_train_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, or a byte-level BPE trained on documents of the train split.
+
+    Args:
+      vocab_size: of the model. A trained tokenizer has at most `data.tokenizer_vocab_size` tokens, if set.
+
+    Raises:
+      DataError: the tokenizer has more tokens than the model, or the sources hold no text to train one on.
+    """
+    tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else _train_tokenizer(data, vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {vocab_size=}")
+    return tokenizer
+
+
+def _train_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
+    if any(source.format == "tokens" or source.path.endswith(".npy") for source in data.sources):
+        raise DataError("pre-tokenised sources need the tokenizer they were made with: set data.tokenizer")
+    sources = open_sources(data)
+    split = make_split(sources, data.eval_fraction)
+
+    def texts():
+        for i, (source, share) in enumerate(zip(sources, mixture(data), strict=True)):
+            budget = share * _TOKENIZER_TEXT
+            for text in _shuffled_split(data, source, i, split, held_out=False):
+                yield text
+                budget -= len(text)
+                if budget <= 0:
+                    break
+
+    return Tokenizer.train(texts(), data.tokenizer_vocab_size or vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusStatistics:
+    """Of the training documents that were read.
+
+    `unigram_entropy` in nats per token, eos included, of the mixture: what a model that knows only how frequent
+    tokens are would reach.
+    """
+
+    unigram_entropy: float
+    tokens: int
+    documents: int
+
+
+def corpus_statistics(
+    data: DataConfig, tokenizer: Tokenizer, *, max_documents: int = 1000, source_weights: Sequence[float] = ()
+) -> CorpusStatistics:
+    """Counts tokens of at most `max_documents` training documents, an equal number from every source."""
+    sources = open_sources(data, tokenizer)
+    split = make_split(sources, data.eval_fraction)
+    frequency, tokens, documents = np.zeros(tokenizer.vocab_size), 0, 0
+    for i, (source, share) in enumerate(zip(sources, mixture(data, source_weights), strict=True)):
+        chosen = _shuffled_split(data, source, i, split, held_out=False)
+        counts = np.zeros(tokenizer.vocab_size)
+        for document in itertools.islice(chosen, max(1, max_documents // len(sources))):
+            counts += np.bincount(_Tokenise(tokenizer, source)(document), minlength=tokenizer.vocab_size)
+            documents += 1
+        tokens += int(counts.sum())
+        frequency += share * counts / counts.sum()
+    present = frequency[frequency > 0]
+    return CorpusStatistics(float(-(present * np.log(present)).sum()), tokens, documents)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+class TrainIterator:
+    """Endless batches with a state. Built by `make_train_iterator`."""
+
+    def __init__(self, iterator, identity: dict):
+        self._iterator = iterator
+        self._identity = identity
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict:
+        """The position after the last batch given out, of JSON types. It may be restored with other `rows`."""
+        return {"identity": self._identity, "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: dict) -> None:
+        """Continues where `get_state` was called.
+
+        Raises:
+          DataError: the state was saved with other data; the message names what differs.
+        """
+        saved = state["identity"]
+        changed = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in self._identity.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            raise DataError("the saved data position does not fit this run: " + "; ".join(changed))
+        self._iterator.set_state(state["iterator"])
+
+    def close(self) -> None:
+        """Stops the thread that works ahead."""
+        self._iterator.close()
+
+
+def make_train_iterator(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    rows: int,
+    source_weights: Sequence[float] = (),
+    process_index: int = 0,
+    process_count: int = 1,
+    seed: int | None = None,
+) -> TrainIterator:
+    """Endless packed batches of the training documents.
+
+    Every epoch of a source is shuffled anew; with `data.shuffle_buffer` only within windows of that many
+    neighbouring documents, for files that are slow to read at random. Each row holds documents of one source;
+    the weights of the mixture are shares of rows, hence of tokens, exact to about 1 % of the smallest weight.
+    Processes read disjoint documents within an epoch. Documents longer than a row are cut, see
+    `packing.split_document`.
+
+    Args:
+      data: sources, split, packing.
+      sequence_length: T.
+      rows: R, rows of a batch of this process.
+      source_weights: in place of the config's.
+      seed: of the shuffles; None takes `data.seed`.
+
+    Returns:
+      Iterator over `{tokens, targets, segment_ids, positions}`, int32 [R, T]. `targets` is the next token of the
+      same document, -1 where there is none; `segment_ids` is 0 on padding.
+
+    Raises:
+      DataError, FileNotFoundError: data that cannot be used, here or when a document is reached.
+      ImportError: grain is not installed.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"{process_index=} must lie in [0, {process_count=})")
+    grain = import_extra("grain")
+    seed = data.seed if seed is None else seed
+    sources = open_sources(data, tokenizer)
+    split = make_split(sources, data.eval_fraction)
+    weights = mixture(data, source_weights)
+
+    def rows_of(index: int, source: Source):
+        document_seed, row_seed = _seeds(seed, index)
+        documents = grain.MapDataset.source(source)
+        if data.shuffle_buffer:
+            documents = grain.experimental.WindowShuffleMapDataset(
+                documents.repeat(), window_size=data.shuffle_buffer, seed=document_seed
+            )
+        else:
+            documents = documents.shuffle(document_seed).repeat()
+        documents = documents[process_index::process_count].filter(split.is_train)
+        return pack(
+            grain, _pieces(grain, documents.map(_Tokenise(tokenizer, source)), sequence_length),
+            length=sequence_length, bins=data.packing_bins, alignment=data.packing_alignment,
+            pad_id=tokenizer.pad_id or 0, seed=row_seed, shuffle=True,
+        )  # fmt: skip
+
+    mixed = [rows_of(i, source) for i, source in enumerate(sources)]
+    dataset = mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights)
+    dataset = dataset.batch(rows)
+    if data.prefetch:
+        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=data.prefetch)
+    identity = {
+        "sources": [[source.name, len(source)] for source in sources],
+        "weights": list(weights),
+        "vocab_size": tokenizer.vocab_size,
+        "eval_fraction": data.eval_fraction,
+        "sequence_length": sequence_length,
+        "packing_bins": data.packing_bins,
+        "packing_alignment": data.packing_alignment,
+        "shuffle_buffer": data.shuffle_buffer,
+        "process": [process_index, process_count],
+        "seed": seed,
+    }
+    return TrainIterator(iter(dataset), identity)
+
+
+def _pieces(grain, documents, length: int):
+    """The pieces of a grain dataset of token arrays."""
+
+    class Split(grain.experimental.FlatMapTransform):
+        def flat_map(self, tokens):
+            return split_document(tokens, length)
+
+    # One thread, here or after batching: reading ahead by document would only compete with the thread for batches.
+    documents = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return grain.experimental.FlatMapIterDataset(documents, Split())
+
+
+def make_eval_batches(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    rows: int,
+    max_batches: int,
+    source_weights: Sequence[float] = (),
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[dict[str, np.ndarray]]:
+    """The held-out documents as batches, the same in every call.
+
+    At most `max_batches * rows * process_count` rows, of the sources in proportion to their weights; fewer where
+    the held-out documents are fewer. Every process gets the same number of batches of its own rows, the last one
+    filled with padding.
+
+    Returns:
+      List of `{tokens, targets, segment_ids, positions}`, int32 [rows, T], as `make_train_iterator` gives them.
+
+    Raises:
+      DataError: `eval_fraction` is 0, or no document is held out.
+    """
+    if data.eval_fraction == 0:
+        raise DataError("data.eval_fraction is 0: nothing is held out to evaluate on")
+    grain = import_extra("grain")
+    sources = open_sources(data, tokenizer)
+    split = make_split(sources, data.eval_fraction)
+    total = max_batches * rows * process_count
+    chosen = []
+    for i, (source, share) in enumerate(zip(sources, mixture(data, source_weights), strict=True)):
+        wanted = math.ceil(share * total)
+        documents = _held_out_tokens(data, source, i, split, _Tokenise(tokenizer, source), wanted * sequence_length)
+        if documents:
+            packed = pack(
+                grain, _pieces(grain, grain.MapDataset.source(documents), sequence_length), length=sequence_length,
+                bins=data.packing_bins, alignment=data.packing_alignment, pad_id=tokenizer.pad_id or 0, seed=0,
+                shuffle=False,
+            )  # fmt: skip
+            chosen += itertools.islice(packed, wanted)
+    if not chosen:
+        raise DataError(f"data.eval_fraction={data.eval_fraction} holds out none of the documents: make it larger")
+    own = slice(process_index * rows, (process_index + 1) * rows)
+    batches = batches_of(chosen[:total], rows * process_count, tokenizer.pad_id or 0)
+    return [{name: array[own] for name, array in batch.items()} for batch in batches]
+
+
+def _held_out_tokens(data, source, index, split, tokenise, enough: int) -> list[np.ndarray]:
+    """Held-out documents of a source, until they have `enough` tokens."""
+    documents, tokens = [], 0
+    for document in _shuffled_split(data, source, index, split, held_out=True):
+        documents.append(tokenise(document))
+        tokens += len(documents[-1])
+        if tokens >= enough:
+            break
+    return documents
