@@ -20,7 +20,7 @@ from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training.data import (
     content_hash,
     corpus_statistics,
-    load_or_train_tokenizer,
+    iterate_texts,
     make_eval_batches,
     make_split,
     make_train_iterator,
@@ -237,8 +237,8 @@ def test_prefetch_changes_nothing_and_seeds_and_epochs_differ(corpus):
 
 
 def test_mixture_weights_are_shares_of_rows(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "aaaa " * (5 + i)} for i in range(30)])
-    write_jsonl(tmp_path / "b.jsonl", [{"text": "b" * (1 + i)} for i in range(5)])  # far fewer tokens
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "aaaa " * (5 + i % 30)} for i in range(200)])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "b" * (1 + i % 5)} for i in range(200)])  # far fewer tokens
     sources = tuple(SourceConfig(path=str(tmp_path / f"{name}.jsonl"), weight=3.0) for name in "ab")
     data = DataConfig(sources=sources, eval_fraction=0, packing_bins=4, prefetch=0)
 
@@ -291,16 +291,16 @@ def texts_of(batches):
 
 def test_held_out_documents_are_the_rest(corpus):
     split = make_split(open_sources(corpus), corpus.eval_fraction)
-    batches = make_eval_batches(corpus, TOKENIZER, sequence_length=128, rows=3, max_batches=50)
+    batches = make_eval_batches(corpus, TOKENIZER, sequence_length=128, rows=3, batches=50)
     assert sorted(texts_of(batches)) == sorted(text for text in TEXTS if split.is_held_out(text))
     assert all(batch[name].shape == (3, 128) for batch in batches for name in NAMES)
-    again = make_eval_batches(corpus, TOKENIZER, sequence_length=128, rows=3, max_batches=50)
+    again = make_eval_batches(corpus, TOKENIZER, sequence_length=128, rows=3, batches=50)
     assert_batches_equal(batches, again)
-    assert len(make_eval_batches(corpus, TOKENIZER, sequence_length=32, rows=3, max_batches=1)) == 1
+    assert len(make_eval_batches(corpus, TOKENIZER, sequence_length=32, rows=3, batches=1)) == 1
 
 
 def test_processes_evaluate_their_rows_of_the_same_batches(corpus):
-    options = dict(sequence_length=128, max_batches=4)
+    options = dict(sequence_length=128, batches=4)
     halves = [
         make_eval_batches(corpus, TOKENIZER, rows=1, process_index=i, process_count=2, **options) for i in range(2)
     ]
@@ -338,7 +338,7 @@ def test_small_corpus_still_holds_something_out():
 def test_evaluation_without_held_out_documents_is_refused(corpus):
     data = DataConfig(**{**vars(corpus), "eval_fraction": 0.0})
     with pytest.raises(DataError, match="eval_fraction is 0"):
-        make_eval_batches(data, TOKENIZER, sequence_length=32, rows=1, max_batches=1)
+        make_eval_batches(data, TOKENIZER, sequence_length=32, rows=1, batches=1)
 
 
 def test_corpus_statistics(tmp_path):
@@ -351,18 +351,18 @@ def test_corpus_statistics(tmp_path):
     assert corpus_statistics(data, TOKENIZER, max_documents=2).documents == 2
 
 
-def test_tokenizer_is_trained_or_loaded(corpus, tmp_path):
-    trained = load_or_train_tokenizer(corpus, 290)
-    assert trained.vocab_size == 290
-    assert trained.backend.to_str() == load_or_train_tokenizer(corpus, 290).backend.to_str()
-    trained.save(tmp_path)
-    loading = DataConfig(**{**vars(corpus), "tokenizer": str(tmp_path)})
-    assert load_or_train_tokenizer(loading, 290).backend.to_str() == trained.backend.to_str()
-    with pytest.raises(DataError, match="290 tokens"):
-        load_or_train_tokenizer(loading, 289)
-    tokenised = DataConfig(sources=(SourceConfig(path="x.jsonl", format="tokens"),))
+def test_texts_for_a_tokenizer_are_training_texts_by_weight(corpus, tmp_path):
+    split = make_split(open_sources(corpus), corpus.eval_fraction)
+    assert sorted(iterate_texts(corpus)) == sorted(text for text in TEXTS if split.is_train(text))
+    write_jsonl(tmp_path / "x.jsonl", [{"text": f"x{i:02d}" + "x" * 97} for i in range(100)])
+    more = (*corpus.sources, SourceConfig(path=str(tmp_path / "x.jsonl"), weight=3.0))
+    texts = list(iterate_texts(DataConfig(sources=more), max_characters=2000))
+    assert sum(len(text) for text in texts if text.startswith("x")) == 1500
+    assert texts == list(iterate_texts(DataConfig(sources=more), max_characters=2000))
+    write_jsonl(tmp_path / "t.jsonl", [{"tokens": [1, 2]}, {"tokens": [3]}])
+    tokenised = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl"), format="tokens"),))
     with pytest.raises(DataError, match=r"set data\.tokenizer"):
-        load_or_train_tokenizer(tokenised, 290)
+        list(iterate_texts(tokenised))
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------

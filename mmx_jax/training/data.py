@@ -21,7 +21,6 @@ from mmx_jax.training.sources import DataError, Document, Source, import_extra, 
 
 # So many documents of every source are read when it is opened: what is smaller is known exactly.
 _SCANNED_DOCUMENTS = 2000
-_TOKENIZER_TEXT = 4 * 1024 * 1024  # characters that a tokenizer is trained on
 
 
 def open_sources(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Source]:
@@ -141,37 +140,26 @@ def _shuffled_split(
     return filter(keep, _shuffled(source, index, data.seed))
 
 
-def load_or_train_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names, or a byte-level BPE trained on documents of the train split.
+def iterate_texts(data: DataConfig, max_characters: int = 4 * 1024 * 1024) -> Iterator[str]:
+    """Texts of the train split to train a tokenizer on, of every source by its weight; the same in every call.
 
     Args:
-      vocab_size: of the model. A trained tokenizer has at most `data.tokenizer_vocab_size` tokens, if set.
+      max_characters: in all, but for the length of the last document of each source.
 
     Raises:
-      DataError: the tokenizer has more tokens than the model, or the sources hold no text to train one on.
+      DataError: a source is tokenised already.
     """
-    tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else _train_tokenizer(data, vocab_size)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {vocab_size=}")
-    return tokenizer
-
-
-def _train_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
-    if any(source.format == "tokens" or source.path.endswith(".npy") for source in data.sources):
-        raise DataError("pre-tokenised sources need the tokenizer they were made with: set data.tokenizer")
     sources = open_sources(data)
     split = make_split(sources, data.eval_fraction)
-
-    def texts():
-        for i, (source, share) in enumerate(zip(sources, mixture(data), strict=True)):
-            budget = share * _TOKENIZER_TEXT
-            for text in _shuffled_split(data, source, i, split, held_out=False):
-                yield text
-                budget -= len(text)
-                if budget <= 0:
-                    break
-
-    return Tokenizer.train(texts(), data.tokenizer_vocab_size or vocab_size)
+    for i, (source, share) in enumerate(zip(sources, mixture(data), strict=True)):
+        budget = share * max_characters
+        for text in _shuffled_split(data, source, i, split, held_out=False):
+            if not isinstance(text, str):
+                raise DataError(f"{source.name} is tokenised already: set data.tokenizer to the tokenizer it needs")
+            yield text
+            budget -= len(text)
+            if budget <= 0:
+                break
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,14 +331,14 @@ def make_eval_batches(
     *,
     sequence_length: int,
     rows: int,
-    max_batches: int,
+    batches: int,
     source_weights: Sequence[float] = (),
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[dict[str, np.ndarray]]:
     """The held-out documents as batches, the same in every call.
 
-    At most `max_batches * rows * process_count` rows, of the sources in proportion to their weights; fewer where
+    At most `batches * rows * process_count` rows, of the sources in proportion to their weights; fewer where
     the held-out documents are fewer. Every process gets the same number of batches of its own rows, the last one
     filled with padding.
 
@@ -365,7 +353,7 @@ def make_eval_batches(
     grain = import_extra("grain")
     sources = open_sources(data, tokenizer)
     split = make_split(sources, data.eval_fraction)
-    total = max_batches * rows * process_count
+    total = batches * rows * process_count
     chosen = []
     for i, (source, share) in enumerate(zip(sources, mixture(data, source_weights), strict=True)):
         wanted = math.ceil(share * total)
@@ -380,8 +368,8 @@ def make_eval_batches(
     if not chosen:
         raise DataError(f"data.eval_fraction={data.eval_fraction} holds out none of the documents: make it larger")
     own = slice(process_index * rows, (process_index + 1) * rows)
-    batches = batches_of(chosen[:total], rows * process_count, tokenizer.pad_id or 0)
-    return [{name: array[own] for name, array in batch.items()} for batch in batches]
+    whole = batches_of(chosen[:total], rows * process_count, tokenizer.pad_id or 0)
+    return [{name: array[own] for name, array in batch.items()} for batch in whole]
 
 
 def _held_out_tokens(data, source, index, split, tokenise, enough: int) -> list[np.ndarray]:
