@@ -264,7 +264,9 @@ class TokenArrays(_Concatenated):
 
     def __init__(self, paths, name, eos_id: int | None):
         if eos_id is None:
-            raise DataError(f"{name}: the documents of an .npy file end with eos; set data.tokenizer to one with an eos_token")
+            raise DataError(
+                f"{name}: the documents of an .npy file end with eos; set data.tokenizer to one with an eos_token"
+            )
         self._arrays = [_open(path, "NumPy", lambda p: np.load(p, mmap_mode="r")) for path in paths]
         self._bounds = []
         for path, array in zip(paths, self._arrays, strict=True):
