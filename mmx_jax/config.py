@@ -299,9 +299,14 @@ class TrainingConfig:
             "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps", "eval_every_steps",
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        _require(0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1, f"{self.adam_b1=}, {self.adam_b2=} must lie in [0, 1)")
+        _require(
+            0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1, f"{self.adam_b1=}, {self.adam_b2=} must lie in [0, 1)"
+        )
         _require_choice(
-            self, aux_loss_form=AUX_LOSS_FORMS, aux_loss_pooling=AUX_LOSS_POOLING, prng_implementation=PRNG_IMPLEMENTATIONS
+            self,
+            aux_loss_form=AUX_LOSS_FORMS,
+            aux_loss_pooling=AUX_LOSS_POOLING,
+            prng_implementation=PRNG_IMPLEMENTATIONS,
         )
         _require(bool(self.learning_rate_phases), "learning_rate_phases is empty")
         for phase in self.learning_rate_phases[:-1]:

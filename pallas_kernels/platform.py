@@ -9,7 +9,7 @@ _ANNOUNCED: set[tuple[str, str]] = set()
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": where jit places computation by default."""
+    """ "cpu", "gpu" or "tpu": where jit places computation by default."""
     backend = jax.default_backend()
     return "gpu" if backend in ("cuda", "rocm") else backend
 

@@ -251,6 +251,8 @@ def test_backward_keeps_no_attention_matrix():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = dict(q=jnp.zeros((2, 4, 24)), k=jnp.zeros((2, 4, 24)), v=jnp.zeros((2, 4, 24)), slopes=jnp.asarray(SLOPES))
+    arguments = dict(
+        q=jnp.zeros((2, 4, 24)), k=jnp.zeros((2, 4, 24)), v=jnp.zeros((2, 4, 24)), slopes=jnp.asarray(SLOPES)
+    )
     with pytest.raises(ValueError, match=message):
         lightning_attention(**(arguments | change))

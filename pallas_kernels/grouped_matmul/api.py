@@ -44,7 +44,7 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
         )
     if lhs.dtype != rhs.dtype or group_sizes.dtype != jnp.int32:
         raise ValueError(
-            f"lhs and rhs must share a dtype and group_sizes be int32; got {lhs.dtype}, {rhs.dtype}, {group_sizes.dtype}"
+            f"lhs and rhs must share a dtype, group_sizes be int32; got {lhs.dtype}, {rhs.dtype}, {group_sizes.dtype}"
         )
     return _multiply(implementation, lhs, rhs, group_sizes)
 

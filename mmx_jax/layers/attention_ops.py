@@ -1,0 +1,206 @@
+"""Softmax attention as pure functions, none of which holds a [T, T] matrix for long sequences.
+
+`causal_attention` serves training and scoring, `cached_attention` prefill and decoding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import platform
+from pallas_kernels.platform import cdiv
+
+IMPLEMENTATIONS = ("blockwise", "cudnn")
+_MASKED = -1e30  # finite: a block in which a query sees no key must not make NaN
+
+
+def causal_attention(q, k, v, segment_ids=None, *, implementation="auto", block=512):
+    """Causal grouped-query attention inside documents; query head h reads key head h // (H / K).
+
+    Args:
+      q: [B, T, H, D]; k, v: [B, T, K, D].
+      segment_ids: int [B, T]; a token sees earlier tokens of the same positive id. None: one document.
+      implementation: "blockwise" (any platform, memory linear in T), "cudnn" (NVIDIA GPU, bfloat16, no
+        segment_ids), or "auto".
+      block: query and key tokens that "blockwise" holds scores for at once.
+
+    Returns:
+      [B, T, H, D] in the dtype of `v`; 0 at padding ("blockwise").
+    """
+    if implementation == "auto":
+        implementation = _default(q.dtype, segment_ids is not None)
+    if implementation == "cudnn":
+        if segment_ids is not None:
+            raise NotImplementedError("softmax attention: cudnn does not serve segment_ids here; use 'blockwise'")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if implementation != "blockwise":
+        raise ValueError(f"softmax implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}, auto")
+    length = q.shape[1]
+    block = min(block, length)
+    padding = cdiv(length, block) * block - length
+    if segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    return _blockwise(block, q, k, v, segment_ids)[:, :length]
+
+
+def _default(dtype, segmented):
+    if platform.platform() == "gpu" and dtype == jnp.bfloat16 and not segmented:
+        platform.announce("softmax attention", "cudnn", "bfloat16 rows without packing on GPU")
+        return "cudnn"
+    reason = "packed or float32 rows" if platform.platform() == "gpu" else f"the default on {platform.platform()}"
+    platform.announce("softmax attention", "blockwise", reason)
+    return "blockwise"
+
+
+def cached_attention(q, key, value, cursor, real, *, block=512):
+    """Attention of new tokens over a cache that already holds them.
+
+    Args:
+      q: [B, T, H, D], the tokens of slots cursor .. cursor + T - 1.
+      key, value: [B, K, S, D].
+      cursor: int32 (), slot of the first query.
+      real: bool [B, S], slots that hold a token.
+
+    Returns:
+      [B, T, H, D] in the dtype of `q`.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads, slots = key.shape[1:3]
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
+    query_slot = cursor + jnp.arange(length)
+
+    def attend(start, carry, size):
+        rows = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
+        slot = start + jnp.arange(size)
+        seen = lax.dynamic_slice_in_dim(real, start, size, axis=1)[:, None] & (slot <= query_slot[:, None])
+        return _accumulate(carry, grouped, rows(key), rows(value), seen[:, None, None])
+
+    carry = _empty_carry(grouped)
+    if length == 1 or slots <= block:  # one token's scores over the whole cache are small
+        carry = attend(0, carry, slots)
+    else:
+        size = _divisor_at_most(slots, block)
+        carry = lax.fori_loop(
+            0, (cursor + length + size - 1) // size, lambda i, carry: attend(i * size, carry, size), carry
+        )
+    output, _ = _finish(carry)
+    return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _divisor_at_most(n, limit):
+    return next(d for d in range(limit, 0, -1) if n % d == 0)
+
+
+def _product(equation, a, b):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _empty_carry(grouped):
+    shape = grouped.shape[:-1]
+    return jnp.zeros(grouped.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape)
+
+
+def _scores(grouped, key):
+    return _product("bkgtd,bksd->bkgts", grouped, key.astype(grouped.dtype)) / np.sqrt(grouped.shape[-1])
+
+
+def _accumulate(carry, grouped, key, value, seen):
+    """One step of the online softmax: (weighted sum [B, K, G, T, D], maximum and normaliser [B, K, G, T])."""
+    total, maximum, normaliser = carry
+    scores = jnp.where(seen, _scores(grouped, key), _MASKED)
+    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_maximum[..., None]), 0.0)
+    shrink = jnp.exp(maximum - new_maximum)
+    values = _product("bkgts,bksd->bkgtd", weights.astype(grouped.dtype), value.astype(grouped.dtype))
+    return total * shrink[..., None] + values, new_maximum, normaliser * shrink + jnp.sum(weights, axis=-1)
+
+
+def _finish(carry):
+    """(output, log of the sum of exponentials); both 0 for queries that see nothing."""
+    total, maximum, normaliser = carry
+    empty = normaliser == 0
+    safe = jnp.where(empty, 1.0, normaliser)
+    return total / safe[..., None], jnp.where(empty, 0.0, maximum + jnp.log(safe))
+
+
+def _cut(q, k, v, segment_ids, block):
+    """Blocks on the leading axis: q [n, B, K, G, C, D]; k, v [n, B, K, C, D]; segment_ids [n, B, C]."""
+    batch, length, heads, dim = q.shape
+    kv_heads, count = k.shape[2], length // block
+    q = q.reshape(batch, count, block, kv_heads, heads // kv_heads, dim).transpose(1, 0, 3, 4, 2, 5)
+    k, v = (x.reshape(batch, count, block, kv_heads, dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    return q, k, v, segment_ids.reshape(batch, count, block).swapaxes(0, 1)
+
+
+def _merge(x):
+    """[n, B, K, G, C, D] -> [B, T, H, D]."""
+    count, batch, kv_heads, group, block, dim = x.shape
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, kv_heads * group, dim)
+
+
+def _pairs(count):
+    """(query block, key block) of the causal half, row by row: a static list, so no trip count is dynamic."""
+    return np.array([(i, j) for i in range(count) for j in range(i + 1)], np.int32)
+
+
+def _seen(segment_ids, i, j, block):
+    """bool [B, 1, 1, C, C]: causal, and inside one document."""
+    query, key = segment_ids[i], segment_ids[j]
+    index = jnp.arange(block)
+    causal = (i * block + index)[:, None] >= (j * block + index)
+    return (causal & (query[:, :, None] == key[:, None, :]) & (key > 0)[:, None, :])[:, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(block, q, k, v, segment_ids):
+    return _blockwise_forward(block, q, k, v, segment_ids)[0]
+
+
+def _blockwise_forward(block, q, k, v, segment_ids):
+    qs, ks, vs, ids = _cut(q, k, v, segment_ids, block)
+
+    def step(carry, pair):
+        (output, log_sums), running = carry
+        i, j = pair
+        running = jax.tree.map(lambda empty, x: jnp.where(j == 0, empty, x), _empty_carry(qs[0]), running)
+        running = _accumulate(running, qs[i], ks[j], vs[j], _seen(ids, i, j, block))
+        finished, log_sum = _finish(running)
+        return ((output.at[i].set(finished.astype(v.dtype)), log_sums.at[i].set(log_sum)), running), None
+
+    results = jnp.zeros(qs.shape, v.dtype), jnp.zeros(qs.shape[:-1])
+    ((output, log_sums), _), _ = lax.scan(step, (results, _empty_carry(qs[0])), _pairs(qs.shape[0]))
+    return _merge(output), (q, k, v, segment_ids, output, log_sums)
+
+
+def _blockwise_backward(block, saved, d_output):
+    q, k, v, segment_ids, output, log_sums = saved
+    qs, ks, vs, ids = _cut(q, k, v, segment_ids, block)
+    d_outputs = _cut(d_output.astype(v.dtype), k, v, segment_ids, block)[0]
+    delta = jnp.sum(d_outputs.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
+    scale = 1 / np.sqrt(q.shape[-1])
+
+    def step(gradients, pair):
+        dq, dk, dv = gradients
+        i, j = pair
+        seen = _seen(ids, i, j, block)
+        weights = jnp.where(seen, jnp.exp(_scores(qs[i], ks[j]) - log_sums[i][..., None]), 0.0)
+        d_weights = _product("bkgtd,bksd->bkgts", d_outputs[i], vs[j])
+        d_scores = (weights * (d_weights - delta[i][..., None]) * scale).astype(q.dtype)
+        dq = dq.at[i].add(_product("bkgts,bksd->bkgtd", d_scores, ks[j]))
+        dk = dk.at[j].add(_product("bkgts,bkgtd->bksd", d_scores, qs[i]))
+        dv = dv.at[j].add(_product("bkgts,bkgtd->bksd", weights.astype(v.dtype), d_outputs[i]))
+        return (dq, dk, dv), None
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qs, ks, vs))
+    (dq, dk, dv), _ = lax.scan(step, zeros, _pairs(qs.shape[0]))
+    dk, dv = (_merge(x[:, :, :, None]) for x in (dk, dv))
+    return _merge(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)

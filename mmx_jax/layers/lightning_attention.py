@@ -1,0 +1,65 @@
+"""The lightning-attention layer: SiLU on q, k and v, decayed linear attention, norm, gate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.layers.norm import rms_norm
+from mmx_jax.layers.projection import deepnorm_gain, einsum, weight
+from mmx_jax.sharding import constrain
+from pallas_kernels.lightning_attention import lightning_attention, recurrent_step
+
+
+def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
+    """Decay rates float32 [L, H]: the ALiBi ladder times (1 - l / (L - 1) + 1e-5), l the absolute layer (spec C.3)."""
+
+    def ladder(n):
+        return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
+
+    power = 1 << num_heads.bit_length() - 1  # ALiBi interleaves the next ladder for other head counts
+    base = np.concatenate([ladder(power), ladder(2 * power)[0::2][: num_heads - power]])
+    layer = np.arange(num_layers) / max(num_layers - 1, 1)
+    return (base * (1 - layer + 1e-5)[:, None]).astype(np.float32)
+
+
+class LightningAttention(nn.Module):
+    """Spec C.3. Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, slopes, segment_ids, state=None):
+        c = self.config
+        heads, dim, embed = c.num_heads, c.head_dim, c.hidden_size
+        inner = heads * dim
+        # One parameter for q, k and v, so one gain; the reports' per-matrix gain applies to v alone.
+        fan = dict(fan_in=embed, fan_out=inner)
+        w_qkv = weight(self, c, "qkv", (embed, 3, heads, dim), ("embed", "qkv", "heads", "head_dim"), **fan)
+        gain = deepnorm_gain(c)
+        w_gate = weight(self, c, "gate", (embed, heads, dim), ("embed", "heads", "head_dim"), **fan)
+        w_out = weight(
+            self, c, "out", (heads, dim, embed), ("heads", "head_dim", "embed"), fan_in=inner, fan_out=embed, gain=gain
+        )
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("heads", "head_dim"))
+        scale = self.param("norm", ones, (heads, dim), jnp.dtype(c.param_dtype))
+
+        # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
+        qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))
+        qkv = jax.nn.silu(qkv.astype(jnp.float32)).astype(x.dtype)
+        q, k, v = (constrain(qkv[:, :, i], "batch", "length", "heads_act") for i in range(3))
+        if state is not None and x.shape[1] == 1:
+            real = None if segment_ids is None else segment_ids[:, 0] > 0
+            output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, real)
+            output = output[:, None]
+        else:
+            output, next_state = lightning_attention(
+                q, k, v, slopes, segment_ids=segment_ids, initial_state=state,
+                chunk_size=c.lightning_chunk, implementation=c.lightning_implementation,
+            )  # fmt: skip
+            state = None if state is None else next_state
+        output = rms_norm(output.astype(jnp.float32), scale.reshape(inner), c.lightning_norm_eps)
+        gate = jax.nn.sigmoid(einsum("btm,mf->btf", x, w_gate.reshape(embed, inner)).astype(jnp.float32))
+        output = constrain((gate * output).astype(x.dtype), "batch", "length", "heads_act")
+        return einsum("btf,fm->btm", output, w_out.reshape(inner, embed)), state

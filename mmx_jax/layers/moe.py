@@ -1,0 +1,164 @@
+"""The mixture of SwiGLU experts: router, dropless and capacity dispatch, statistics for the balancing loss."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.layers.projection import deepnorm_gain, weight
+from mmx_jax.sharding import constrain
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class RouterStats(NamedTuple):
+    """Float32 sums over the real tokens of a batch; a model stacks them with the layer axis L first."""
+
+    assignments: jax.Array  # [E] top-k assignments, dropped ones included
+    probability: jax.Array  # [E] router probabilities
+    tokens: jax.Array  # [] real tokens
+    dropped: jax.Array  # [] assignments over the capacity
+    entropy: jax.Array  # [] router entropy, nats
+
+
+class Routing(NamedTuple):
+    """Choices of the router for R tokens."""
+
+    experts: jax.Array  # int32 [R, k], lowest index first among equals
+    weights: jax.Array  # float32 [R, k], summing to 1
+    probability: jax.Array  # float32 [R, E]
+
+
+def route(x, router, experts_per_token) -> Routing:
+    """Softmax over all experts in float32, top-k, renormalised: the softmax of the chosen logits (spec C.5).
+
+    Args:
+      x: [R, M] in any dtype; router: float32 [M, E].
+    """
+    logits = jnp.einsum("rm,me->re", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+    probability = jax.nn.softmax(logits, axis=-1)
+    chosen, experts = lax.top_k(probability, experts_per_token)
+    return Routing(experts, chosen / jnp.sum(chosen, axis=-1, keepdims=True), probability)
+
+
+def router_stats(routing: Routing, real, kept) -> RouterStats:
+    """Sums over real tokens. real: bool [R]; kept: bool [R, k], assignments inside the capacity."""
+    mask = real.astype(jnp.float32)
+    one_hot = jax.nn.one_hot(routing.experts, routing.probability.shape[-1])  # [R, k, E]
+    p = routing.probability
+    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny)), axis=-1)
+    return RouterStats(
+        assignments=lax.stop_gradient(jnp.einsum("rke,r->e", one_hot, mask)),
+        probability=mask @ p,
+        tokens=jnp.sum(mask),
+        dropped=jnp.sum(mask[:, None] * ~kept),
+        entropy=lax.stop_gradient(mask @ entropy),
+    )
+
+
+def expert_capacity(config: ModelConfig, tokens: int) -> int:
+    """Rows of one expert in the capacity path, ceil(factor * tokens * k / E), at most `tokens`."""
+    fair = tokens * config.experts_per_token / config.num_experts
+    return min(tokens, max(1, math.ceil(config.capacity_factor * fair)))
+
+
+@jax.custom_vjp
+def _permute(x, order, inverse):
+    """x[order] for a permutation; the gradient is a gather too, by `inverse`, not a scatter."""
+    return x[order]
+
+
+_permute.defvjp(
+    lambda x, order, inverse: (x[order], (inverse,)),
+    lambda saved, g: (g[saved[0]], None, None),
+)
+
+
+def _swiglu(config, x, group_sizes, w_gate, w_up, w_down):
+    def multiply(rows, w):
+        return grouped_matmul(rows, w.astype(rows.dtype), group_sizes, implementation=config.moe_implementation)
+
+    return multiply(_silu_product(multiply(x, w_gate), multiply(x, w_up)), w_down)
+
+
+def _silu_product(gate, up):
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
+    """Every token through its k experts, rows sorted by expert. x: [R, M]; returns [R, M]."""
+    k = config.experts_per_token
+    assignment = routing.experts.reshape(-1)  # [R * k]
+    order = jnp.argsort(assignment, stable=True)
+    inverse = jnp.argsort(order)
+    group_sizes = jnp.bincount(assignment, length=config.num_experts).astype(jnp.int32)
+    rows = _permute(jnp.repeat(x, k, axis=0), order, inverse)
+    rows = _swiglu(config, rows, group_sizes, w_gate, w_up, w_down)
+    rows = _permute(rows, inverse, order).reshape(x.shape[0], k, -1)
+    return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
+
+
+def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, w_down):
+    """As `dropless`, but an expert serves only its first `expert_capacity` real tokens, first choices first.
+
+    A dropped assignment adds nothing, so its token keeps its residual.
+
+    Returns:
+      ([R, M], kept: bool [R, k]).
+    """
+    num_tokens, k = routing.experts.shape
+    capacity = expert_capacity(config, num_tokens)
+    # Rank inside the expert, counting all first choices before any second choice.
+    one_hot = jax.nn.one_hot(routing.experts.T, config.num_experts, dtype=jnp.int32)  # [k, R, E]
+    one_hot *= real[None, :, None]
+    rank = jnp.cumsum(one_hot.reshape(k * num_tokens, -1), axis=0).reshape(one_hot.shape) - 1
+    rank = jnp.sum(rank * one_hot, axis=-1).T  # [R, k]
+    kept = (rank < capacity) & real[:, None]
+    spare = config.num_experts * capacity  # dropped rows are sent behind the buffer
+    slot = jnp.where(kept, routing.experts * capacity + rank, spare)
+    source = jnp.full(spare + 1, num_tokens, jnp.int32)
+    source = source.at[slot.reshape(-1)].set(jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), k))[:-1]
+    rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[source].reshape(config.num_experts, capacity, -1)
+    rows = constrain(rows, "experts", None, None)
+
+    def multiply(equation, a, w):
+        precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+        return jnp.einsum(equation, a, w.astype(a.dtype), precision=precision, preferred_element_type=a.dtype)
+
+    hidden = _silu_product(multiply("ecm,emf->ecf", rows, w_gate), multiply("ecm,emf->ecf", rows, w_up))
+    rows = multiply("ecf,efm->ecm", hidden, w_down).reshape(spare, -1)
+    rows = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])[slot]  # [R, k, M]
+    return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype), kept
+
+
+class MixtureOfExperts(nn.Module):
+    """Spec C.5. Returns ([B, T, M], RouterStats of this layer)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        c = self.config
+        embed, inner, experts = c.hidden_size, c.mlp_dim, c.num_experts
+        fan = dict(fan_in=embed, fan_out=experts)
+        router = weight(self, c, "router", (embed, experts), ("embed", "router_experts"), dtype="float32", **fan)
+        gain = deepnorm_gain(c)
+        up_axes, down_axes = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        fan = dict(fan_in=embed, fan_out=inner, gain=gain)
+        w_gate = weight(self, c, "gate", (experts, embed, inner), up_axes, **fan)
+        w_up = weight(self, c, "up", (experts, embed, inner), up_axes, **fan)
+        fan = dict(fan_in=inner, fan_out=embed, gain=gain)
+        w_down = weight(self, c, "down", (experts, inner, embed), down_axes, **fan)
+
+        rows = x.reshape(-1, embed)
+        real = jnp.ones(rows.shape[0], bool) if segment_ids is None else segment_ids.reshape(-1) > 0
+        routing = route(rows, router, c.experts_per_token)
+        if c.capacity_factor is None:
+            output = dropless(c, rows, routing, w_gate, w_up, w_down)
+            kept = jnp.ones(routing.experts.shape, bool)
+        else:
+            output, kept = with_capacity(c, rows, routing, real, w_gate, w_up, w_down)
+        return output.reshape(x.shape), router_stats(routing, real, kept)

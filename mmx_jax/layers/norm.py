@@ -1,0 +1,25 @@
+"""Root-mean-square normalisation."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+
+def rms_norm(x, scale, eps):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x` (spec C.0)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale [M]."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.param_dtype))
+        return rms_norm(x, scale, self.eps)

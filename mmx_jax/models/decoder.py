@@ -1,0 +1,231 @@
+"""The decoder: embedding, scanned hybrid blocks, head (spec section C)."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
+from mmx_jax.layers.moe import MixtureOfExperts, RouterStats
+from mmx_jax.layers.norm import RMSNorm
+from mmx_jax.layers.projection import einsum
+from mmx_jax.layers.softmax_attention import CacheView, SoftmaxAttention
+from mmx_jax.models.state import DecodeState
+from mmx_jax.sharding import constrain, shardings_of
+from pallas_kernels.lightning_attention import document_runs
+
+
+class LayerInputs(NamedTuple):
+    """What every layer of a forward pass shares."""
+
+    positions: jax.Array  # int32 [B, T]
+    segment_ids: jax.Array | None  # int32 [B, T], 0 at padding
+    view: CacheView | None  # of the key-value caches, when decoding
+
+
+def _attend_lightning(config, x, shared, slopes, state):
+    return LightningAttention(config, name="attention")(x, slopes, shared.segment_ids, state)
+
+
+def _attend_softmax(config, x, shared, slopes, state):
+    del slopes
+    return SoftmaxAttention(config, name="attention")(x, shared.positions, shared.segment_ids, state, shared.view)
+
+
+# Kind of layer -> (config, x, LayerInputs, slopes [H], state) -> (output, state).
+LAYER_KINDS = {"lightning": _attend_lightning, "softmax": _attend_softmax}
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out"),
+}
+
+
+class DecoderLayer(nn.Module):
+    """One attention and one mixture of experts, each with its residual (spec C.2)."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, x, shared: LayerInputs, slopes, state):
+        c = self.config
+        alpha, beta = c.residual_scales(self.kind)
+
+        def normed(name, x):
+            return RMSNorm(c.rms_norm_eps, c.param_dtype, name=name)(x)
+
+        def residual(x, r, update, alpha, beta):
+            # DeepNorm: with postnorm the branch that is kept is the normed input, not x.
+            return constrain(alpha * (r if c.postnorm else x) + beta * update, "batch", "length", "embed_act")
+
+        r = normed("attention_norm", x)
+        update, state = LAYER_KINDS[self.kind](c, r, shared, slopes, state)
+        update = checkpoint_name(update, "attention_out")
+        x = residual(x, r, update, alpha, beta)
+        r = normed("mlp_norm", x)
+        update, stats = MixtureOfExperts(c, name="mlp")(r, shared.segment_ids)
+        return residual(x, r, update, c.mlp_alpha, c.mlp_beta), state, stats
+
+
+class HybridBlock(nn.Module):
+    """One repetition of the layer pattern: the body of the scan over blocks."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, carry, scanned, shared: LayerInputs):
+        c = self.config
+        x, states = carry
+        index, slopes = scanned  # int32 (), float32 [P, H]
+        layer_class = DecoderLayer
+        if c.remat != "none":
+            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not c.scan_blocks)
+        stats = []
+        for i, kind in enumerate(c.layer_pattern):
+            name = f"layer_{i}"
+            state = None
+            if states is not None:
+                # The stacked states ride in the carry: as scan inputs and outputs they would be copied whole.
+                state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, index, keepdims=False), states[name])
+            x, state, layer_stats = layer_class(c, kind, name=name)(x, shared, slopes[i], state)
+            if states is not None:
+                put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
+                states = {**states, name: jax.tree.map(lambda s, new, put=put: put(s, new), states[name], state)}
+            stats.append(layer_stats)
+        return (x, states), jax.tree.map(lambda *s: jnp.stack(s), *stats)
+
+
+class VocabularyMatrix(nn.Module):
+    """A [V, M] parameter: the embedding, or the head, which is not tied to it."""
+
+    config: ModelConfig
+    param_name: str
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        return self.param(self.param_name, init, (c.vocab_size, c.hidden_size), jnp.dtype(c.param_dtype))
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    hidden: jax.Array  # [B, T, M] behind the final norm
+    logits: jax.Array | None  # float32 [B, T, V]
+    state: DecodeState | None
+    router: RouterStats  # leaves [L, ...]
+
+
+class Decoder(nn.Module):
+    """A MiniMax-Text-01 decoder of any size and layer pattern."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None, positions=None, *, state: DecodeState | None = None, logits=True):
+        """Runs the model over whole rows, or over the next tokens of the sequences in `state`.
+
+        Args:
+          tokens: int32 [B, T].
+          segment_ids: int32 [B, T]; 0 is padding, a run of one positive id is a document. None: one document a
+            row. With `state` a row is one sequence, and only padding is read from it.
+          positions: int32 [B, T] for RoPE; None counts the real tokens of each document from 0.
+          state: continue from it; its slots must hold T more tokens.
+          logits: False leaves the head out.
+        """
+        c = self.config
+        table = VocabularyMatrix(c, "embedding", name="embed")()
+        head = VocabularyMatrix(c, "kernel", name="lm_head")()
+        shared, state = _layer_inputs(tokens, segment_ids, positions, state)
+        x = constrain(jnp.take(table, tokens, axis=0).astype(c.dtype), "batch", "length", "embed_act")
+
+        blocks = nn.scan(
+            HybridBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_blocks,
+            unroll=1 if c.scan_blocks else c.num_blocks,
+            metadata_params={nn.PARTITION_NAME: "block"},
+        )(c, name="blocks")
+        slopes = decay_slopes(c.num_layers, c.num_heads).reshape(c.num_blocks, len(c.layer_pattern), c.num_heads)
+        scanned = jnp.arange(c.num_blocks), jnp.asarray(slopes)
+        (x, layers), stats = blocks((x, state.layers if state is not None else None), scanned, shared)
+
+        hidden = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
+        stats = jax.tree.map(lambda s: s.reshape(c.num_layers, *s.shape[2:]), stats)
+        state = None if state is None else state.replace(layers=layers)
+        return DecoderOutput(hidden, head_logits(hidden, head) if logits else None, state, stats)
+
+
+def head_logits(hidden, head):
+    """float32 logits [..., V] of hidden [..., M] and head [V, M]: inputs as they are, accumulated in float32."""
+    return einsum("...m,vm->...v", hidden, head, jnp.float32)
+
+
+def _layer_inputs(tokens, segment_ids, positions, state):
+    """(LayerInputs, the state advanced by T slots)."""
+    if state is None:
+        runs = None if segment_ids is None else document_runs(segment_ids)
+        if positions is None:
+            positions = _document_positions(jnp.ones_like(tokens) if runs is None else runs)
+        return LayerInputs(positions, runs, None), None
+    length = tokens.shape[1]
+    real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+    slots = lax.dynamic_update_slice_in_dim(state.real, real, state.cursor, axis=1)
+    if positions is None:
+        positions = jnp.maximum(state.length[:, None] + jnp.cumsum(real, axis=1) - 1, 0)
+    shared = LayerInputs(
+        positions, None if segment_ids is None else real.astype(jnp.int32), CacheView(state.cursor, slots)
+    )
+    advanced = state.replace(
+        cursor=state.cursor + length, real=slots, length=state.length + jnp.sum(real, axis=1, dtype=jnp.int32)
+    )
+    return shared, advanced
+
+
+def _document_positions(runs):
+    """Real tokens of the same document before each token; 0 at leading padding."""
+    count = jnp.cumsum(runs > 0, axis=1) - 1
+    seen = jnp.pad(lax.cummax(runs, axis=1), ((0, 0), (1, 0)))[:, :-1]
+    start = lax.cummax(jnp.where(runs > seen, count, 0), axis=1)
+    return jnp.maximum(count - start, 0).astype(jnp.int32)
+
+
+def _init(config, key):
+    # The length of the dummy tokens does not matter to the parameters.
+    return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), logits=False)["params"]
+
+
+def init_params(config: ModelConfig, key):
+    """Random parameters as a plain nested dict. Run it under jit with `out_shardings` for large models."""
+    return nn.unbox(_init(config, key))
+
+
+@functools.cache
+def _abstract_boxed(config):
+    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+
+
+def abstract_params(config: ModelConfig):
+    """The parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated, whatever the size."""
+    return nn.unbox(_abstract_boxed(config))
+
+
+def logical_axes(config: ModelConfig):
+    """The parameter tree as tuples of logical axis names (`mmx_jax.sharding.RULES`)."""
+    specs = nn.get_partition_spec(_abstract_boxed(config))
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def param_shardings(config: ModelConfig, mesh):
+    """The parameter tree as `NamedSharding`s on `mesh`."""
+    return shardings_of(logical_axes(config), abstract_params(config), mesh)

@@ -1,0 +1,86 @@
+"""The mesh, the one table of logical axes, and what follows from it."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmx_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# Logical axis -> mesh axes. Activations name batch, length and *_act axes; parameters the others.
+RULES = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": None,
+    "embed_act": None,
+    "heads_act": "tensor",
+    "block": None,  # the scanned axis
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "qkv": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "experts": "expert",
+    "router_experts": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """A mesh with axes `MESH_AXES` over `devices` (default: all); raises if the sizes do not fit their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if int(np.prod(sizes)) != len(devices):
+        shape = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError(f"mesh {shape} does not make {len(devices)} devices; set mesh.* so that the product does")
+    # make_mesh defaults to Explicit axes, where a sharding constraint is an assertion.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def logical_to_spec(axes, rules=None) -> P:
+    """Maps logical axis names (None: not sharded) to mesh axes; unknown names and double use of a mesh axis raise."""
+    rules = RULES if rules is None else rules
+    unknown = [axis for axis in axes if axis is not None and axis not in rules]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} of {axes} have no rule; known: {', '.join(rules)}")
+    spec = tuple(None if axis is None else rules[axis] for axis in axes)
+    used = jax.tree.leaves(spec)
+    if len(used) != len(set(used)):
+        raise ValueError(f"{axes} puts one mesh axis on two dimensions: {spec}")
+    return P(*spec)
+
+
+def constrain(x, *axes):
+    """Shards `x` by logical axes on the ambient mesh (`jax.set_mesh`); does nothing where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, logical_to_spec(axes))
+
+
+def shardings_of(logical_axes, abstract, mesh: Mesh):
+    """NamedShardings for a tree of logical axes; raises where a mesh axis does not divide its dimension.
+
+    Args:
+      logical_axes: tree of tuples of logical names.
+      abstract: tree of arrays or `jax.ShapeDtypeStruct` of the same structure.
+    """
+
+    def sharding(path, leaf, axes):
+        spec = logical_to_spec(axes)
+        for size, axis, parts in zip(leaf.shape, axes, spec, strict=True):
+            count = int(np.prod([mesh.shape[name] for name in jax.tree.leaves(parts)]))
+            if size % count:
+                raise ConfigError(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}: axis {axis!r} of size "
+                    f"{size} does not divide over the {count} devices of mesh axis {parts}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract, logical_axes)
