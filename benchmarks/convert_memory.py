@@ -29,9 +29,9 @@ from mmx_jax.convert.safetensors_io import TensorSpec, file_order, plan_shards, 
 
 
 def synthetic_config(total_bytes: int, largest_bytes: int) -> ModelConfig:
-    """Blocks of one lightning and one softmax layer, experts and embedding of about `largest_bytes`."""
+    """Blocks of one lightning and one softmax layer, the embedding of about `largest_bytes`."""
     hidden = 2048 if largest_bytes >= 32 * 10**6 else 1024
-    mlp_dim = max(64, largest_bytes // (4 * hidden) // 64 * 64)  # half the largest tensor, which is the embedding
+    mlp_dim = max(64, largest_bytes // (8 * hidden) // 64 * 64)  # a quarter of the largest tensor, the embedding
     shapes = dict(
         vocab_size=largest_bytes // (2 * hidden) // 64 * 64, hidden_size=hidden, mlp_dim=mlp_dim, num_experts=8,
         num_heads=hidden // 128, num_kv_heads=4, head_dim=128, layer_pattern=("lightning", "softmax"),

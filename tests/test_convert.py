@@ -27,6 +27,7 @@ from mmx_jax.convert import commands, params_io, rules, safetensors_io
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
+from mmx_jax.models.decoder import abstract_params
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = Path(__file__).parent / "fixtures" / "text"
@@ -331,6 +332,25 @@ def test_rules_map_every_tensor_of_the_released_model_once():
     assert len({mapping.hf for mapping in mappings}) == len(mappings) == 8243
     assert sum(int(np.prod(mapping.hf_shape)) for mapping in mappings) == 456_089_655_296
     assert sum(int(np.prod(shape)) for shape in rules.leaf_shapes(config, mappings).values()) == 456_089_655_296
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_layers": 3, "layer_pattern": ("softmax", "lightning", "softmax")},
+        {"num_layers": 4, "layer_pattern": ("lightning",), "param_dtype": "bfloat16"},
+        {"num_layers": 2, "layer_pattern": ("softmax",), "num_experts": 1, "experts_per_token": 1},
+    ],
+)
+def test_rules_fill_exactly_the_parameters_of_the_decoder(changes):
+    config = ModelConfig(**changes)
+    parameters = params_io.flatten(abstract_params(config))
+    mappings = rules.expand(config)
+    rules.check_parameters(config, mappings, {path: leaf.shape for path, leaf in parameters.items()})
+    float32 = {mapping.leaf for mapping in mappings if mapping.float32}
+    for path, leaf in parameters.items():
+        assert leaf.dtype == (np.float32 if path in float32 else config.param_dtype), path
 
 
 def test_parameters_and_rules_that_differ_are_listed_on_both_sides():
@@ -772,15 +792,23 @@ SHARDED = """
 import sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from mmx_jax.config import MeshConfig
 from mmx_jax.convert import rules, weights
 from mmx_jax.convert.params_io import flatten, unflatten
+from mmx_jax.sharding import make_mesh
 
 hf, ours = sys.argv[1:]
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
 _, whole = weights.load_params(hf)
 names = {"embedding": P("tensor", "fsdp"), "qkv": P(None, "fsdp", None, "tensor"), "down": P(None, "fsdp", "tensor")}
 places = {path: NamedSharding(mesh, names.get(path[-1], P())) for path in flatten(whole)}
+mesh4 = make_mesh(MeshConfig(fsdp=4, tensor=2), devices=jax.devices())
 for path in (hf, ours):
+    _, params = weights.load_params(path, mesh=mesh4)
+    for leaf, expected in flatten(whole).items():
+        got = flatten(params)[leaf]
+        assert np.asarray(got).tobytes() == np.asarray(expected).tobytes(), leaf
+    assert not flatten(params)["blocks", "layer_0", "mlp", "down"].sharding.is_fully_replicated
     _, params = weights.load_params(path, shardings=unflatten(places))
     for leaf, expected in flatten(whole).items():
         got = flatten(params)[leaf]

@@ -15,7 +15,7 @@ from mmx_jax.convert import rules
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import describe, model_config_to_hf
 from mmx_jax.convert.job import Job, check_free_space, disk_errors
-from mmx_jax.convert.params_io import ParamsReader, ParamsWriter
+from mmx_jax.convert.params_io import ParamsReader, ParamsWriter, flatten
 from mmx_jax.convert.pipeline import bounded_map
 from mmx_jax.convert.progress import Progress
 from mmx_jax.convert.safetensors_io import (
@@ -31,6 +31,7 @@ from mmx_jax.convert.safetensors_io import (
     write_shard,
 )
 from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, carried_files, open_tensors, resolve
+from mmx_jax.models.decoder import abstract_params
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the journal and the manifest
@@ -89,6 +90,9 @@ def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Pat
     embedding = dtypes[("embed", "embedding")]
     config = dataclasses.replace(tensors.config, param_dtype=embedding.name)
     shapes = rules.leaf_shapes(config, tensors.mappings)
+    rules.check_parameters(
+        config, tensors.mappings, {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    )
     leading = {mapping.leaf: len(mapping.index) for mapping in tensors.mappings}
     total = sum(entry.nbytes for entry in tensors.specs.values())
     plan = {"format": FORMAT, "command": "import", "source": str(source.params_dir.absolute()), **folder.fingerprint}

@@ -65,8 +65,8 @@ class Job:
 
     def commit(self):
         """Gives the folder its final name."""
-        (self.folder / JOURNAL).unlink()
-        fsync_folder(self.folder)
+        for folder, _, _ in os.walk(self.folder):
+            fsync_folder(Path(folder))
         if self.destination.exists():
             old = self.destination.with_name(self.destination.name + ".replaced")
             if old.exists():
@@ -76,6 +76,8 @@ class Job:
             shutil.rmtree(old)
         else:
             os.rename(self.folder, self.destination)
+        # Last: until here, a kill leaves something that the same command continues.
+        (self.destination / JOURNAL).unlink()
         fsync_folder(self.destination.parent)
 
     def close(self):

@@ -9,7 +9,9 @@ that the zarr specification says it is. Orbax restores the result like any other
 import itertools
 import json
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from mmx_jax.convert.safetensors_io import atomic_file, raw_bytes
 
 MAX_CHUNK_BYTES = 128 * 2**20
 CACHE_BYTES = 256 * 2**20  # of decoded chunks, where a chunk holds more than one tensor
+LAYOUT_BYTES = 4 * 2**20  # of the metadata that orbax writes, generously
 Path_ = tuple[str, ...]  # of a leaf in the tree
 
 
@@ -77,6 +80,7 @@ class ParamsWriter:
     def _create(self):
         if self.folder.exists():
             shutil.rmtree(self.folder)
+        _probe_disk(self.folder.parent)
         tiny = {path: np.zeros((1,) * len(shape), self._dtypes[path]) for path, shape in self._shapes.items()}
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # orbax warns that there is no OCDBT to merge, which is what is asked for
@@ -124,6 +128,12 @@ class ParamsWriter:
             file.is_file() and file.stat().st_size == math.prod(chunk) * self._dtypes[path].itemsize
             for file, _, chunk in self._parts(path, index, slice_shape)
         )
+
+
+def _probe_disk(folder: Path):
+    """Raises OSError where LAYOUT_BYTES cannot be had: orbax answers a full disk with pages of tracebacks."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, LAYOUT_BYTES)
 
 
 class ParamsReader:

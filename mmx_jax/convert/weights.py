@@ -16,6 +16,7 @@ from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.params_io import ParamsReader, flatten, unflatten
 from mmx_jax.convert.safetensors_io import TensorSpec
 from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, resolve
+from mmx_jax.models.decoder import param_shardings
 
 __all__ = ["WeightsSource", "load_params", "resolve", "save_huggingface"]
 
@@ -30,7 +31,7 @@ def load_params(
     Args:
       path: a Hugging Face folder, a weights folder, a training run or one of its steps.
       param_dtype: "float32" or "bfloat16" for all but the routers, which are float32. None: as on disk.
-      mesh: where to; the placement is `mmx_jax.sharding.param_shardings`. Each process reads what its shards need.
+      mesh: where to; `mmx_jax.models.decoder.param_shardings` places it. Each process reads what its shards need.
       shardings: instead of a mesh, one sharding, or a tree like the parameters.
 
     Returns:
@@ -76,8 +77,6 @@ def _placement(config, shapes, mesh, shardings):
     if mesh is not None and shardings is not None:
         raise ConversionError("load_params takes a mesh or shardings, not both")
     if mesh is not None:
-        from mmx_jax.sharding import param_shardings
-
         shardings = param_shardings(config, mesh)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
