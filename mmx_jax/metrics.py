@@ -34,7 +34,7 @@ class MetricsWriter:
         self._file.flush()
         if self._board is not None:
             for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
+                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(key, value, row["step"])
 
     def close(self):

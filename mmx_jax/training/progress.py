@@ -44,9 +44,12 @@ class Progress:
         """One line that stays, above the bar."""
         self._console.print(text, markup=False)
 
-    def update(self, *, step: int, tokens_seen: int, loss: float, tokens_per_second: float, mfu: float | None):
-        seconds = (self._total - tokens_seen) / tokens_per_second if tokens_per_second else float("inf")
-        parts = [f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s", f"ETA {format_seconds(seconds)}"]
+    def update(self, *, step: int, tokens_seen: int, loss: float, tokens_per_second: float | None, mfu: float | None):
+        """Shows the state after `step`; a number that is None is left out."""
+        parts = [f"loss {loss:.4f}"]
+        if tokens_per_second:
+            seconds = (self._total - tokens_seen) / tokens_per_second
+            parts += [f"{tokens_per_second:,.0f} tokens/s", f"ETA {format_seconds(seconds)}"]
         if mfu is not None:
             parts.append(f"MFU {100 * mfu:.1f}%")
         text = "  ".join(parts)
@@ -58,9 +61,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """h:mm:ss, or "?" where it is not known."""
-    if seconds != seconds or seconds == float("inf"):
-        return "?"
+    """h:mm:ss."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,559 @@
+"""A training run: everything between a Config and a folder of checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx_jax import config_io, metrics, sharding
+from mmx_jax.checkpoint import Checkpointer, CheckpointError
+from mmx_jax.config import Config, ConfigError
+from mmx_jax.models import decoder
+from mmx_jax.tokenizer import Tokenizer
+from mmx_jax.training import data as data_pipeline
+from mmx_jax.training import flops, schedule
+from mmx_jax.training import step as train_step
+from mmx_jax.training.progress import Progress, format_seconds
+
+# Fields that may differ between a run and its continuation: they change neither the data nor the function nor the
+# optimizer, only where, how fast and how closely watched it is computed (rounding included).
+HARMLESS_FIELDS = (
+    "name",
+    "mesh.",
+    "checkpoint.",
+    "data.prefetch",
+    "model.remat",
+    "model.scan_blocks",
+    "model.lightning_implementation",
+    "model.lightning_chunk",
+    "model.softmax_implementation",
+    "model.softmax_block",
+    "model.moe_implementation",
+    "training.microbatch_rows",
+    "training.loss_chunk",
+    "training.max_nonfinite_steps",
+    "training.eval_every_steps",
+    "training.eval_batches",
+    "training.log_every_steps",
+)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message names the step and the remedy."""
+
+
+class NonFiniteError(TrainingError):
+    """The loss or a gradient was not finite more often than the configuration allows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    tokens_seen: int
+    loss: float | None  # of the last step, nats per token; None if there was none
+    eval_loss: float | None
+    unigram_entropy: float
+    interrupted: bool
+
+
+def train(
+    config: Config, workdir, *, steps: int = 0, resume: str = "auto", profile_steps=(), console=None
+) -> TrainResult:
+    """Trains until the tokens are used up, `steps` is reached, or SIGTERM or SIGINT asks to stop (saves, returns).
+
+    Args:
+      config: everything about the run.
+      workdir: receives config.json, tokenizer/, checkpoints/, metrics.jsonl, loss.png and tensorboard/.
+      steps: stop after this optimizer step, counted from the start of the run; 0: no such limit. The schedule does
+        not know about it.
+      resume: "auto" continues the newest checkpoint of `workdir` if there is one; "no" refuses a workdir that
+        has one; a number goes back to that step and discards the later ones.
+      profile_steps: (first, last) optimizer steps traced into workdir/profile; empty: none.
+      console: rich console; None: standard output.
+
+    Raises:
+      TrainingError, CheckpointError, ConfigError: with one clear message.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(config.mesh)
+    check_rows(config, mesh)
+    checkpointer = Checkpointer(
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    try:
+        start = _resume_step(checkpointer, resume)
+        notes = []
+        if start:
+            differing = check_same_run(checkpointer.read_config(start), json.loads(config_io.config_to_json(config)))
+            notes += [f"continues from step {start} with another {field}" for field in differing]
+            discarded = checkpointer.discard_after(start)
+            notes += [f"discarded the later steps {', '.join(map(str, discarded))}"] if discarded else []
+        with jax.set_mesh(mesh), StopSignals() as signals:
+            run = _Run(config, workdir, mesh, checkpointer, start)
+            with Progress(schedule.total_tokens(config.training), run.tokens_seen, console=console) as progress:
+                for line in run.introduction() + notes:
+                    progress.message(line)
+                try:
+                    return run.loop(steps, profile_steps, signals, progress)
+                finally:
+                    run.close()
+    finally:
+        # An error on its way out is the one to report: a failed save has been raised by then, or will be below.
+        with contextlib.suppress(Exception):
+            checkpointer.close()
+
+
+class _Run:
+    """The mutable half of a run: device state, position, data iterators, writers."""
+
+    def __init__(self, config, workdir, mesh, checkpointer, start):
+        self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
+        _write_text(workdir / "config.json", config_io.config_to_json(config))
+        self.tokenizer = prepare_tokenizer(config, workdir)
+        self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
+        self.batch_sharding = train_step.batch_sharding(mesh)
+        self.step, self.tokens_seen, self.nonfinite_in_a_row = start, 0, 0
+        self.iterator, self.iterator_stage = None, None
+        self.eval_batches = None  # read when first needed
+        self.train_steps, self.eval_steps = {}, {}  # by RoPE base
+        self.compiled = set()  # (RoPE base, rows, length) of the steps taken so far
+        self.last_loss, self.eval_loss, self.eval_at = None, None, None
+        if start:
+            abstract = train_step.abstract_state(config, mesh)
+            self.state, position, data_state = checkpointer.restore(start, abstract)
+            self.tokens_seen = position["tokens_seen"]
+            self.nonfinite_in_a_row = position["nonfinite_in_a_row"]
+            if position["stage_index"] is not None:
+                self._open_stage(position["stage_index"])
+                self.iterator.set_state(data_state)
+        else:
+            self.state = train_step.init_state(config, mesh)
+        self.writer = metrics.MetricsWriter(workdir, resume_step=start)
+
+    def close(self):
+        """Stops the thread of the data pipeline and closes the files."""
+        if self.iterator is not None:
+            self.iterator.close()
+        self.writer.close()
+
+    def introduction(self) -> list[str]:
+        """What is printed before the first step."""
+        training, model = self.config.training, self.config.model
+        length = training.resolved_stages[0].sequence_length
+        per_token = flops.training_flops_per_token(model, length)
+        devices = self.mesh.devices
+        return [
+            config_io.format_config(self.config),
+            f"parameters {count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length {length}; "
+            f"{devices.size} x {devices.flat[0].device_kind}",
+            f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
+            f"TensorBoard: {'on' if self.writer.has_tensorboard else 'off (pip install tensorboardX)'}; "
+            f"run folder: {self.workdir}",
+        ]
+
+    def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
+        clock = _Clock(self.tokens_seen)
+        plan = schedule.plan_step(self.config.training, self.tokens_seen)
+        saved_at = self.step
+        while plan is not None and not (steps and self.step >= steps) and not signals.received:
+            if profile_steps and self.step + 1 == profile_steps[0]:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+            row = self._train_one(plan)
+            if profile_steps and self.step == profile_steps[1]:
+                jax.profiler.stop_trace()
+            if self.step % self.config.training.log_every_steps == 0:
+                self._log(row, clock, plan, progress)
+            plan = schedule.plan_step(self.config.training, self.tokens_seen)
+            every = self.config.training.eval_every_steps
+            if every and self.step % every == 0:
+                with clock.paused():
+                    self._evaluate(progress)
+            if self.step % self.config.checkpoint.save_every_steps == 0:
+                with clock.paused():
+                    self._save()
+                saved_at = self.step
+        if signals.received:
+            progress.message(f"{signals.received}: saving step {self.step}, then stopping")
+        elif self.eval_at != self.step:
+            self._evaluate(progress)
+        if self.step and saved_at != self.step:
+            self._save()
+        self.checkpointer.wait()
+        rows = metrics.read_rows(self.workdir / "metrics.jsonl")
+        metrics.plot_loss(
+            rows, self.workdir / "loss.png", unigram_entropy=self.unigram_entropy, title=self.config.name
+        )  # fmt: skip
+        return TrainResult(
+            step=self.step,
+            tokens_seen=self.tokens_seen,
+            loss=self.last_loss,
+            eval_loss=self.eval_loss,
+            unigram_entropy=self.unigram_entropy,
+            interrupted=bool(signals.received),
+        )
+
+    def _train_one(self, plan):
+        """One optimizer step; returns its metrics on the host. Raises NonFiniteError beyond the allowed number."""
+        if self.iterator_stage != plan.stage_index:
+            self._open_stage(plan.stage_index)
+        batch = self._global_batch(plan)
+        step_function = self._step_function(plan.stage.rope_theta)
+        self.compiles = (key := (plan.stage.rope_theta, *batch["tokens"].shape)) not in self.compiled
+        self.compiled.add(key)
+        self.state, row = step_function(self.state, batch, jnp.float32(plan.learning_rate))
+        self.step += 1
+        self.tokens_seen += plan.tokens
+        gradient_norms = row.pop("gradient_norms")
+        row = jax.device_get(row)
+        self.last_loss = float(row["loss"])
+        if row["finite"]:
+            self.nonfinite_in_a_row = 0
+        else:
+            self.nonfinite_in_a_row += 1
+            if self.nonfinite_in_a_row > self.config.training.max_nonfinite_steps:
+                raise NonFiniteError(self._nonfinite_message(row, jax.device_get(gradient_norms)))
+        return row
+
+    def _open_stage(self, index):
+        # Each stage shuffles anew: its sequence length and mixture make it another stream of batches.
+        stage = self.config.training.resolved_stages[index]
+        unit = schedule.row_unit(self.config.training, stage)
+        if self.iterator is not None:
+            self.iterator.close()
+        self.iterator = data_pipeline.make_train_iterator(
+            self.config.data,
+            self.tokenizer,
+            sequence_length=stage.sequence_length,
+            rows=unit // jax.process_count(),
+            source_weights=stage.source_weights,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            seed=self.config.data.seed + index,
+        )
+        self.iterator_stage = index
+
+    def _global_batch(self, plan):
+        unit = schedule.row_unit(self.config.training, plan.stage)
+        parts = [next(self.iterator) for _ in range(plan.rows // unit)]
+        return self._to_devices({key: np.concatenate([part[key] for part in parts]) for key in train_step.BATCH_KEYS})
+
+    def _to_devices(self, batch):
+        return {
+            key: jax.make_array_from_process_local_data(self.batch_sharding, batch[key])
+            for key in train_step.BATCH_KEYS
+        }
+
+    def _step_function(self, rope_theta):
+        if rope_theta not in self.train_steps:
+            self.train_steps[rope_theta] = train_step.make_train_step(stage_config(self.config, rope_theta), self.mesh)
+        return self.train_steps[rope_theta]
+
+    def _eval_step(self, rope_theta):
+        if rope_theta not in self.eval_steps:
+            self.eval_steps[rope_theta] = train_step.make_eval_step(stage_config(self.config, rope_theta))
+        return self.eval_steps[rope_theta]
+
+    def _open_eval_batches(self):
+        """The same batches through the whole run, of the first stage's length, so that their losses compare."""
+        training = self.config.training
+        stage = training.resolved_stages[0]
+        rows = training.microbatch_rows or schedule.row_unit(training, stage)
+        return data_pipeline.make_eval_batches(
+            self.config.data,
+            self.tokenizer,
+            sequence_length=stage.sequence_length,
+            rows=rows // jax.process_count(),
+            batches=training.eval_batches,
+            source_weights=stage.source_weights,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _evaluate(self, progress):
+        """Held-out loss over a fixed set of batches, with the RoPE base of the present stage."""
+        if not self.config.data.eval_fraction:
+            return
+        if self.eval_batches is None:
+            self.eval_batches = self._open_eval_batches()
+        eval_step = self._eval_step(self.config.training.resolved_stages[self.iterator_stage or 0].rope_theta)
+        sums = [jax.device_get(eval_step(self.state["params"], self._to_devices(batch))) for batch in self.eval_batches]
+        self.eval_at = self.step
+        count = sum(float(part["count"]) for part in sums)
+        self.eval_loss = sum(float(part["nll"]) for part in sums) / count
+        accuracy = sum(float(part["correct"]) for part in sums) / count
+        self.writer.write(
+            {
+                "step": self.step,
+                "tokens_seen": self.tokens_seen,
+                "eval_loss": self.eval_loss,
+                "eval_accuracy": accuracy,
+                "unigram_entropy": self.unigram_entropy,
+            }
+        )
+        progress.message(
+            f"step {self.step}  held-out loss {self.eval_loss:.4f} (unigram entropy {self.unigram_entropy:.4f})  "
+            f"accuracy {100 * accuracy:.1f}%"
+        )
+
+    def _log(self, row, clock, plan, progress):
+        seconds, tokens = clock.lap(self.tokens_seen)
+        per_second, utilisation = None, None  # where the time went into compilation
+        if not self.compiles:
+            per_second = tokens / seconds
+            per_token = flops.training_flops_per_token(self.config.model, plan.stage.sequence_length)
+            devices = self.mesh.devices
+            utilisation = flops.mfu(per_second * per_token, devices.flat[0].device_kind, devices.size)
+        router = {f"router_{name}": value.tolist() for name, value in row["router"].items()}
+        scalars = {name: float(value) for name, value in row.items() if name != "router"}
+        self.writer.write(
+            {"step": self.step, "tokens_seen": self.tokens_seen, "learning_rate": plan.learning_rate}
+            | scalars
+            | {"tokens_per_second": per_second, "mfu": utilisation}
+            | router
+        )
+        if not row["finite"]:
+            progress.message(
+                f"step {self.step} was skipped: loss {row['loss']}, gradient norm {row['gradient_norm']} "
+                f"({self.nonfinite_in_a_row} in a row, {self.config.training.max_nonfinite_steps} allowed)"
+            )
+        progress.update(
+            step=self.step,
+            tokens_seen=self.tokens_seen,
+            loss=self.last_loss,
+            tokens_per_second=per_second,
+            mfu=utilisation,
+        )
+
+    def _save(self):
+        self.checkpointer.save(
+            self.step,
+            self.state,
+            position={
+                "tokens_seen": self.tokens_seen,
+                "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                "stage_index": self.iterator_stage,
+            },
+            data=None if self.iterator is None else self.iterator.get_state(),
+            config=json.loads(config_io.config_to_json(self.config)),
+            eval_loss=self.eval_loss if self.eval_at == self.step else None,
+        )
+
+    def _nonfinite_message(self, row, gradient_norms):
+        names = train_step.nonfinite_names(gradient_norms, len(self.config.model.layer_pattern))
+        router = row["router"]
+        last_good = self.checkpointer.latest_step()
+        return "\n".join(
+            [
+                f"step {self.step} is not finite: loss {row['loss']}, z-loss {row['z_loss']}, "
+                f"aux loss {row['aux_loss']}, gradient norm {row['gradient_norm']} "
+                f"({self.nonfinite_in_a_row} such steps in a row, {self.config.training.max_nonfinite_steps} allowed)",
+                f"gradients that are not finite: {', '.join(names[:12]) or 'none'}"
+                + (f" and {len(names) - 12} more" if len(names) > 12 else ""),
+                "router by layer: "
+                + "; ".join(f"{name} {np.array2string(values, precision=3)}" for name, values in router.items()),
+                f"parameters before this step: norm {row['parameter_norm']}",
+                f"last good checkpoint: step {last_good} in {self.checkpointer.directory}"
+                if last_good is not None
+                else f"no checkpoint has been saved in {self.checkpointer.directory}",
+                "continue from there with another data.seed or learning rate, or skip such steps with "
+                "training.max_nonfinite_steps",
+            ]
+        )
+
+
+class StopSignals:
+    """Context manager: SIGTERM and SIGINT ask for a stop after the running step; a second SIGINT interrupts."""
+
+    def __init__(self):
+        self.received = ""
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class _Clock:
+    """Seconds and tokens between log lines, evaluation and saving left out."""
+
+    def __init__(self, tokens_seen):
+        self._start, self._tokens = time.monotonic(), tokens_seen
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.monotonic()
+        yield
+        self._start += time.monotonic() - began
+
+    def lap(self, tokens_seen):
+        now = time.monotonic()
+        lap = max(now - self._start, 1e-9), tokens_seen - self._tokens
+        self._start, self._tokens = now, tokens_seen
+        return lap
+
+
+def check_rows(config: Config, mesh):
+    """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis."""
+    axes = jax.tree.leaves(train_step.batch_sharding(mesh).spec[0])
+    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
+    for stage in config.training.resolved_stages:
+        unit = schedule.row_unit(config.training, stage)
+        rows = config.training.microbatch_rows or unit
+        if rows % shards or unit % jax.process_count():
+            raise ConfigError(
+                f"training.microbatch_rows: {rows} rows of {stage.sequence_length} tokens do not divide over {shards} "
+                f"batch shards and {jax.process_count()} processes; change batch_tokens, microbatch_rows or mesh"
+            )
+
+
+def check_same_run(stored: dict, current: dict) -> list[str]:
+    """The harmless fields that differ, as "field: old -> new"; raises ConfigError on any other difference."""
+    old, new = _flatten(stored), _flatten(current)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if "training.total_tokens" in differing and _has_closed_schedule(current["training"]):
+        allowed = HARMLESS_FIELDS + ("training.total_tokens",)
+    else:
+        allowed = HARMLESS_FIELDS
+    lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
+    harmful = [line for key, line in lines.items() if not key.startswith(allowed)]
+    if harmful:
+        raise ConfigError(
+            "the run in this folder was made with another configuration and would not continue as itself:\n  "
+            + "\n  ".join(harmful)
+            + "\nundo these changes, or start in a new --workdir"
+        )
+    return list(lines.values())
+
+
+def stage_config(config: Config, rope_theta: float | None) -> Config:
+    """The configuration of a stage: its RoPE base replaces the model's."""
+    if rope_theta is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
+
+
+def count_parameters(model) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(decoder.abstract_params(model)))
+
+
+def prepare_tokenizer(config: Config, workdir: pathlib.Path):
+    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there."""
+    folder = workdir / "tokenizer"
+    if folder.exists():
+        loaded = Tokenizer.load(folder)
+    elif config.data.tokenizer:
+        loaded = Tokenizer.load(config.data.tokenizer)
+    else:
+        size = config.data.tokenizer_vocab_size or config.model.vocab_size
+        loaded = Tokenizer.train(data_pipeline.iterate_texts(config.data), size)
+    if loaded.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {loaded.vocab_size} entries of the "
+            "tokenizer"
+        )
+    if not folder.exists():
+        temporary = workdir / "tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        loaded.save(temporary)
+        os.replace(temporary, folder)
+    return loaded
+
+
+def dry_run(config: Config) -> list[str]:
+    """Lowers and compiles the step of the first stage without data or parameters; returns the lines to print.
+
+    Parameters, memory of one device in bytes and the number of HLO operations (which must not depend on depth or
+    length).
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    check_rows(config, mesh)
+    plan = schedule.plan_step(config.training, 0)
+    batch_sharding = train_step.batch_sharding(mesh)
+    shape = (plan.rows, plan.stage.sequence_length)
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in train_step.BATCH_KEYS}
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        step_function = train_step.make_train_step(stage_config(config, plan.stage.rope_theta), mesh)
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        lowered = step_function.lower(train_step.abstract_state(config, mesh), batch, rate)
+        lowered_at = time.monotonic()
+        compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    operations = sum(" = " in line for line in lowered.as_text().splitlines())
+    gib = 2**30
+    per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)
+    return [
+        f"parameters {count_parameters(config.model):,}; {per_token:.3e} training FLOPs per token",
+        f"batch {plan.rows} rows of {plan.stage.sequence_length} tokens in {plan.microbatches} micro-batches; "
+        f"mesh {dict(mesh.shape)}",
+        f"lowered in {format_seconds(lowered_at - began)} to {operations:,} HLO operations, "
+        f"compiled in {format_seconds(time.monotonic() - lowered_at)}",
+        f"memory of one device: arguments {memory.argument_size_in_bytes / gib:.3f} GiB, of which "
+        f"{memory.alias_size_in_bytes / gib:.3f} GiB are updated in place; "
+        f"temporaries {memory.temp_size_in_bytes / gib:.3f} GiB; "
+        f"outputs {memory.output_size_in_bytes / gib:.3f} GiB; "
+        f"code {memory.generated_code_size_in_bytes / gib:.3f} GiB",
+    ]
+
+
+def _resume_step(checkpointer, resume) -> int:
+    steps = checkpointer.steps()
+    if resume == "auto":
+        return steps[-1] if steps else 0
+    if resume == "no":
+        if steps:
+            raise TrainingError(
+                f"{checkpointer.directory} holds steps {', '.join(map(str, steps))} and --resume=no was given: "
+                "choose another --workdir, or --resume=auto"
+            )
+        return 0
+    if not resume.isdigit() or int(resume) not in steps:
+        raise CheckpointError(
+            f"--resume={resume}: give auto, no or one of the steps of {checkpointer.directory}: "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
+    return int(resume)
+
+
+def _has_closed_schedule(training: dict) -> bool:
+    """Whether the learning rate so far does not depend on the length of the run."""
+    last = training["learning_rate_phases"][-1]
+    return not training["stages"] and (last["tokens"] > 0 or last["shape"] == "constant")
+
+
+def _flatten(tree, prefix=""):
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}".strip(".")).items()}
+    return {prefix: tree}
+
+
+def _write_text(path, text):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,217 @@
+"""The training step: accumulated gradients, AdamW, a guard against non-finite numbers. Pure and jitted.
+
+The training state is a plain pytree, {"step": int32 scalar, "params": tree, "opt_state": ScaleByAdamState}.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mmx_jax import sharding
+from mmx_jax.config import Config
+from mmx_jax.models import decoder
+from mmx_jax.training import loss as losses
+from mmx_jax.training import optimizer
+
+BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
+
+
+def state_shardings(config: Config, mesh):
+    """Shardings of the training state: a moment lies where its parameter lies."""
+    params = decoder.param_shardings(config.model, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return {
+        "step": replicated,
+        "params": params,
+        "opt_state": optax.ScaleByAdamState(count=replicated, mu=params, nu=params),
+    }
+
+
+def batch_sharding(mesh):
+    """Sharding of an array [rows, T] of a batch."""
+    return NamedSharding(mesh, sharding.logical_to_spec(("batch", "length")))
+
+
+def abstract_state(config: Config, mesh):
+    """The training state as jax.ShapeDtypeStruct with shardings; nothing is allocated."""
+    params = decoder.abstract_params(config.model)
+    state = {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "params": params,
+        "opt_state": jax.eval_shape(lambda p: optimizer.init_optimizer(config.training, p), params),
+    }
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(config, mesh)
+    )
+
+
+def init_state(config: Config, mesh):
+    """A new training state, every shard made where it stays."""
+
+    def init(key):
+        params = decoder.init_params(config.model, key)
+        opt_state = optimizer.init_optimizer(config.training, params)
+        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
+
+    key = jax.random.key(config.training.seed, impl=config.training.prng_implementation)
+    return jax.jit(init, out_shardings=state_shardings(config, mesh))(key)
+
+
+def microbatch_objective(config: Config, params, batch):
+    """What one micro-batch adds to the objective, and its sums.
+
+    The cross entropy and z-loss are sums over tokens, so that accumulation over micro-batches equals one big
+    batch. The load-balancing loss is not linear in the batch: as in the report it is that of the
+    micro-batch, weighted by the tokens that have a target.
+
+    Returns:
+      (objective, sums): float32 scalar, to be divided by the count of the whole batch; dict of float32 sums.
+    """
+    model, training = config.model, config.training
+    out = decoder.Decoder(model).apply(
+        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], logits=False
+    )
+    entropy = losses.chunked_cross_entropy(
+        out.hidden,
+        params["lm_head"]["kernel"],
+        batch["targets"],
+        chunk=training.loss_chunk,
+        z_loss_coef=training.z_loss_coef,
+    )
+    aux, aux_per_layer = losses.load_balancing_loss(
+        out.router, form=training.aux_loss_form, pooling=training.aux_loss_pooling
+    )
+    sums = {
+        "nll": entropy.nll,
+        "z": entropy.z,
+        "correct": entropy.correct,
+        "count": entropy.count,
+        "aux": aux * entropy.count,
+        "aux_per_layer": aux_per_layer * entropy.count,
+        "router": out.router,
+    }
+    return entropy.objective + model.router_aux_loss_coef * aux * entropy.count, jax.lax.stop_gradient(sums)
+
+
+def accumulate_gradients(config: Config, params, batch, microbatches: int):
+    """Gradients of the mean objective over the whole batch, in float32.
+
+    Returns:
+      (gradients, sums): the tree of `params` and the sums of `microbatch_objective` over all micro-batches.
+    """
+
+    def gradients_of(part):
+        (_, sums), gradients = jax.value_and_grad(
+            lambda p: microbatch_objective(config, p, part), has_aux=True
+        )(params)  # fmt: skip
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
+
+    if microbatches == 1:
+        gradients, sums = gradients_of(batch)
+    else:
+        # Micro-batch a takes the rows a, a + A, ...: each device's own rows are spread over all micro-batches.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def step(total, part):
+            return jax.tree.map(jnp.add, total, gradients_of(part)), None
+
+        shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (gradients, sums), _ = jax.lax.scan(step, zeros, parts)
+    count = jnp.maximum(sums["count"], 1.0)
+    return jax.tree.map(lambda g: g / count, gradients), sums
+
+
+def make_train_step(config: Config, mesh):
+    """Builds the jitted step.
+
+    Returns:
+      step(state, batch, learning_rate) -> (state, metrics). `state` is donated. `batch`: int32 [rows, T] for each of
+      BATCH_KEYS, the rows split into micro-batches of `training.microbatch_rows`. A step whose loss or gradient
+      is not finite changes nothing but the step number; `metrics["finite"]` says so. metrics: float32 scalars
+      (loss, z_loss, aux_loss, accuracy, gradient_norm, parameter_norm, update_norm, tokens, finite),
+      "router": dict of [L], and "gradient_norms": tree like params, [N] for leaves stacked over blocks.
+    """
+
+    def train_step(state, batch, learning_rate):
+        rows = batch["tokens"].shape[0]
+        microbatches = rows // (config.training.microbatch_rows or rows)
+        gradients, sums = accumulate_gradients(config, state["params"], batch, microbatches)
+        squared = optimizer.squared_norms(gradients)
+        norm = optimizer.total_norm(squared)
+        metrics = step_metrics(config, sums)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(norm)
+        params, opt_state, update_norm = optimizer.apply_gradients(
+            config.training, state["params"], state["opt_state"], gradients, norm, learning_rate
+        )
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state["params"], state["opt_state"])
+        )
+        metrics |= {
+            "gradient_norm": norm,
+            "parameter_norm": optimizer.total_norm(optimizer.squared_norms(params)),
+            "update_norm": jnp.where(finite, update_norm, 0.0),
+            "finite": finite.astype(jnp.float32),
+            "gradient_norms": jax.tree.map(jnp.sqrt, squared),
+        }
+        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(config, mesh), None))
+
+
+def make_eval_step(config: Config):
+    """Builds the jitted evaluation: eval_step(params, batch) -> {"nll", "correct", "count"}, float32 sums."""
+
+    @jax.jit
+    def eval_step(params, batch):
+        _, sums = microbatch_objective(config, params, batch)
+        return {name: sums[name] for name in ("nll", "correct", "count")}
+
+    return eval_step
+
+
+def step_metrics(config: Config, sums):
+    """Means from the sums of a batch. Loads of the router are relative to the uniform one (1 is balanced)."""
+    count = jnp.maximum(sums["count"], 1.0)
+    router = sums["router"]
+    tokens = jnp.maximum(router.tokens, 1.0)
+    uniform = tokens * config.model.experts_per_token / config.model.num_experts
+    load = router.assignments / uniform[:, None]
+    return {
+        "loss": sums["nll"] / count,
+        "z_loss": sums["z"] / count,
+        "aux_loss": sums["aux"] / count,
+        "accuracy": sums["correct"] / count,
+        "tokens": sums["count"],
+        "router": {
+            "max_load": load.max(-1),
+            "min_load": load.min(-1),
+            "entropy": router.entropy / tokens,
+            "drop_rate": router.dropped / (tokens * config.model.experts_per_token),
+            "aux_loss": sums["aux_per_layer"] / count,
+        },
+    }
+
+
+def nonfinite_names(gradient_norms, layers_per_block: int) -> list[str]:
+    """Names of the parameters whose gradient is not finite, with the absolute layers concerned.
+
+    Args:
+      gradient_norms: `metrics["gradient_norms"]` as NumPy arrays.
+      layers_per_block: length of the layer pattern.
+    """
+    names = []
+    for path, norm in jax.tree_util.tree_leaves_with_path(gradient_norms):
+        keys = [entry.key for entry in path]
+        broken = ~np.isfinite(norm)
+        if not broken.any():
+            continue
+        name = "/".join(keys)
+        if norm.ndim:
+            position = int(keys[1].removeprefix("layer_"))
+            layers = [block * layers_per_block + position for block in range(norm.shape[0]) if broken[block]]
+            name += f" (layers {', '.join(map(str, layers))})"
+        names.append(name)
+    return names
