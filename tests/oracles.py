@@ -64,3 +64,37 @@ def grouped_matmul(lhs, rhs, group_sizes):
         output[row : row + size] = np.asarray(lhs[row : row + size], np.float64) @ weight
         row += size
     return output
+
+
+def mixture_of_experts(x, router, w_gate, w_up, w_down, k, *, capacity=None, real=None):
+    """Token by token; x [R, M]. Returns (output [R, M], experts [R, k], kept bool [R, k], probability [R, E]).
+
+    With a capacity all first choices are served before any second choice, each in the order of the tokens;
+    padding is not served at all.
+    """
+    x, router, w_gate, w_up, w_down = (np.asarray(a, np.float64) for a in (x, router, w_gate, w_up, w_down))
+    rows, experts = x.shape[0], router.shape[1]
+    probability = np.zeros((rows, experts))
+    chosen = np.zeros((rows, k), int)
+    for r in range(rows):
+        logits = x[r] @ router
+        probability[r] = np.exp(logits - logits.max())
+        probability[r] /= probability[r].sum()
+        chosen[r] = sorted(range(experts), key=lambda e: (-probability[r, e], e))[:k]  # noqa: B023
+    kept = np.ones((rows, k), bool)
+    if capacity is not None:
+        served = np.zeros(experts, int)
+        for choice in range(k):
+            for r in range(rows):
+                wanted = real is None or real[r]
+                kept[r, choice] = wanted and served[chosen[r, choice]] < capacity
+                served[chosen[r, choice]] += kept[r, choice]
+    output = np.zeros((rows, w_down.shape[-1]))
+    for r in range(rows):
+        total = sum(probability[r, e] for e in chosen[r])
+        for choice, e in enumerate(chosen[r]):
+            if kept[r, choice]:
+                gate = x[r] @ w_gate[e]
+                inner = gate / (1 + np.exp(-gate)) * (x[r] @ w_up[e])
+                output[r] += probability[r, e] / total * (inner @ w_down[e])
+    return output, chosen, kept, probability

@@ -1,0 +1,146 @@
+"""Softmax attention as functions: against float64 loops, and in its use of memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests import oracles
+
+from mmx_jax.layers.attention_ops import cached_attention, causal_attention
+
+BLOCK = 8
+HEADS, KV_HEADS, DIM = 4, 2, 6
+
+attend = jax.jit(causal_attention, static_argnames=("implementation", "block"))
+
+SEGMENTS = {
+    "packed": [[1] * 5 + [2] + [3] * 10 + [5] * 17, [4] * 33],
+    "left_padded": [[0] * 9 + [1] * 24, [1] * 33],
+    "right_padded": [[1] * 9 + [0] * 24, [0] * 33],
+    "interior": [[1] * 4 + [0] * 3 + [2] * 26, [1] * 16 + [0] * 8 + [2] * 9],
+}
+
+
+def random_qkv(length, heads=HEADS, kv_heads=KV_HEADS, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    shape = lambda n: (2, length, n, DIM)  # noqa: E731
+    return [(scale * rng.normal(size=shape(n))).astype(np.float32) for n in (heads, kv_heads, kv_heads)]
+
+
+def naive(q, k, v, segment_ids=None):
+    """The definition with a [T, T] matrix; queries that see nothing give 0."""
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    segment_ids = jnp.ones(q.shape[:2], int) if segment_ids is None else jnp.asarray(segment_ids)
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") / q.shape[-1] ** 0.5
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
+    seen = (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1), 0.0)
+    return jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest")
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
+def test_lengths_around_the_block(length, heads, kv_heads):
+    q, k, v = random_qkv(length, heads, kv_heads)
+    want = oracles.softmax_attention(q, k, v)
+    np.testing.assert_allclose(attend(q, k, v, block=BLOCK), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", sorted(SEGMENTS))
+def test_documents_and_padding(segments):
+    segment_ids = np.array(SEGMENTS[segments])
+    q, k, v = random_qkv(33)
+    got = attend(q, k, v, segment_ids, block=BLOCK)
+    np.testing.assert_allclose(got, oracles.softmax_attention(q, k, v, segment_ids), rtol=1e-5, atol=1e-5)
+    assert not np.any(np.asarray(got)[segment_ids == 0])
+
+
+def test_large_scores_stay_finite():
+    q, k, v = random_qkv(33, scale=100.0)
+    got = attend(q, k, v, block=BLOCK)
+    np.testing.assert_allclose(got, oracles.softmax_attention(q, k, v), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("segments", [None, "packed", "left_padded", "right_padded", "interior"])
+def test_gradients_equal_those_of_the_definition(segments):
+    segment_ids = segments and np.array(SEGMENTS[segments])
+    qkv = random_qkv(33)
+    cotangent = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
+    got = jax.jit(jax.grad(lambda *x: jnp.vdot(attend(*x, segment_ids, block=BLOCK), cotangent), (0, 1, 2)))(*qkv)
+    want = jax.jit(jax.grad(lambda *x: jnp.vdot(naive(*x, segment_ids), cotangent), (0, 1, 2)))(*qkv)
+    for got_leaf, want_leaf in zip(got, want, strict=True):
+        assert np.abs(want_leaf).max() > 0.1
+        np.testing.assert_allclose(got_leaf, want_leaf, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_as_close_as_the_definition():
+    qkv = random_qkv(33)
+    want = oracles.softmax_attention(*qkv)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
+    got = attend(*low, block=BLOCK)
+    assert got.dtype == jnp.bfloat16
+    error = lambda x: np.linalg.norm(np.float64(x) - want) / np.linalg.norm(want)  # noqa: E731
+    assert error(got) < 2 * error(naive(*low))
+
+
+# Slots hold: queries of 1 (a decoding step), 5 and 16 tokens, with caches of one block and of several.
+@pytest.mark.parametrize(("slots", "cursor", "length"), [(24, 0, 5), (24, 11, 1), (24, 23, 1), (24, 3, 16), (7, 0, 7)])
+def test_cached_attention_matches_the_definition(slots, cursor, length):
+    rng = np.random.default_rng(2)
+    q = rng.normal(size=(2, length, HEADS, DIM)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, KV_HEADS, slots, DIM)).astype(np.float32)
+    real = rng.random((2, slots)) < 0.7
+    real[:, cursor : cursor + length] = True
+    filled = cursor + length
+    key[:, :, filled:], value[:, :, filled:] = 1e3, 1e3  # what lies behind the last slot must not matter
+    got = jax.jit(functools.partial(cached_attention, block=BLOCK))(q, key, value, np.int32(cursor), real)
+    padded = np.zeros((2, filled, HEADS, DIM), np.float32)
+    padded[:, cursor:] = q
+    want = oracles.softmax_attention(
+        padded, *(x[:, :, :filled].swapaxes(1, 2) for x in (key, value)), real[:, :filled].astype(int)
+    )
+    np.testing.assert_allclose(got, want[:, cursor:], rtol=1e-5, atol=1e-5)
+
+
+def test_cached_attention_of_a_row_without_tokens_is_zero():
+    """A row of padding alone, as in a ragged batch whose first chunk is all padding for one sequence."""
+    rng = np.random.default_rng(2)
+    q = rng.normal(size=(2, 4, HEADS, DIM)).astype(np.float32)
+    cache = rng.normal(size=(2, KV_HEADS, 24, DIM)).astype(np.float32)
+    real = np.zeros((2, 24), bool)
+    real[1, :4] = True
+    got = cached_attention(q, cache, cache, np.int32(0), real, block=BLOCK)
+    assert not np.any(got[0]) and np.all(np.any(got[1], axis=-1))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_is_far_below_the_score_matrix(backward):
+    length = 8192
+    shapes = [jax.ShapeDtypeStruct((1, length, n, 8), jnp.float32) for n in (2, 1, 1)]
+
+    def run(q, k, v):
+        return jnp.sum(causal_attention(q, k, v, block=256))
+
+    compiled = jax.jit(jax.grad(run, (0, 1, 2)) if backward else run).lower(*shapes).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert 0 < temporary < length * length * 4 / 16  # one [T, T] matrix of one head is 268 MB
+
+
+def test_memory_of_prefill_into_a_cache_is_far_below_the_score_matrix():
+    length = 8192
+    q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    cache = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
+    arguments = q, cache, cache, jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
+    compiled = jax.jit(functools.partial(cached_attention, block=256)).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length * 4 / 4
+
+
+def test_bad_arguments_are_named():
+    q, k, v = random_qkv(9)
+    with pytest.raises(ValueError, match="'flash' is not one of blockwise, cudnn, auto"):
+        causal_attention(q, k, v, implementation="flash")
+    with pytest.raises(NotImplementedError, match="segment_ids"):
+        causal_attention(q, k, v, np.ones((2, 9), int), implementation="cudnn")
