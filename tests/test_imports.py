@@ -24,10 +24,13 @@ ALLOWED = {
     "checkpoint": {"config", "config_io", "sharding", "models"},
     "convert": {"config", "config_io", "sharding", "models", "checkpoint"},
     "training": {"config", "config_io", "sharding", "models", "layers", "checkpoint", "tokenizer", "metrics"},
-    "generate": {"config", "sharding", "models", "checkpoint", "tokenizer", "convert"},
-    "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate"},
+    "sampling": set(),
+    "generate": {"config", "sharding", "models", "layers", "sampling"},
+    "model": {"config", "generate", "sampling", "tokenizer", "convert"},
+    "text_generation": {"config", "generate", "model", "tokenizer"},
+    "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate", "model", "text_generation"},
     # mmx_jax/__init__.py: `from_pretrained`, by a lazy import, so that a config costs no jax.
-    "__init__": {"generate"},
+    "__init__": {"model"},
 }
 
 # What else a group may import; the others may use everything that pyproject.toml names.

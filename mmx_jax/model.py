@@ -1,0 +1,171 @@
+"""The Python interface: a model with its tokenizer, to evaluate, to generate from, to export."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from mmx_jax import generate
+from mmx_jax.config import FLOAT_DTYPES, ModelConfig
+from mmx_jax.convert import weights
+from mmx_jax.generate import PREFILL_CHUNK, GenerationError, Session
+from mmx_jax.sampling import SamplingParams
+from mmx_jax.tokenizer import Tokenizer
+
+_STREAM_STEPS = 8  # tokens between two looks at a stream
+
+
+def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "Model":
+    """Loads a model.
+
+    Args:
+      path: a Hugging Face folder (released layout or a transformers save), a converted checkpoint, a training run
+        (its newest step) or one of its steps.
+      dtype: of the weights and the computation. "float32" gives the exact function; with "bfloat16" router,
+        lightning states, decays and logits are still float32.
+      mesh: of `mmx_jax.sharding.make_mesh`; None: one device.
+
+    Raises:
+      ValueError: an unknown dtype; a path that is no checkpoint, or a damaged one (`ConversionError`).
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+    source = weights.resolve(path)
+    config, params = weights.load_params(path, param_dtype=dtype, mesh=mesh)
+    # A token's result must not hang on its neighbours, so nothing is dropped whatever training did.
+    config = dataclasses.replace(config, dtype=dtype, capacity_factor=None, remat="none")
+    has_tokenizer = source.tokenizer_dir is not None and (source.tokenizer_dir / "tokenizer.json").is_file()
+    return Model(config, params, source.tokenizer_dir if has_tokenizer else None, mesh)
+
+
+class Model:
+    """A model in memory.
+
+    Args:
+      config: its dtype is that of the computation.
+      params: the parameter tree.
+      tokenizer_dir: folder with tokenizer.json, or None.
+      mesh: where `params` lie; None: one device.
+
+    `tokens` are integers [B, T] below. `mask`, of the same shape, is 1 at real tokens and 0 at padding, which may stand
+    at either side or between; results are those of the rows without it. Bad tokens raise `GenerationError`.
+    """
+
+    def __init__(self, config: ModelConfig, params, tokenizer_dir=None, mesh: jax.sharding.Mesh | None = None):
+        self.config, self.params, self.mesh = config, params, mesh
+        self._tokenizer_dir = tokenizer_dir
+        self.tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
+
+    @property
+    def pad_id(self) -> int:
+        """What `generate` puts behind a stop token."""
+        return self.config.pad_token_id or 0
+
+    def logits(self, tokens, mask=None) -> np.ndarray:
+        """float32 logits [B, T, V]; those at padding mean nothing."""
+        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        length = tokens.shape[1]
+        right = ((0, 0), (0, generate.slot_bucket(length) - length))
+        mask = np.pad(mask, right)
+        segment_ids = None if mask.all() else mask.astype(np.int32)
+        with generate.on_mesh(self.mesh):
+            logits = generate.forward(self.config, self.params, np.pad(tokens, right), segment_ids)
+        return np.asarray(logits)[:, :length]
+
+    def score(self, tokens, mask=None, *, prefill_chunk: int = PREFILL_CHUNK) -> np.ndarray:
+        """Log-probabilities (nats) float32 [B, T] of each token given those before it in its row.
+
+        The first real token of a row, which nothing precedes, and padding have 0. Long rows run in chunks of
+        `prefill_chunk` tokens that carry the state, so that [T, V] logits never exist.
+        """
+        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        limit = self.config.max_position_embeddings
+        if (longest := int(mask.sum(axis=1).max())) > limit:
+            raise GenerationError(f"{longest} tokens exceed max_position_embeddings={limit} of the model; cut the text")
+        if prefill_chunk < 1:
+            raise GenerationError(f"prefill_chunk={prefill_chunk} must be positive")
+        with generate.on_mesh(self.mesh):
+            return generate.score(self.config, self.params, tokens, mask, chunk=prefill_chunk)
+
+    def session(
+        self, batch: int, *, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+        min_p: float | None = None, repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
+        stop_tokens: Sequence[int] = (), prefill_chunk: int = PREFILL_CHUNK,
+    ) -> Session:  # fmt: skip
+        """`batch` sequences to read and write turn by turn; see `mmx_jax.generate.Session`."""
+        params = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        return Session(
+            self.config, self.params, batch, sampling_params=params, seed=seed, stop_tokens=stop_tokens,
+            vocab_size=None if self.tokenizer is None else self.tokenizer.vocab_size,
+            prefill_chunk=prefill_chunk, mesh=self.mesh,
+        )  # fmt: skip
+
+    def stream(self, tokens, mask=None, max_new_tokens: int = 16, **settings) -> Iterator[np.ndarray]:
+        """As `generate`, in pieces int32 [B, n] as they are made: the first token alone, then up to 8; it ends early
+        when all rows have."""
+        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        if max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
+        session = self.session(len(tokens), **settings)
+        session.extend(tokens, mask, reserve=max_new_tokens)
+        return self._pieces(session, max_new_tokens)
+
+    def _pieces(self, session, remaining):
+        steps = 1
+        while remaining and (piece := session.decode(min(steps, remaining))).size:
+            yield np.where(piece < 0, self.pad_id, piece).astype(np.int32)
+            remaining, steps = remaining - piece.shape[1], _STREAM_STEPS
+
+    def generate(
+        self, tokens, mask=None, max_new_tokens: int = 16, temperature: float = 0.0, top_k: int | None = None,
+        top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] = 0, stop_tokens: Sequence[int] = (), prefill_chunk: int = PREFILL_CHUNK,
+    ) -> np.ndarray:  # fmt: skip
+        """Continues every row.
+
+        Args:
+          temperature: 0 is greedy; the other settings of the draw are those of `mmx_jax.sampling.SamplingParams`.
+          seed: row b draws with seed + b, or with its own if there is one for each row; the other rows of a batch
+            and the padding do not matter to it.
+          stop_tokens: a row ends with one of these, which is its last token. The model's eos is not implied.
+          prefill_chunk: prompts longer than this are read in pieces.
+
+        Returns:
+          int32 [B, max_new_tokens]; `pad_id` (the config's `pad_token_id`, else 0) behind a row's stop token.
+
+        Raises:
+          SamplingError: a setting outside its range.
+          GenerationError: prompt and continuation exceed `max_position_embeddings`; a row without a real token.
+        """
+        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        if max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
+        session = self.session(
+            len(tokens), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens, prefill_chunk=prefill_chunk,
+        )  # fmt: skip
+        session.extend(tokens, mask, reserve=max_new_tokens)
+        result = np.full((len(tokens), max_new_tokens), self.pad_id, np.int32)
+        at = 0
+        while at < max_new_tokens and (piece := session.decode(max_new_tokens - at)).size:
+            result[:, at : at + piece.shape[1]] = np.where(piece < 0, self.pad_id, piece)
+            at += piece.shape[1]
+        return result
+
+    def export(self, path, naming: str = "original") -> str:
+        """Writes a Hugging Face folder of safetensors in the model's dtype, routers float32, with the tokenizer.
+
+        Args:
+          path: a folder that does not exist yet.
+          naming: of config.json: "original" (as released) or "transformers".
+
+        Returns:
+          A report of a few lines.
+
+        Raises:
+          ConversionError: `path` exists, or the disk is full.
+        """
+        return weights.save_huggingface(self.params, self.config, path, naming, tokenizer_dir=self._tokenizer_dir)
