@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import oracles
 
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from tests import oracles
 
 multiply = jax.jit(grouped_matmul, static_argnames="implementation")
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import oracles
 
 from pallas_kernels.lightning_attention import (
     IMPLEMENTATIONS,
@@ -12,6 +11,7 @@ from pallas_kernels.lightning_attention import (
     lightning_attention,
     recurrent_step,
 )
+from tests import oracles
 
 BATCH, HEADS, DIM = 2, 3, 8
 SLOPES = np.array([0.917, 0.25, 0.004], np.float32)

@@ -1,0 +1,183 @@
+"""Training step, prefill and decode on the CPU, beside transformers' MiniMax holding the same weights.
+
+    python benchmarks/cpu_against_transformers.py [--json=FILE]
+
+Needs the `parity` extra. Both sides run in float32 with two threads, in turn, in this process; the medians of
+the runs are reported, after their logits have been compared. The model rotates all of its head dimensions, because
+stock transformers cannot do otherwise.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads=2")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from mmx_jax.config import Config, ModelConfig, TrainingConfig, deepnorm_alpha
+from mmx_jax.convert.weights import save_huggingface
+from mmx_jax.models.decoder import Decoder, head_logits, init_params
+from mmx_jax.models.state import init_state
+from mmx_jax.training import step as training_step
+
+ALPHA = deepnorm_alpha(8)
+MODEL = ModelConfig(
+    vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, rotary_dim=64,
+    mlp_dim=768, num_experts=8, experts_per_token=2, max_position_embeddings=16384, dtype="float32",
+    lightning_alpha=ALPHA, softmax_alpha=ALPHA, mlp_alpha=ALPHA,
+)  # fmt: skip
+TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, REPEATS = 2, 1024, 4096, 32, 5
+
+
+def median_seconds(function, repeats=REPEATS):
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def load_peer(params):
+    with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(params, MODEL, folder + "/model", naming="transformers")
+        return transformers.MiniMaxForCausalLM.from_pretrained(folder + "/model", dtype=torch.float32)
+
+
+def our_train_step(params, tokens):
+    config = Config(
+        model=MODEL,
+        training=TrainingConfig(sequence_length=TRAIN_LENGTH, batch_tokens=TRAIN_ROWS * TRAIN_LENGTH, z_loss_coef=0.0),
+    )
+    mesh = jax.make_mesh((1,) * 4, ("data", "fsdp", "expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        state = training_step.init_state(config, mesh)
+        run = training_step.make_train_step(config, mesh)
+    shape = (TRAIN_ROWS, TRAIN_LENGTH)
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(TRAIN_LENGTH, dtype=np.int32), shape),
+    }
+    holder = [state]
+
+    def once():
+        with jax.set_mesh(mesh):
+            holder[0], metrics = run(holder[0], batch, np.float32(1e-4))
+            jax.block_until_ready((holder[0], metrics))
+
+    return once
+
+
+def peer_train_step(peer, tokens):
+    ids = torch.tensor(tokens, dtype=torch.long)
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def once():
+        peer.train()
+        loss = peer(ids, labels=ids, output_router_logits=True, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return once
+
+
+def our_inference(params, prompt):
+    @jax.jit
+    def prefill(params, tokens):
+        state = init_state(MODEL, 1, PREFILL + 64)
+        out = Decoder(MODEL).apply({"params": params}, tokens, state=state, logits=False)
+        return jnp.argmax(head_logits(out.hidden[:, -1], params["lm_head"]["kernel"]), -1), out.state
+
+    def decode(params, token, state):
+        def one(carry, _):
+            token, state = carry
+            out = Decoder(MODEL).apply({"params": params}, token[:, None], state=state)
+            return (jnp.argmax(out.logits[:, -1], -1).astype(jnp.int32), out.state), None
+
+        return jax.lax.scan(one, (token, state), length=DECODE_STEPS)[0]
+
+    decode = jax.jit(decode)
+    token, state = prefill(params, prompt)
+    return (
+        lambda: jax.block_until_ready(prefill(params, prompt)),
+        lambda: jax.block_until_ready(decode(params, token.astype(jnp.int32), state)),
+    )
+
+
+def peer_inference(peer, prompt):
+    ids = torch.tensor(prompt, dtype=torch.long)
+
+    @torch.no_grad()
+    def prefill():
+        return peer(ids, use_cache=True, logits_to_keep=1)
+
+    @torch.no_grad()
+    def decode():
+        peer.eval()
+        out = prefill()
+        start = time.perf_counter()
+        cache, token = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        for i in range(DECODE_STEPS):
+            position = torch.tensor([[PREFILL + i]])
+            out = peer(token, past_key_values=cache, position_ids=position, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+        return time.perf_counter() - start
+
+    return prefill, decode
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the figures there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    rng = np.random.default_rng(0)
+    params = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+    prompt = rng.integers(0, MODEL.vocab_size, (1, PREFILL)).astype(np.int32)
+    tokens = rng.integers(0, MODEL.vocab_size, (TRAIN_ROWS, TRAIN_LENGTH)).astype(np.int32)
+    peer = load_peer(params)
+
+    ours = jax.jit(lambda p, t: Decoder(MODEL).apply({"params": p}, t).logits)(params, prompt[:, :300])
+    with torch.no_grad():
+        theirs = peer.eval()(torch.tensor(prompt[:, :300], dtype=torch.long)).logits.numpy()
+    difference = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+    assert difference < 1e-4, difference
+
+    prefill, decode = our_inference(params, prompt)
+    peer_prefill, peer_decode = peer_inference(peer, prompt)
+    rows = {
+        "prefill": (median_seconds(prefill), median_seconds(peer_prefill), PREFILL),
+        "decode": (median_seconds(decode), statistics.median(peer_decode() for _ in range(3)), DECODE_STEPS),
+        "train": (
+            median_seconds(our_train_step(params, tokens)),
+            median_seconds(peer_train_step(peer, tokens)),
+            TRAIN_ROWS * TRAIN_LENGTH,
+        ),
+    }
+    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, 2 threads, float32")
+    print(f"logits differ by {difference:.1e} of their maximum")
+    print(f"{'':8}  {'mmx_jax tok/s':>14}  {'transformers tok/s':>18}  {'ratio':>6}")
+    for name, (mine, other, count) in rows.items():
+        print(f"{name:8}  {count / mine:14,.1f}  {count / other:18,.1f}  {other / mine:6.2f}")
+    if arguments.json:
+        figures = {name: dict(mmx_jax_s=a, transformers_s=b, tokens=n) for name, (a, b, n) in rows.items()}
+        with open(arguments.json, "w") as file:
+            json.dump(dict(figures, logits_difference=difference, model=dataclasses.asdict(MODEL)), file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
