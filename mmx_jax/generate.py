@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -376,6 +376,13 @@ class Session:
         self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
         self.done = np.array(self._carry.done)
         return tokens
+
+    def stream(self, max_new_tokens: int, steps: int = 8) -> Iterator[np.ndarray]:
+        """What `decode` gives, as it is made: the first token alone, then `steps` at a time."""
+        remaining = max_new_tokens
+        while remaining and (piece := self.decode(1 if remaining == max_new_tokens else min(steps, remaining))).size:
+            remaining -= piece.shape[1]
+            yield piece
 
     def finish(self, row: int):
         """Lets a row end here."""

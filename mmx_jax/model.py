@@ -13,8 +13,6 @@ from mmx_jax.generate import PREFILL_CHUNK, GenerationError, Session
 from mmx_jax.sampling import SamplingParams
 from mmx_jax.tokenizer import Tokenizer
 
-_STREAM_STEPS = 8  # tokens between two looks at a stream
-
 
 def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "Model":
     """Loads a model.
@@ -111,13 +109,7 @@ class Model:
             raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
         session = self.session(len(tokens), **settings)
         session.extend(tokens, mask, reserve=max_new_tokens)
-        return self._pieces(session, max_new_tokens)
-
-    def _pieces(self, session, remaining):
-        steps = 1
-        while remaining and (piece := session.decode(min(steps, remaining))).size:
-            yield np.where(piece < 0, self.pad_id, piece).astype(np.int32)
-            remaining, steps = remaining - piece.shape[1], _STREAM_STEPS
+        return (np.where(piece < 0, self.pad_id, piece) for piece in session.stream(max_new_tokens))
 
     def generate(
         self, tokens, mask=None, max_new_tokens: int = 16, temperature: float = 0.0, top_k: int | None = None,
@@ -150,7 +142,7 @@ class Model:
         session.extend(tokens, mask, reserve=max_new_tokens)
         result = np.full((len(tokens), max_new_tokens), self.pad_id, np.int32)
         at = 0
-        while at < max_new_tokens and (piece := session.decode(max_new_tokens - at)).size:
+        for piece in session.stream(max_new_tokens, steps=generate.DECODE_STEPS):
             result[:, at : at + piece.shape[1]] = np.where(piece < 0, self.pad_id, piece)
             at += piece.shape[1]
         return result
