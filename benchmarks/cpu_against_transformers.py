@@ -168,7 +168,9 @@ def main():
             TRAIN_ROWS * TRAIN_LENGTH,
         ),
     }
-    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, 2 threads, float32")
+    print(
+        f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, 2 threads, float32"
+    )
     print(f"logits differ by {difference:.1e} of their maximum")
     print(f"{'':8}  {'mmx_jax tok/s':>14}  {'transformers tok/s':>18}  {'ratio':>6}")
     for name, (mine, other, count) in rows.items():

@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx_jax.config import ModelConfig
+from mmx_jax.layers.documents import document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
 from mmx_jax.layers.moe import MixtureOfExperts, RouterStats
 from mmx_jax.layers.norm import RMSNorm
@@ -17,7 +18,6 @@ from mmx_jax.layers.projection import einsum
 from mmx_jax.layers.softmax_attention import CacheView, SoftmaxAttention
 from mmx_jax.models.state import DecodeState
 from mmx_jax.sharding import constrain, shardings_of
-from pallas_kernels.lightning_attention import document_runs
 
 
 class LayerInputs(NamedTuple):
@@ -176,7 +176,7 @@ def _layer_inputs(tokens, segment_ids, positions, state):
     if state is None:
         runs = None if segment_ids is None else document_runs(segment_ids)
         if positions is None:
-            positions = _document_positions(jnp.ones_like(tokens) if runs is None else runs)
+            positions = document_positions(jnp.ones_like(tokens) if runs is None else runs)
         return LayerInputs(positions, runs, None), None
     length = tokens.shape[1]
     real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
@@ -190,14 +190,6 @@ def _layer_inputs(tokens, segment_ids, positions, state):
         cursor=state.cursor + length, real=slots, length=state.length + jnp.sum(real, axis=1, dtype=jnp.int32)
     )
     return shared, advanced
-
-
-def _document_positions(runs):
-    """Real tokens of the same document before each token; 0 at leading padding."""
-    count = jnp.cumsum(runs > 0, axis=1) - 1
-    seen = jnp.pad(lax.cummax(runs, axis=1), ((0, 0), (1, 0)))[:, :-1]
-    start = lax.cummax(jnp.where(runs > seen, count, 0), axis=1)
-    return jnp.maximum(count - start, 0).astype(jnp.int32)
 
 
 def _init(config, key):
