@@ -132,12 +132,11 @@ class _Run:
         self.eval_batches = None  # read when first needed
         self.train_steps, self.eval_steps = {}, {}  # by RoPE base
         self.compiled = set()  # (RoPE base, rows, length) of the steps taken so far
-        self.last_loss, self.eval_loss, self.eval_at = None, None, None
+        self.last_loss, self.eval_loss, self.eval_at, self.saved_at = None, None, None, start
         if start:
             abstract = train_step.abstract_state(config, mesh)
             self.state, position, data_state = checkpointer.restore(start, abstract)
             self.tokens_seen = position["tokens_seen"]
-            self.nonfinite_in_a_row = position["nonfinite_in_a_row"]
             if position["stage_index"] is not None:
                 self._open_stage(position["stage_index"])
                 self.iterator.set_state(data_state)
@@ -169,7 +168,6 @@ class _Run:
     def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
         clock = _Clock(self.tokens_seen)
         plan = schedule.plan_step(self.config.training, self.tokens_seen)
-        saved_at = self.step
         while plan is not None and not (steps and self.step >= steps) and not signals.received:
             if profile_steps and self.step + 1 == profile_steps[0]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -185,14 +183,13 @@ class _Run:
                     self._evaluate(progress)
             if self.step % self.config.checkpoint.save_every_steps == 0:
                 with clock.paused():
-                    self._save()
-                saved_at = self.step
+                    self._save(progress)
         if signals.received:
             progress.message(f"{signals.received}: saving step {self.step}, then stopping")
         elif self.eval_at != self.step:
             self._evaluate(progress)
-        if self.step and saved_at != self.step:
-            self._save()
+        if self.saved_at != self.step:
+            self._save(progress)
         self.checkpointer.wait()
         rows = metrics.read_rows(self.workdir / "metrics.jsonl")
         metrics.plot_loss(
@@ -215,7 +212,7 @@ class _Run:
         step_function = self._step_function(plan.stage.rope_theta)
         self.compiles = (key := (plan.stage.rope_theta, *batch["tokens"].shape)) not in self.compiled
         self.compiled.add(key)
-        self.state, row = step_function(self.state, batch, jnp.float32(plan.learning_rate))
+        self.state, row = step_function(self.state, batch, np.float32(plan.learning_rate))
         self.step += 1
         self.tokens_seen += plan.tokens
         gradient_norms = row.pop("gradient_norms")
@@ -339,13 +336,17 @@ class _Run:
             mfu=utilisation,
         )
 
-    def _save(self):
+    def _save(self, progress):
+        self.saved_at = self.step
+        if self.nonfinite_in_a_row:
+            # Whatever broke the last step may be in the parameters: it must not push out a good checkpoint.
+            progress.message(f"step {self.step} is not saved: the last {self.nonfinite_in_a_row} steps were not finite")
+            return
         self.checkpointer.save(
             self.step,
             self.state,
             position={
                 "tokens_seen": self.tokens_seen,
-                "nonfinite_in_a_row": self.nonfinite_in_a_row,
                 "stage_index": self.iterator_stage,
             },
             data=None if self.iterator is None else self.iterator.get_state(),
@@ -354,6 +355,7 @@ class _Run:
         )
 
     def _nonfinite_message(self, row, gradient_norms):
+        self.checkpointer.wait()
         names = train_step.nonfinite_names(gradient_norms, len(self.config.model.layer_pattern))
         router = row["router"]
         last_good = self.checkpointer.latest_step()
@@ -366,7 +368,7 @@ class _Run:
                 + (f" and {len(names) - 12} more" if len(names) > 12 else ""),
                 "router by layer: "
                 + "; ".join(f"{name} {np.array2string(values, precision=3)}" for name, values in router.items()),
-                f"parameters before this step: norm {row['parameter_norm']}",
+                f"parameters: norm {row['parameter_norm']} before this step, {row['updated_norm']} had it been taken",
                 f"last good checkpoint: step {last_good} in {self.checkpointer.directory}"
                 if last_good is not None
                 else f"no checkpoint has been saved in {self.checkpointer.directory}",
@@ -500,7 +502,7 @@ def dry_run(config: Config) -> list[str]:
     began = time.monotonic()
     with jax.set_mesh(mesh):
         step_function = train_step.make_train_step(stage_config(config, plan.stage.rope_theta), mesh)
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        rate = np.float32(plan.learning_rate)  # as in a run, so that both compile the same program
         lowered = step_function.lower(train_step.abstract_state(config, mesh), batch, rate)
         lowered_at = time.monotonic()
         compiled = lowered.compile()

@@ -129,9 +129,10 @@ def make_train_step(config: Config, mesh):
 
     Returns:
       step(state, batch, learning_rate) -> (state, metrics). `state` is donated. `batch`: int32 [rows, T] for each of
-      BATCH_KEYS, the rows split into micro-batches of `training.microbatch_rows`. A step whose loss or gradient
-      is not finite changes nothing but the step number; `metrics["finite"]` says so. metrics: float32 scalars
-      (loss, z_loss, aux_loss, accuracy, gradient_norm, parameter_norm, update_norm, tokens, finite),
+      BATCH_KEYS, the rows split into micro-batches of `training.microbatch_rows`. A step whose loss, gradient or new
+      parameters are not finite changes nothing but the step number; `metrics["finite"]` says so. metrics: float32
+      scalars (loss, z_loss, aux_loss, accuracy, gradient_norm, parameter_norm before and updated_norm behind the
+      update, update_norm, tokens, finite),
       "router": dict of [L], and "gradient_norms": tree like params, [N] for leaves stacked over blocks.
     """
 
@@ -142,16 +143,16 @@ def make_train_step(config: Config, mesh):
         squared = optimizer.squared_norms(gradients)
         norm = optimizer.total_norm(squared)
         metrics = step_metrics(config, sums)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(norm)
-        params, opt_state, update_norm = optimizer.apply_gradients(
-            config.training, state["params"], state["opt_state"], gradients, norm, learning_rate
-        )
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state["params"], state["opt_state"])
-        )
+        old = state["params"], state["opt_state"]
+        *new, update_norm = optimizer.apply_gradients(config.training, *old, gradients, norm, learning_rate)
+        updated_norm = optimizer.total_norm(optimizer.squared_norms(new[0]))
+        watched = jnp.stack([metrics["loss"], metrics["aux_loss"], norm, updated_norm])
+        finite = jnp.all(jnp.isfinite(watched))
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), tuple(new), old)
         metrics |= {
             "gradient_norm": norm,
-            "parameter_norm": optimizer.total_norm(optimizer.squared_norms(params)),
+            "parameter_norm": optimizer.total_norm(optimizer.squared_norms(state["params"])),
+            "updated_norm": updated_norm,
             "update_norm": jnp.where(finite, update_norm, 0.0),
             "finite": finite.astype(jnp.float32),
             "gradient_norms": jax.tree.map(jnp.sqrt, squared),

@@ -1,0 +1,10 @@
+"""Before jax is imported: compiled programs are shared by the test processes, and kept between sessions."""
+
+import os
+import pathlib
+
+_CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+
+# By environment, so that the programs that tests start find it too. Compiling is what the suite's time goes into.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
