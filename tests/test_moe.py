@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import oracles
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.moe import MixtureOfExperts, dropless, expert_capacity, route, router_stats, with_capacity
+from tests import oracles
 
 EMBED, INNER = 12, 20
 

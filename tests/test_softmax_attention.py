@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import oracles
 
 from mmx_jax.layers.attention_ops import cached_attention, causal_attention
+from tests import oracles
 
 BLOCK = 8
 HEADS, KV_HEADS, DIM = 4, 2, 6

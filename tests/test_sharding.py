@@ -1,0 +1,96 @@
+"""Sharded equals unsharded, and the errors of mesh and rules."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
+from mmx_jax.models.decoder import param_shardings
+from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def report():
+    """{mesh: relative errors of a model on 8 devices}."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # Compiling is most of the time, and the optimisation of machine code is not what is tested.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.sharded_model"],
+        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows_per_device", "sharded"),
+    [
+        ("data=8", 1, False),
+        ("fsdp=8", 1, True),
+        ("data=2 fsdp=2 tensor=2", 2, True),
+        ("data=2 expert=4", 1, True),
+        ("data=2 expert=4 with capacity", 1, True),
+    ],
+)
+def test_sharded_equals_unsharded(report, mesh, rows_per_device, sharded):
+    """Packed and padded rows: logits, router sums and gradients."""
+    result = report[mesh]
+    assert result["rows_per_device"] == rows_per_device
+    assert (result["sharded"] > 0) == sharded
+    assert (result["dropped"] > 0) == ("capacity" in mesh)
+    for part in ("logits", "router", "gradients"):
+        assert result[part] < 1e-5, part
+
+
+def test_rules_give_mesh_axes():
+    assert logical_to_spec(("embed", "qkv", "heads", "head_dim")) == P("fsdp", None, "tensor", None)
+    assert logical_to_spec(("batch", None)) == P(("data", "fsdp", "expert"), None)
+
+
+def test_unknown_logical_axis_is_an_error():
+    with pytest.raises(ValueError, match=r"\['heds'\].*have no rule; known: batch, length"):
+        logical_to_spec(("embed", "heds"))
+
+
+def test_one_mesh_axis_on_two_dimensions_is_an_error():
+    with pytest.raises(ValueError, match="one mesh axis on two dimensions"):
+        logical_to_spec(("heads", "vocab"))
+    with pytest.raises(ValueError, match="one mesh axis on two dimensions"):
+        logical_to_spec(("batch", "experts"))  # both hold "expert"
+
+
+def test_shapes_that_do_not_divide_are_an_error():
+    config = ModelConfig(
+        vocab_size=60, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=8,
+        num_kv_heads=2, head_dim=8, rotary_dim=4, mlp_dim=48, num_experts=4,
+    )  # fmt: skip
+    many_kv_heads = dataclasses.replace(config, num_kv_heads=8)
+    with pytest.raises(ConfigError, match=r"embed/embedding \(60, 32\): axis 'vocab' of size 60 .* 8 devices"):
+        param_shardings(many_kv_heads, AbstractMesh((1, 1, 1, 8), MESH_AXES))
+    with pytest.raises(ConfigError, match=r"attention/key .*: axis 'kv_heads' of size 2 .* 4 devices"):
+        param_shardings(config, AbstractMesh((1, 1, 1, 4), MESH_AXES))
+    with pytest.raises(ConfigError, match=r"axis 'experts' of size 4 .* 3 devices of mesh axis expert"):
+        param_shardings(config, AbstractMesh((1, 1, 3, 1), MESH_AXES))
+
+
+def test_wrong_number_of_devices_is_an_error():
+    device = jax.devices()[:1]
+    for sizes in (dict(data=3), dict(data=-1, tensor=2), dict(data=1, fsdp=2)):
+        with pytest.raises(ConfigError, match="does not make 1 devices; set mesh"):
+            make_mesh(MeshConfig(**sizes), device)
+    mesh = make_mesh(MeshConfig(), device)
+    assert dict(mesh.shape) == dict.fromkeys(MESH_AXES, 1)
