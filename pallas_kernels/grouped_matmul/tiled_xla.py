@@ -17,15 +17,14 @@ def forward(lhs, rhs, group_sizes):
     """See `api.grouped_matmul`."""
     tiles = _plan(lhs.shape[0], group_sizes)
 
-    def multiply(t, output):
-        group, start, mine = tiles.at(t)
-        rows = lax.dynamic_slice_in_dim(lhs, start, tiles.rows)
-        weight = lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+    def multiply(output, tile):
+        rows = lax.dynamic_slice_in_dim(lhs, tile.start, tiles.rows)
+        weight = lax.dynamic_index_in_dim(rhs, tile.group, keepdims=False)
         product = _dot("mk,kn->mn", rows, weight).astype(output.dtype)
-        before = lax.dynamic_slice_in_dim(output, start, tiles.rows)
-        return lax.dynamic_update_slice_in_dim(output, jnp.where(mine, product, before), start, 0)
+        before = lax.dynamic_slice_in_dim(output, tile.start, tiles.rows)
+        return lax.dynamic_update_slice_in_dim(output, jnp.where(tiles.mine(tile), product, before), tile.start, 0)
 
-    return lax.fori_loop(0, tiles.count, multiply, jnp.zeros((lhs.shape[0], rhs.shape[2]), lhs.dtype))
+    return _visit(tiles, multiply, jnp.zeros((lhs.shape[0], rhs.shape[2]), lhs.dtype))
 
 
 def backward(lhs, rhs, group_sizes, d_output):
@@ -33,56 +32,66 @@ def backward(lhs, rhs, group_sizes, d_output):
     d_output = d_output.astype(lhs.dtype)
     tiles = _plan(lhs.shape[0], group_sizes)
 
-    def accumulate(t, gradients):
+    def accumulate(gradients, tile):
         d_lhs, d_rhs = gradients
-        group, start, mine = tiles.at(t)
-        rows = lax.dynamic_slice_in_dim(lhs, start, tiles.rows)
-        d_rows = jnp.where(mine, lax.dynamic_slice_in_dim(d_output, start, tiles.rows), 0)
-        weight = lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+        mine = tiles.mine(tile)
+        rows = lax.dynamic_slice_in_dim(lhs, tile.start, tiles.rows)
+        d_rows = jnp.where(mine, lax.dynamic_slice_in_dim(d_output, tile.start, tiles.rows), 0)
+        weight = lax.dynamic_index_in_dim(rhs, tile.group, keepdims=False)
         product = _dot("mn,kn->mk", d_rows, weight).astype(d_lhs.dtype)
-        before = lax.dynamic_slice_in_dim(d_lhs, start, tiles.rows)
-        d_lhs = lax.dynamic_update_slice_in_dim(d_lhs, jnp.where(mine, product, before), start, 0)
-        d_weight = lax.dynamic_index_in_dim(d_rhs, group) + _dot("mk,mn->kn", rows, d_rows)
-        return d_lhs, lax.dynamic_update_slice_in_dim(d_rhs, d_weight, group, 0)
+        before = lax.dynamic_slice_in_dim(d_lhs, tile.start, tiles.rows)
+        d_lhs = lax.dynamic_update_slice_in_dim(d_lhs, jnp.where(mine, product, before), tile.start, 0)
+        d_weight = lax.dynamic_index_in_dim(d_rhs, tile.group) + _dot("mk,mn->kn", rows, d_rows)
+        return d_lhs, lax.dynamic_update_slice_in_dim(d_rhs, d_weight, tile.group, 0)
 
     zeros = jnp.zeros_like(lhs), jnp.zeros(rhs.shape, jnp.float32)
-    d_lhs, d_rhs = lax.fori_loop(0, tiles.count, accumulate, zeros)
+    d_lhs, d_rhs = _visit(tiles, accumulate, zeros)
     return d_lhs, d_rhs.astype(rhs.dtype)
+
+
+class _Tile(NamedTuple):
+    """One tile, or all of them stacked; int32."""
+
+    group: jnp.ndarray
+    start: jnp.ndarray  # first row that is read
+    first: jnp.ndarray  # rows [first, end) are the group's and this tile's
+    end: jnp.ndarray
 
 
 class _Tiles(NamedTuple):
     rows: int  # of a tile
-    count: int | jnp.ndarray  # tiles to visit
-    group_ends: jnp.ndarray  # int32 [G], row behind the group
-    tile_ends: jnp.ndarray  # int32 [G], tile behind the group
-    last_start: int  # of a tile that lies inside the rows
+    used: jnp.ndarray  # int32 (), tiles that have rows; the table is as long as the worst split needs
+    table: _Tile
 
-    def at(self, t):
-        """(group, first row, bool [m, 1] rows of the tile that are the group's) of tile t."""
-        group = jnp.searchsorted(self.tile_ends, t, side="right").astype(jnp.int32)
-        surplus = group >= self.group_ends.shape[0]
-        group = jnp.minimum(group, self.group_ends.shape[0] - 1)
-        first_tile = jnp.where(group > 0, self.tile_ends[group - 1], 0)
-        first_row = jnp.where(group > 0, self.group_ends[group - 1], 0) + (t - first_tile) * self.rows
-        # Dynamic slices clamp their start; clamping it here keeps the mask and the rows together.
-        start = jnp.minimum(first_row, self.last_start)
-        index = start + jnp.arange(self.rows)
-        mine = (index >= first_row) & (index < self.group_ends[group]) & ~surplus
-        return group, start, mine[:, None]
+    def mine(self, tile):
+        """bool [m, 1]: rows of the slice that are the tile's own."""
+        index = tile.start + jnp.arange(self.rows)
+        return ((index >= tile.first) & (index < tile.end))[:, None]
+
+
+def _visit(tiles, body, carry):
+    """Folds `body` over the tiles."""
+    if platform() == "cpu":
+        at = lambda t: _Tile(*(x[t] for x in tiles.table))  # noqa: E731
+        return lax.fori_loop(0, tiles.used, lambda t, carry: body(carry, at(t)), carry)
+    # A trip count known when compiling spares the accelerator a round trip to the host for each tile.
+    return lax.scan(lambda carry, tile: (body(carry, tile), None), carry, tiles.table)[0]
 
 
 def _plan(num_rows, group_sizes):
     groups = group_sizes.shape[0]
     rows = min(num_rows, _tile_rows(num_rows, groups))
+    group_ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     tile_ends = jnp.cumsum((group_sizes + rows - 1) // rows, dtype=jnp.int32)
-    if platform() == "cpu":
-        count = tile_ends[-1]
-    else:
-        # A trip count known when compiling spares the accelerator a round trip to the host for each tile.
-        # At most min(G, R) groups have rows, and each leaves at most one tile partly filled.
-        occupied = min(groups, num_rows)
-        count = occupied + (num_rows - occupied) // rows
-    return _Tiles(rows, count, jnp.cumsum(group_sizes, dtype=jnp.int32), tile_ends, num_rows - rows)
+    # At most min(G, R) groups have rows, and each leaves at most one tile partly filled.
+    occupied = min(groups, num_rows)
+    tile = jnp.arange(occupied + (num_rows - occupied) // rows, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32), groups - 1)
+    tile_begins, group_begins = (jnp.pad(ends, (1, 0))[:-1] for ends in (tile_ends, group_ends))
+    first = group_begins[group] + (tile - tile_begins[group]) * rows  # of a surplus tile: behind its group
+    # Dynamic slices clamp their start; clamping it here keeps the mask and the rows together.
+    table = _Tile(group, jnp.minimum(first, num_rows - rows), first, group_ends[group])
+    return _Tiles(rows, tile_ends[-1], table)
 
 
 def _tile_rows(num_rows, groups):

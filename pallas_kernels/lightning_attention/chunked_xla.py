@@ -28,10 +28,11 @@ def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
     chunks, masks = _chunk_inputs((q, k, v), slopes, runs, chunk_size)
     precision = _precision(q.dtype)
+    decays = _decays_of_chunks(slopes, masks, chunks[0].shape[3])
 
     def step(state, chunk):
         (q, k, v), m = chunk
-        decay = _decays(slopes, m, q.shape[2])
+        decay = decays(m)
         scores = _dot("bhid,bhjd->bhij", q, k, precision) * decay.intra
         output = _dot("bhij,bhje->bhie", scores.astype(v.dtype), v, precision)
         output += _dot("bhid,bhde->bhie", q * decay.entering, state, precision)
@@ -46,10 +47,11 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
     """Gradients to q, k, v and the initial state."""
     chunks, masks = _chunk_inputs((q, k, v, d_output), slopes, runs, chunk_size)
     precision = _precision(q.dtype)
+    decays = _decays_of_chunks(slopes, masks, chunks[0].shape[3])
 
     def step(d_state, chunk):
         (q, k, v, do), m, state = chunk
-        decay = _decays(slopes, m, q.shape[2])
+        decay = decays(m)
         d_scores = (_dot("bhie,bhje->bhij", do, v, precision) * decay.intra).astype(q.dtype)
         scores = (_dot("bhid,bhjd->bhij", q, k, precision) * decay.intra).astype(q.dtype)
         dq = _dot("bhij,bhjd->bhid", d_scores, k, precision)
@@ -81,6 +83,14 @@ class _Decays(NamedTuple):
     entering: jnp.ndarray  # [B, H, C, 1] of the entry state in o_i
     leaving: jnp.ndarray  # [B, H, C, 1] of k_j^T v_j in the exit state
     carried: jnp.ndarray  # [B, H, 1, 1] of the entry state in the exit state
+
+
+def _decays_of_chunks(slopes, masks, length):
+    """A function from the mask of a chunk to its weights, which are made once where no chunk has a mask."""
+    if masks is None:
+        same = _decays(slopes, None, length)
+        return lambda mask: same
+    return lambda mask: _decays(slopes, mask, length)
 
 
 def _decays(slopes, mask, length):
