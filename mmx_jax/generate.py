@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax import sampling
 from mmx_jax.config import ModelConfig
@@ -33,8 +34,8 @@ def power_of_two(n: int) -> int:
 
 
 def slot_bucket(n: int) -> int:
-    """Bucket of a whole length: `n` rounded up by less than a quarter, to one of four steps between powers of two."""
-    step = max(_SMALLEST_BUCKET, 1 << max(n.bit_length() - 3, 0))
+    """Bucket of a whole length: a multiple of 64, from 512 on of a quarter to an eighth of `n`."""
+    step = max(64, 1 << max(n.bit_length() - 3, 0))
     return -(-n // step) * step
 
 
@@ -97,9 +98,25 @@ def forward(config: ModelConfig, params, tokens, segment_ids):
     return Decoder(config).apply({"params": params}, tokens, segment_ids).logits
 
 
+def beside(params, tree):
+    """Arrays put where the parameters are, or on all their devices.
+
+    What jit returns is committed to a device; an argument that is not would make its first call compile apart.
+    """
+    place = jax.tree.leaves(params)[0].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(tree, place)
+
+
+def new_state(config: ModelConfig, params, batch: int, slots: int) -> DecodeState:
+    """An empty state where the parameters are, sharded over the ambient mesh if there is one."""
+    state = _new_state(config, batch, slots)
+    return beside(params, state) if jax.sharding.get_abstract_mesh().empty else state
+
+
 @functools.partial(jax.jit, static_argnames=("config", "batch", "slots"))
-def new_state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
-    """An empty state, sharded over the ambient mesh."""
+def _new_state(config, batch, slots):
     state = init_state(config, batch, slots)
     # Axis 2 is heads in lightning states and key-value heads in caches.
     spread = lambda x: constrain(x, None, "batch", "heads_act", None, None)  # noqa: E731
@@ -170,7 +187,7 @@ def prefill(config: ModelConfig, params, tokens, mask, state: DecodeState, *, ch
     Returns:
       (float32 logits [B, V] behind the last real token, state). A row needs a real token for its logits.
     """
-    last = jnp.zeros((tokens.shape[0], config.hidden_size), config.dtype)
+    last = beside(params, np.zeros((tokens.shape[0], config.hidden_size), jnp.dtype(config.dtype)))
     for piece in _pieces(tokens.shape[1], chunk):
         last, state = _prefill_piece(config, params, _piece(tokens, *piece), _piece(mask, *piece), last, state)
     return _head(params, last), state
@@ -258,7 +275,7 @@ def score(config: ModelConfig, params, tokens, mask, *, chunk: int = PREFILL_CHU
     inputs, targets, real = tokens[:, :-1], tokens[:, 1:], aligned[:, 1:]
     if inputs.shape[1] == 0:
         return result
-    state = new_state(config, len(tokens), slot_bucket(slots_needed(inputs.shape[1], chunk)))
+    state = new_state(config, params, len(tokens), slot_bucket(slots_needed(inputs.shape[1], chunk)))
     scores = np.zeros(tokens.shape, np.float32)
     for piece in _pieces(inputs.shape[1], chunk):
         start, stop, _ = piece
@@ -344,7 +361,8 @@ class Session:
                 seen[rows[mask], tokens[mask]] = True
             if self._carry is not None:
                 count = self._carry.count
-            self._carry = DecodeCarry(state, logits, jnp.asarray(count), jnp.zeros(self._batch, bool), seen)
+            count, done, seen = beside(self._params, (count, np.zeros(self._batch, bool), seen))
+            self._carry = DecodeCarry(state, logits, count, done, seen)
             jax.block_until_ready(logits)
         self.done = np.zeros(self._batch, bool)
         self._cursor += width
@@ -387,7 +405,7 @@ class Session:
     def finish(self, row: int):
         """Lets a row end here."""
         self.done[row] = True
-        self._carry = self._carry._replace(done=jnp.asarray(self.done))
+        self._carry = self._carry._replace(done=beside(self._params, self.done.copy()))
 
     def _check_context(self, lengths):
         limit = self._config.max_position_embeddings
@@ -402,7 +420,7 @@ class Session:
         needed = self._cursor + more
         if self._carry is None:
             self._slots = slot_bucket(needed)
-            return new_state(self._config, self._batch, self._slots)
+            return new_state(self._config, self._params, self._batch, self._slots)
         if needed > self._slots:
             self._slots = slot_bucket(needed)
             return with_slots(self._carry.state, self._slots)
