@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -69,14 +70,14 @@ def cross_entropy_oracle(hidden, head, targets, z_loss_coef):
     return sums, (dlogits @ w).reshape(hidden.shape), dlogits.T @ x
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 9, 64])
-def test_cross_entropy_matches_float64_for_every_chunk(chunk):
+@pytest.mark.parametrize(("chunk", "groups"), [(1, 1), (3, 1), (5, 2), (9, 4), (64, 2), (64, 1)])
+def test_cross_entropy_matches_float64_for_every_chunk(chunk, groups):
     rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(3, 7, 8)).astype(np.float32), rng.normal(size=(19, 8)).astype(np.float32)
-    targets = rng.integers(-1, 19, size=(3, 7)).astype(np.int32)
+    hidden, head = rng.normal(size=(4, 7, 8)).astype(np.float32), rng.normal(size=(19, 8)).astype(np.float32)
+    targets = rng.integers(-1, 19, size=(4, 7)).astype(np.int32)
 
     def objective(hidden, head):
-        out = loss.chunked_cross_entropy(hidden, head, targets, chunk=chunk, z_loss_coef=0.01)
+        out = loss.chunked_cross_entropy(hidden, head, targets, chunk=chunk, z_loss_coef=0.01, groups=groups)
         return -2.0 * out.objective, out
 
     (_, out), (dhidden, dhead) = jax.value_and_grad(objective, (0, 1), has_aux=True)(hidden, head)
@@ -122,7 +123,7 @@ def test_no_more_than_one_chunk_of_logits_exists_forward_and_backward():
     args = jnp.zeros((rows, length, width)), jnp.zeros((vocabulary, width))
     for function in (objective, jax.grad(objective, (0, 1))):
         shapes = list(all_shapes(jax.make_jaxpr(function)(*args).jaxpr))
-        assert (chunk, vocabulary) in shapes
+        assert (1, chunk, vocabulary) in shapes
         assert max(np.prod(shape) for shape in shapes if vocabulary in shape) <= chunk * vocabulary
 
 
@@ -546,10 +547,10 @@ def config_file(config, folder):
     return path
 
 
-def start_train(*flags):
+def start_train(*flags, **options):
     command = [sys.executable, "train.py", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    return subprocess.Popen(command, **pipes)
+    return subprocess.Popen(command, **pipes, **options)
 
 
 def test_sigterm_saves_and_exits_with_0(config, tmp_path):
@@ -579,6 +580,24 @@ def test_a_full_disk_stops_the_run_and_keeps_the_older_checkpoint(straight, conf
     assert process.returncode == 1
     assert "CheckpointError: a checkpoint could not be written" in err and "untouched: 2, 4, 6" in err, err
     assert state_files(tmp_path / "run", config, 6) == state_files(straight, config, 6)
+
+
+def test_a_run_goes_on_on_another_mesh(straight, config, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    flags = ["--steps=7", "--set", "mesh.data=2", "--set", "mesh.fsdp=2", "--set", "mesh.expert=2"]
+    process = start_train(
+        f"--config={config_file(config, tmp_path)}", f"--workdir={tmp_path / 'run'}", *flags,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "continues from step 6 with another mesh.fsdp: 1 -> 2" in out
+    shutil.copytree(straight, tmp_path / "alone")
+    train(config, tmp_path / "alone", steps=7)
+    sharded, alone = (rows_of(tmp_path / name)[-2:] for name in ("run", "alone"))
+    assert sharded[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert sharded[0]["gradient_norm"] == pytest.approx(alone[0]["gradient_norm"], rel=1e-4)
+    assert sharded[1]["eval_loss"] == pytest.approx(alone[1]["eval_loss"], rel=1e-4)
 
 
 def test_a_damaged_checkpoint_names_its_step_and_a_good_one(straight, config, tmp_path):

@@ -422,8 +422,7 @@ class _Clock:
 
 def check_rows(config: Config, mesh):
     """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis."""
-    axes = jax.tree.leaves(train_step.batch_sharding(mesh).spec[0])
-    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
+    shards = train_step.batch_shards(mesh)
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
         rows = config.training.microbatch_rows or unit

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmx_jax.sharding import constrain
+
 
 class CrossEntropy(NamedTuple):
     """Sums over the tokens that have a target; divide by `count` after adding what belongs together.
@@ -27,7 +29,7 @@ class CrossEntropy(NamedTuple):
     count: jax.Array
 
 
-def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0):
+def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, groups=1):
     """Cross entropy of a linear head; the logits of at most `chunk` tokens exist at one time, backward included.
 
     The gradients are computed in the forward scan, where the logits are at hand: the backward pass only
@@ -37,9 +39,10 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0):
       hidden: [B, T, M], float32 or bfloat16.
       head: [V, M]; it is multiplied in the dtype of `hidden`, with float32 accumulation and float32 logits.
       targets: int [B, T]; tokens with a negative target do not count.
-      chunk: tokens per step of the scan. Rows are never split over steps while `chunk >= B`, so every
-        shard of the batch axis works in every step.
+      chunk: tokens per step of the scan, at least one of each group.
       z_loss_coef: weight of the z-loss, the squared logsumexp (arXiv 2204.02311, section 5).
+      groups: shards of the batch axis, a divisor of B. Every group takes part in every step and sums its own
+        gradient of the head, so that the shards add theirs up once, behind the scan, instead of in every step.
 
     Returns:
       CrossEntropy. The gradient with respect to `head` is accumulated in float32.
@@ -50,7 +53,9 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0):
         )
     if chunk < 1:
         raise ValueError(f"{chunk=} must be positive")
-    objective, sums = _cross_entropy(hidden, head, targets, chunk, z_loss_coef)
+    if hidden.shape[0] % groups:
+        raise ValueError(f"{groups=} does not divide the {hidden.shape[0]} rows")
+    objective, sums = _cross_entropy(hidden, head, targets, chunk, z_loss_coef, groups)
     return CrossEntropy(objective, *jax.lax.stop_gradient(sums))
 
 
@@ -79,38 +84,42 @@ def load_balancing_loss(stats, *, form="switch", pooling="pooled"):
     return balance(stats.assignments.sum(0), stats.probability.sum(0), stats.tokens.sum(0)), per_layer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _cross_entropy(hidden, head, targets, chunk, z_loss_coef):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _cross_entropy(hidden, head, targets, chunk, z_loss_coef, groups):
+    weight = _whole_rows(head, hidden.dtype)
+
     def step(sums, inputs):
         x, t = inputs
-        return jax.tree.map(jnp.add, sums, _chunk_sums(_logits(x, head), t)[0]), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(_logits(x, weight), t)[0]), None
 
-    sums, _ = jax.lax.scan(step, _zero_sums(), _split(hidden, targets, chunk))
+    sums, _ = jax.lax.scan(step, _zero_sums(), _split(hidden, targets, chunk, groups))
     return sums[0] + z_loss_coef * sums[1], sums
 
 
-def _cross_entropy_forward(hidden, head, targets, chunk, z_loss_coef):
+def _cross_entropy_forward(hidden, head, targets, chunk, z_loss_coef, groups):
+    weight = _whole_rows(head, hidden.dtype)
+
     def step(carry, inputs):
         sums, dhead = carry
-        x, t = inputs  # [C, M], [C]
-        logits = _logits(x, head)
+        x, t = inputs  # [G, C, M], [G, C]
+        logits = _logits(x, weight)
         chunk_sums, log_z = _chunk_sums(logits, t)
         # d objective / d logits = p - onehot + z_loss_coef * 2 log_z p, and nothing where there is no target
-        weight = (1.0 + 2.0 * z_loss_coef * log_z)[:, None]
-        dlogits = weight * jnp.exp(logits - log_z[:, None]) - _is_target(logits, t)
-        dlogits = jnp.where((t >= 0)[:, None], dlogits, 0.0).astype(x.dtype)
-        dx = _dot("cv,vm->cm", dlogits, head.astype(x.dtype))
-        dhead = dhead + _dot("cv,cm->vm", dlogits, x)
+        scale = (1.0 + 2.0 * z_loss_coef * log_z)[..., None]
+        dlogits = scale * jnp.exp(logits - log_z[..., None]) - _is_target(logits, t)
+        dlogits = jnp.where((t >= 0)[..., None], dlogits, 0.0).astype(x.dtype)
+        dx = _dot("gcv,vm->gcm", dlogits, weight)
+        dhead = constrain(dhead + _dot("gcv,gcm->gvm", dlogits, x), "batch", "vocab", None)
         return (jax.tree.map(jnp.add, sums, chunk_sums), dhead), dx.astype(x.dtype)
 
-    init = _zero_sums(), jnp.zeros(head.shape, jnp.float32)
-    (sums, dhead), dx = jax.lax.scan(step, init, _split(hidden, targets, chunk))
+    init = _zero_sums(), jnp.zeros((groups, *head.shape), jnp.float32)
+    (sums, dhead), dx = jax.lax.scan(step, init, _split(hidden, targets, chunk, groups))
     # The empty array carries the head's dtype, which a residual cannot otherwise name.
-    residuals = _join(dx, hidden.shape, chunk), dhead, jnp.zeros((0,), head.dtype)
+    residuals = _join(dx, hidden.shape, chunk), dhead.sum(0), jnp.zeros((0,), head.dtype)
     return (sums[0] + z_loss_coef * sums[1], sums), residuals
 
 
-def _cross_entropy_backward(chunk, z_loss_coef, residuals, cotangents):
+def _cross_entropy_backward(chunk, z_loss_coef, groups, residuals, cotangents):
     dhidden, dhead, head_dtype = residuals
     scale, _ = cotangents
     return (scale * dhidden).astype(dhidden.dtype), (scale * dhead).astype(head_dtype.dtype), None
@@ -125,13 +134,18 @@ def _dot(equation, x, y):
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _logits(x, head):
-    return _dot("cm,vm->cv", x, head.astype(x.dtype))
+def _whole_rows(head, dtype):
+    """The head as the products take it, gathered over the shards of M once rather than in every step."""
+    return constrain(head.astype(dtype), "vocab", None)
+
+
+def _logits(x, weight):
+    return _dot("gcm,vm->gcv", x, weight)
 
 
 def _is_target(logits, targets):
     # A comparison, not a gather or scatter: it fuses, and it partitions over the vocabulary.
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
 
 
 def _zero_sums():
@@ -139,43 +153,46 @@ def _zero_sums():
 
 
 def _chunk_sums(logits, targets):
-    """((nll, z, correct, count) of one chunk, logsumexp [C])."""
-    real = (targets >= 0).astype(jnp.float32)
+    """((nll, z, correct, count) of one chunk, logsumexp [G, C])."""
+    real = targets >= 0
     top = jnp.max(logits, axis=-1)
-    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-    # Masked by selection, not by a product: a masked token may hold anything, NaN included.
     return (
-        jnp.sum(jnp.where(targets >= 0, log_z - chosen, 0.0)),
-        jnp.sum(jnp.where(targets >= 0, log_z**2, 0.0)),
-        jnp.sum(jnp.where(targets >= 0, chosen == top, False).astype(jnp.float32)),
-        jnp.sum(real),
+        jnp.sum(jnp.where(real, log_z - chosen, 0.0)),
+        jnp.sum(jnp.where(real, log_z**2, 0.0)),
+        jnp.sum(real & (chosen == top), dtype=jnp.float32),
+        jnp.sum(real, dtype=jnp.float32),
     ), log_z
 
 
 def _tile(rows, length, chunk):
-    """(rows, tokens of each row) of one chunk: whole batches of rows, unless there are more rows than `chunk`."""
+    """(rows, tokens of each row) of one group's chunk: all rows, unless there are more of them than `chunk`."""
     tile_rows = min(rows, chunk)
     return tile_rows, min(length, max(1, chunk // tile_rows))
 
 
-def _split(hidden, targets, chunk):
-    """[B, T, M] and [B, T] -> [n, C, M] and [n, C], the last chunks filled up with tokens without a target."""
-    rows, length, width = hidden.shape
-    r, t = _tile(rows, length, chunk)
-    pad = (0, -rows % r), (0, -length % t)
-    hidden = jnp.pad(hidden, (*pad, (0, 0)))
-    targets = jnp.pad(targets, pad, constant_values=-1)
-    row_tiles, time_tiles = hidden.shape[0] // r, hidden.shape[1] // t
-    hidden = hidden.reshape(row_tiles, r, time_tiles, t, width).transpose(0, 2, 1, 3, 4)
-    targets = targets.reshape(row_tiles, r, time_tiles, t).transpose(0, 2, 1, 3)
-    return hidden.reshape(-1, r * t, width), targets.reshape(-1, r * t)
+def _split(hidden, targets, chunk, groups):
+    """[B, T, M] and [B, T] -> [n, G, C, M] and [n, G, C], filled up with tokens without a target."""
+    _, length, width = hidden.shape
+    rows = hidden.shape[0] // groups
+    r, t = _tile(rows, length, max(1, chunk // groups))
+    row_tiles, time_tiles = -(-rows // r), -(-length // t)
+    pad = (0, 0), (0, row_tiles * r - rows), (0, time_tiles * t - length)
+    hidden = jnp.pad(hidden.reshape(groups, rows, length, width), (*pad, (0, 0)))
+    targets = jnp.pad(targets.reshape(groups, rows, length), pad, constant_values=-1)
+    hidden = hidden.reshape(groups, row_tiles, r, time_tiles, t, width).transpose(1, 3, 0, 2, 4, 5)
+    targets = targets.reshape(groups, row_tiles, r, time_tiles, t).transpose(1, 3, 0, 2, 4)
+    hidden = constrain(hidden.reshape(-1, groups, r * t, width), None, "batch", None, None)
+    return hidden, constrain(targets.reshape(-1, groups, r * t), None, "batch", None)
 
 
 def _join(chunks, shape, chunk):
-    """The inverse of `_split` for [n, C, M]."""
-    rows, length, width = shape
-    r, t = _tile(rows, length, chunk)
+    """The inverse of `_split` for [n, G, C, M]."""
+    groups, width = chunks.shape[1], chunks.shape[3]
+    rows, length = shape[0] // groups, shape[1]
+    r, t = _tile(rows, length, max(1, chunk // groups))
     row_tiles, time_tiles = -(-rows // r), -(-length // t)
-    joined = chunks.reshape(row_tiles, time_tiles, r, t, width).transpose(0, 2, 1, 3, 4)
-    return joined.reshape(row_tiles * r, time_tiles * t, width)[:rows, :length]
+    joined = chunks.reshape(row_tiles, time_tiles, groups, r, t, width).transpose(2, 0, 3, 1, 4, 5)
+    joined = joined.reshape(groups, row_tiles * r, time_tiles * t, width)[:, :rows, :length]
+    return joined.reshape(shape)

@@ -3,6 +3,8 @@
 The training state is a plain pytree, {"step": int32 scalar, "params": tree, "opt_state": ScaleByAdamState}.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,11 @@ def state_shardings(config: Config, mesh):
 def batch_sharding(mesh):
     """Sharding of an array [rows, T] of a batch."""
     return NamedSharding(mesh, sharding.logical_to_spec(("batch", "length")))
+
+
+def batch_shards(mesh) -> int:
+    """Into how many parts the batch axis is divided; 1 without a mesh."""
+    return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(sharding.RULES["batch"]) if not mesh.empty)
 
 
 def abstract_state(config: Config, mesh):
@@ -79,6 +86,7 @@ def microbatch_objective(config: Config, params, batch):
         batch["targets"],
         chunk=training.loss_chunk,
         z_loss_coef=training.z_loss_coef,
+        groups=batch_shards(jax.sharding.get_abstract_mesh()),
     )
     aux, aux_per_layer = losses.load_balancing_loss(
         out.router, form=training.aux_loss_form, pooling=training.aux_loss_pooling
