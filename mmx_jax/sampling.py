@@ -51,7 +51,7 @@ class SamplingParams:
             "top_p": None if self.top_p is None else np.float32(self.top_p),
             "min_p": None if self.min_p is None else np.float32(self.min_p),
         }
-        return Sampler(np.float32(self.temperature), **optional, repetition_penalty=self._penalty())
+        return Sampler(np.float32(max(self.temperature, 1e-30)), **optional, repetition_penalty=self._penalty())
 
     def _penalty(self):
         return None if self.repetition_penalty == 1 else np.float32(self.repetition_penalty)

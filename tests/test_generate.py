@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mmx_jax
-from mmx_jax import sampling
+from mmx_jax import generate, sampling
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket
@@ -206,6 +206,7 @@ def test_session_goes_on_where_it_stopped(model):
     whole.extend([PROMPTS[0] + written + 3 * PROMPTS[2]])
     assert session.lengths == whole.lengths == 72
     assert session.state.real.shape == (1, 128)
+    assert session.state.layers["layer_0"].shape == (1, 1, 2, 16, 16)  # of the lightning layer, at any length
     assert_close(session.logits, whole.logits)
     for ours, theirs in zip(session.decode(6), whole.decode(6), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -237,6 +238,18 @@ def test_decoding_ends_when_all_rows_have(model, alone):
 DRAW = dict(max_new_tokens=12, temperature=1.5, top_k=40, top_p=0.95, min_p=0.01, prefill_chunk=16)
 
 
+def test_other_lengths_and_turns_compile_nothing(model, alone):
+    compiled = [function._cache_size() for function in (generate._prefill_piece, generate.decode)]
+    for length in (1, 16, 17, 40):
+        session = model.session(1, prefill_chunk=16)
+        session.extend([[7] * length])
+        session.decode(5)
+        session.finish(0)
+        session.extend([[8] * 3])
+        session.decode(8)
+    assert [function._cache_size() for function in (generate._prefill_piece, generate.decode)] == compiled
+
+
 def test_seeds(model):
     tokens, mask = ragged(PROMPTS)
     settings = DRAW | dict(repetition_penalty=1.1)
@@ -254,15 +267,15 @@ def test_repetition_penalty_reads_prompt_and_continuation(model):
 
 
 def test_score_is_the_log_softmax_of_the_logits(model):
-    tokens, mask = np.stack([np.arange(40, 60), np.arange(60, 80)]), np.ones((2, 20), int)
-    mask[0, :5] = mask[1, 15:] = 0
-    scores = model.score(tokens, mask, prefill_chunk=16)
-    logits = model.logits(tokens, mask)
-    for row, real in enumerate(mask == 1):
-        ids = tokens[row, real]
-        want = log_softmax(logits[row, real][:-1])[np.arange(len(ids) - 1), ids[1:]]
-        assert_close(scores[row, real][1:], want)
-        assert scores[row, real][0] == 0 and (scores[row, ~real] == 0).all()
+    tokens, mask = np.arange(40, 60)[None], np.ones((1, 20), int)
+    for padding in (slice(0, 5), slice(15, 20), slice(7, 9)):
+        mask[:] = 1
+        mask[0, padding] = 0
+        scores = model.score(tokens, mask, prefill_chunk=16)
+        real, ids = mask == 1, tokens[mask == 1]
+        want = log_softmax(model.logits(tokens, mask)[real][:-1])[np.arange(len(ids) - 1), ids[1:]]
+        assert_close(scores[real][1:], want)
+        assert scores[real][0] == 0 and (scores[~real] == 0).all()
     assert model.score([[5]]) == 0
 
 
@@ -495,15 +508,15 @@ def test_text_is_whole_characters(tokenizer):
 
 
 def test_stop_string_ends_a_row_and_spares_the_other(model, tokenizer):
-    tokens, mask = encode_prompts(tokenizer, ["the quick", "lazy dog and"])
+    tokens, mask = encode_prompts(tokenizer, ["the quick", "lazy dog and", "fox"])
     free = [
         "".join(tokenizer.decode([t]) for t in row)
         for row in model.generate(tokens, mask, max_new_tokens=24, prefill_chunk=16)
     ]
     stop = free[0][5:8]
-    session = model.session(2, prefill_chunk=16)
+    session = model.session(3, prefill_chunk=16)
     session.extend(tokens, mask, reserve=24)
-    texts = ["", ""]
+    texts = ["", "", ""]
     for row, text in stream_text(session, session.stream(24), tokenizer, stop_tokens=(), stop_strings=[stop]):
         texts[row] += text
     assert texts == [text.split(stop)[0] for text in free]
