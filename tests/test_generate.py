@@ -204,7 +204,7 @@ def test_session_goes_on_where_it_stopped(model):
     session.extend([3 * PROMPTS[2]])
     whole = model.session(1, prefill_chunk=16)
     whole.extend([PROMPTS[0] + written + 3 * PROMPTS[2]])
-    assert session.lengths == whole.lengths == 72
+    assert session.lengths == whole.lengths == session.state.cursor == 72  # padding of a bucket takes no slot
     assert session.state.real.shape == (1, 128)
     assert session.state.layers["layer_0"].shape == (1, 1, 2, 16, 16)  # of the lightning layer, at any length
     assert_close(session.logits, whole.logits)
@@ -224,6 +224,21 @@ def test_stop_tokens_pad_and_spare_the_other_rows(model, alone):
     pieces = list(model.stream(tokens, mask, max_new_tokens=12, prefill_chunk=16, stop_tokens=[stop]))
     assert pieces[0].shape == (3, 1)
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), got[:, : max(ends)])
+
+
+def test_rows_that_ended_go_on_with_the_next_turn(model, alone):
+    tokens, mask = ragged(PROMPTS)
+    session = model.session(3, prefill_chunk=16, stop_tokens=[int(alone[0][3])])
+    session.extend(tokens, mask)
+    written = [row[row >= 0].tolist() for row in session.decode(12)]
+    assert len(written[0]) <= 4 and max(map(len, written)) == 12
+    turn = [[90, 91], [92], [93, 94, 95]]
+    session.extend(*ragged(turn))
+    whole = model.session(3, prefill_chunk=16)
+    whole.extend(*ragged([sum(parts, []) for parts in zip(PROMPTS, written, turn, strict=True)]))
+    np.testing.assert_array_equal(session.lengths, whole.lengths)
+    assert_close(session.logits, whole.logits)
+    assert not session.done.any()
 
 
 def test_decoding_ends_when_all_rows_have(model, alone):
