@@ -44,7 +44,11 @@ def assert_trees_close(got, want, tolerance):
     jax.tree.map(functools.partial(assert_close, tolerance=tolerance), got, want)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Compiling is most of the time here, and the optimisation of machine code is not what is tested.
+jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@jit
 def forward(config, params, tokens, segment_ids=None, state=None):
     return Decoder(config).apply({"params": params}, tokens, segment_ids, state=state)
 
@@ -231,7 +235,7 @@ def test_router_is_float32_whatever_the_parameters_are():
 
 def test_initialisation_is_xavier_with_the_deepnorm_gain():
     config = small_config(hidden_size=64, mlp_dim=128)
-    layer = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))["blocks"]["layer_0"]
+    layer = jit(init_params)(config, jax.random.key(0))["blocks"]["layer_0"]
     gain = (8 * config.num_layers) ** -0.25
     for name, leaf, fans in (("gate", layer["mlp"]["gate"], 64 + 128), ("out", layer["attention"]["out"], 32 + 64)):
         np.testing.assert_allclose(np.std(leaf), gain * (2 / fans) ** 0.5, rtol=0.05, err_msg=name)
@@ -282,7 +286,7 @@ def small_config(**changes):
 
 @functools.cache
 def small_params(config):
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    params = jit(init_params)(config, jax.random.key(0))
     noise = np.random.default_rng(5)  # norm scales that are not all one
     return jax.tree_util.tree_map_with_path(
         lambda path, p: (
@@ -296,7 +300,7 @@ def random_tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 64, shape).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit
 def weighted_outputs(config, params, tokens, segment_ids, weights):
     """Gradients of sum(weights [B, T, V] * logits) + a function of the router; (logits, stats) beside them."""
 
