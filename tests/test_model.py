@@ -353,6 +353,17 @@ def test_rematerialisation_changes_nothing(policy):
     assert_same_function(config, dataclasses.replace(config, remat=policy))
 
 
+def test_scanned_blocks_equal_layers_one_after_another():
+    """Two blocks: parameters, slopes and router sums of layer l are those of block l // P, position l % P."""
+    config = small_config()
+    params, tokens = small_params(config), random_tokens(2, 27)
+    hidden, routers, logits = run_layers(config, params, tokens)
+    output = forward(config, params, tokens)
+    assert_close(output.hidden, hidden[-1], 2e-6)
+    assert_close(output.logits, logits, 2e-6)
+    assert_close(output.router.probability, np.stack([np.sum(p, axis=(0, 1)) for p in routers]), 2e-6)
+
+
 def count_operations(config, length):
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((1, length, 64), jnp.float32)
