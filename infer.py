@@ -1,6 +1,7 @@
 """Generates text: python infer.py --checkpoint=runs/demo/export --prompt='def main('."""
 
 import math
+import os
 import pathlib
 import sys
 
@@ -164,7 +165,9 @@ def main(argv):
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
         if FLAGS["verbosity"].present:
             raise
-        sys.exit(f"infer.py: {error}")
+        say(f"infer.py: {error}")
+        sys.stdout.flush()
+        os._exit(1)  # at an orderly exit, orbax's unfinished reads of a damaged checkpoint bury the line under pages
 
 
 if __name__ == "__main__":

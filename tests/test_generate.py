@@ -14,6 +14,7 @@ import pytest
 import mmx_jax
 from mmx_jax import generate, sampling
 from mmx_jax.config import ModelConfig
+from mmx_jax.convert.commands import import_checkpoint
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket
 from mmx_jax.layers.softmax_attention import KeyValueCache
@@ -626,6 +627,20 @@ def test_infer_needs_a_tokenizer():
     done = infer(f"--checkpoint={FIXTURES / 'tiny/hf'}", "--prompt=a")
     assert done.returncode == 1
     assert "holds no tokenizer.json" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_infer_reads_converted_checkpoints_and_names_damage(checkpoint, model, tokenizer, tmp_path):
+    import_checkpoint(checkpoint, tmp_path / "ours")
+    converted = mmx_jax.from_pretrained(tmp_path / "ours")
+    assert converted.config == model.config
+    assert converted.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(converted.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    chunk = max((p for p in (tmp_path / "ours/params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    done = infer(f"--checkpoint={tmp_path / 'ours'}", "--prompt=a")
+    assert done.returncode == 1
+    assert "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_version_and_laziness():

@@ -1,6 +1,8 @@
 """Parameters in memory, from any checkpoint and to safetensors; what training and inference load through."""
 
 import dataclasses
+import gc
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,8 @@ def load_params(
     config = dataclasses.replace(source.config, param_dtype=dtypes[("embed", "embedding")].name)
     places = _placement(config, shapes, mesh, shardings)
     if not huggingface:
-        abstract = {
-            path: jax.ShapeDtypeStruct(shapes[path], dtypes[path], sharding=places[path]) for path in shapes
-        }
-        with ocp.StandardCheckpointer() as checkpointer:
-            return config, checkpointer.restore(source.params_dir.absolute(), unflatten(abstract))
+        abstract = {path: jax.ShapeDtypeStruct(shapes[path], dtypes[path], sharding=places[path]) for path in shapes}
+        return config, _restore(source.params_dir, unflatten(abstract))
     slices = {}
     for mapping in mappings:
         slices.setdefault(mapping.leaf, {})[mapping.index] = mapping
@@ -71,6 +70,21 @@ def load_params(
         read = _ShardReader(tensors, slices[path], shape, dtypes[path])
         leaves[path] = jax.make_array_from_callback(shape, places[path], read)
     return config, unflatten(leaves)
+
+
+def _restore(params_dir, abstract):
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(params_dir.absolute(), abstract)
+    except Exception as error:  # orbax raises bare Exceptions
+        # Its unfinished reads go down with the traceback, each with pages of complaint that nobody can act on.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+        while error.__cause__ is not None:  # tensorstore's own message is at the root
+            error = error.__cause__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    gc.collect()
+    sys.unraisablehook = hook
+    raise ConversionError(f"{params_dir}: the parameters cannot be read: {reason}")
 
 
 def _placement(config, shapes, mesh, shardings):
