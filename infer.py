@@ -161,6 +161,8 @@ def main(argv):
         logging.set_verbosity(logging.FATAL)  # orbax logs what it also raises
     try:
         run()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
         if FLAGS["verbosity"].present:
