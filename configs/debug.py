@@ -35,9 +35,9 @@ def get_config() -> Config:
         mlp_alpha=ALPHA,
         dtype="float32",
         lightning_chunk=64,
-        softmax_block=256,
+        softmax_block=128,
     )
-    total_tokens = 300 * 4096
+    total_tokens = 240 * 4096
     warmup_tokens = 20 * 4096
     training = TrainingConfig(
         total_tokens=total_tokens,
@@ -48,7 +48,7 @@ def get_config() -> Config:
             LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
             LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
         ),
-        eval_every_steps=100,
+        eval_every_steps=80,
         eval_batches=4,
     )
     return Config(
@@ -56,5 +56,5 @@ def get_config() -> Config:
         model=model,
         data=DataConfig(packing_bins=16),
         training=training,
-        checkpoint=CheckpointConfig(save_every_steps=100, keep=2),
+        checkpoint=CheckpointConfig(save_every_steps=80, keep=2),
     )

@@ -29,7 +29,7 @@ def _require(ok: bool, message: str):
 def _require_positive(config, *names: str):
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{name}={value!r} must be positive")
+        _require(isinstance(value, (int, float)) and value > 0, f"{name}={value!r} must be a positive number")
 
 
 def _require_choice(config, **choices: tuple[str, ...]):
@@ -296,7 +296,8 @@ class TrainingConfig:
             "loss_chunk", "log_every_steps", "eval_batches",
         )  # fmt: skip
         for name in (
-            "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps", "eval_every_steps",
+            "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps",
+            "eval_every_steps",
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         _require(

@@ -26,8 +26,7 @@ def load_config(path: str | os.PathLike) -> Config:
 
     `__file__` is the path inside the file, so one config can load and change its neighbour
     (`configs/ablations/` does). Raises FileNotFoundError, and ConfigError where `get_config` is missing,
-    returns something else, or builds a config with an impossible value; an exception of the file's own
-    code passes through.
+    returns something else, or builds a config with an impossible value, or its own code fails.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -42,6 +41,8 @@ def load_config(path: str | os.PathLike) -> Config:
         return _build(Config, _plain(config), "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # whatever the code of the file raises
+        raise ConfigError(f"{path} does not run: {type(error).__name__}: {error}") from error
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:

@@ -87,7 +87,10 @@ def test_bfloat16_is_as_close_as_the_definition():
 
 
 # Slots hold: queries of 1 (a decoding step), 5 and 16 tokens, with caches of one block and of several.
-@pytest.mark.parametrize(("slots", "cursor", "length"), [(24, 0, 5), (24, 11, 1), (24, 23, 1), (24, 3, 16), (7, 0, 7)])
+@pytest.mark.parametrize(
+    ("slots", "cursor", "length"),
+    [(24, 0, 5), (24, 11, 1), (24, 23, 1), (24, 3, 16), (7, 0, 7), (23, 4, 19), (23, 2, 5), (31, 15, 16)],
+)
 def test_cached_attention_matches_the_definition(slots, cursor, length):
     rng = np.random.default_rng(2)
     q = rng.normal(size=(2, length, HEADS, DIM)).astype(np.float32)

@@ -44,8 +44,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    from absl import logging
+
     from mmx_jax.convert import commands  # after the arguments: it loads jax and orbax
 
+    logging.set_verbosity(logging.ERROR)  # orbax warns of metadata that the params of a training run do not need
     try:
         if args.command == "import":
             print(commands.import_checkpoint(args.source, args.destination, overwrite=args.overwrite))

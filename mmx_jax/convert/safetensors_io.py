@@ -263,9 +263,7 @@ def plan_shards(specs: list[TensorSpec], shard_size: int, naming: str) -> dict[s
     if len(shards) == 1:
         return {SINGLE_NAME: shards[0]}
     base = 0 if naming == "original" else 1
-    return {
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, base)
-    }
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, base)}
 
 
 def write_index(path: Path, shards: dict[str, list[TensorSpec]]):

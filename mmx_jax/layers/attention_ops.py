@@ -74,26 +74,21 @@ def cached_attention(q, key, value, cursor, real, *, block=512):
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     query_slot = cursor + jnp.arange(length)
 
-    def attend(start, carry, size):
+    def attend(first, carry, size):
+        start = jnp.minimum(first, slots - size)  # the last block may overlap the one before; it counts from `first`
         rows = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
         slot = start + jnp.arange(size)
         seen = lax.dynamic_slice_in_dim(real, start, size, axis=1)[:, None] & (slot <= query_slot[:, None])
-        return _accumulate(carry, grouped, rows(key), rows(value), seen[:, None, None])
+        return _accumulate(carry, grouped, rows(key), rows(value), (seen & (slot >= first))[:, None, None])
 
     carry = _empty_carry(grouped)
     if length == 1 or slots <= block:  # one token's scores over the whole cache are small
         carry = attend(0, carry, slots)
     else:
-        size = _divisor_at_most(slots, block)
-        carry = lax.fori_loop(
-            0, (cursor + length + size - 1) // size, lambda i, carry: attend(i * size, carry, size), carry
-        )
+        blocks = (cursor + length + block - 1) // block
+        carry = lax.fori_loop(0, blocks, lambda i, carry: attend(i * block, carry, block), carry)
     output, _ = _finish(carry)
     return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
-
-
-def _divisor_at_most(n, limit):
-    return next(d for d in range(limit, 0, -1) if n % d == 0)
 
 
 def _product(equation, a, b):
