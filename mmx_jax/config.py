@@ -29,7 +29,7 @@ def _require(ok: bool, message: str):
 def _require_positive(config, *names: str):
     for name in names:
         value = getattr(config, name)
-        _require(isinstance(value, (int, float)) and value > 0, f"{name}={value!r} must be a positive number")
+        _require(isinstance(value, (int, float)) and value > 0, f"{name}={value!r} must be positive")
 
 
 def _require_choice(config, **choices: tuple[str, ...]):
