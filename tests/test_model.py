@@ -239,7 +239,9 @@ def test_initialisation_is_xavier_with_the_deepnorm_gain():
     gain = (8 * config.num_layers) ** -0.25
     for name, leaf, fans in (("gate", layer["mlp"]["gate"], 64 + 128), ("out", layer["attention"]["out"], 32 + 64)):
         np.testing.assert_allclose(np.std(leaf), gain * (2 / fans) ** 0.5, rtol=0.05, err_msg=name)
-    np.testing.assert_allclose(np.std(layer["attention"]["qkv"]), (2 / (64 + 32)) ** 0.5, rtol=0.05)
+    query_key, value = layer["attention"]["qkv"][:, :, :2], layer["attention"]["qkv"][:, :, 2]
+    np.testing.assert_allclose(np.std(query_key), (2 / (64 + 32)) ** 0.5, rtol=0.05)
+    np.testing.assert_allclose(np.std(value), gain * (2 / (64 + 32)) ** 0.5, rtol=0.05)
 
 
 def test_rms_norm():

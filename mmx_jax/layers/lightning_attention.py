@@ -34,10 +34,12 @@ class LightningAttention(nn.Module):
         c = self.config
         heads, dim, embed = c.num_heads, c.head_dim, c.hidden_size
         inner = heads * dim
-        # One parameter for q, k and v, so one gain; the reports' per-matrix gain applies to v alone.
-        fan = dict(fan_in=embed, fan_out=inner)
-        w_qkv = weight(self, c, "qkv", (embed, 3, heads, dim), ("embed", "qkv", "heads", "head_dim"), **fan)
         gain = deepnorm_gain(c)
+        fan = dict(fan_in=embed, fan_out=inner)
+        qkv_gain = np.array([1, 1, gain], np.float32)[:, None, None]  # DeepNorm scales v, not q and k
+        w_qkv = weight(
+            self, c, "qkv", (embed, 3, heads, dim), ("embed", "qkv", "heads", "head_dim"), gain=qkv_gain, **fan
+        )
         w_gate = weight(self, c, "gate", (embed, heads, dim), ("embed", "heads", "head_dim"), **fan)
         w_out = weight(
             self, c, "out", (heads, dim, embed), ("heads", "head_dim", "embed"), fan_in=inner, fan_out=embed, gain=gain

@@ -1,5 +1,6 @@
 """Bias-free projections."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -15,13 +16,20 @@ def einsum(equation, x, w, out_dtype=None):
 
 
 def weight(module: nn.Module, config: ModelConfig, name, shape, axes, *, fan_in, fan_out, gain=1.0, dtype=None):
-    """Declares a projection weight: Xavier normal with the DeepNorm gain, or normal(`initializer_range`)."""
+    """Declares a projection weight: Xavier normal times `gain`, or normal(`initializer_range`).
+
+    `gain` is a number, or an array that broadcasts against `shape`.
+    """
+    dtype = jnp.dtype(dtype or config.param_dtype)
     if config.initializer == "normal":
         stddev = config.initializer_range
     else:
         stddev = gain * (2.0 / (fan_in + fan_out)) ** 0.5
-    init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
-    return module.param(name, init, shape, jnp.dtype(dtype or config.param_dtype))
+
+    def init(key, shape, dtype):
+        return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
 def deepnorm_gain(config: ModelConfig) -> float:

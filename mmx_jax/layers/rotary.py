@@ -1,6 +1,7 @@
 """Partial rotary position embedding."""
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def apply_rotary(x, positions, *, rotary_dim, theta):
@@ -16,7 +17,8 @@ def apply_rotary(x, positions, *, rotary_dim, theta):
       [B, T, H, D] in the dtype of `x`; the rotation is float32.
     """
     half = rotary_dim // 2
-    frequency = theta ** (-2.0 * jnp.arange(half, dtype=jnp.float32) / rotary_dim)
+    # In NumPy: an error in the last place of a device's power function is radians at a million tokens.
+    frequency = (theta ** (-2.0 * np.arange(half) / max(rotary_dim, 1))).astype(np.float32)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [B, T, 1, half]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second, rest = jnp.split(x, [half, rotary_dim], axis=-1)
