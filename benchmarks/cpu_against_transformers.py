@@ -33,6 +33,7 @@ ALPHA = deepnorm_alpha(8)
 MODEL = ModelConfig(
     vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, rotary_dim=64,
     mlp_dim=768, num_experts=8, experts_per_token=2, max_position_embeddings=16384, dtype="float32",
+    lightning_chunk=64, softmax_block=256,
     lightning_alpha=ALPHA, softmax_alpha=ALPHA, mlp_alpha=ALPHA,
 )  # fmt: skip
 TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, REPEATS = 2, 1024, 4096, 32, 5

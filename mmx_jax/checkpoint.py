@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+_CHUNK_BYTES = 1 << 27
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the step, the cause and what is left."""
@@ -76,8 +78,8 @@ class Checkpointer:
           CheckpointError: this save, or the asynchronous one before it, failed. Older steps are untouched.
         """
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state["params"]),
-            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+            params=_save_args(state["params"]),
+            optimizer=_save_args(_optimizer_item(state)),
             position=ocp.args.JsonSave(position),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config),
@@ -214,6 +216,12 @@ class Checkpointer:
 def abstract_state_of(state):
     """The shapes, dtypes and shardings of a state, for `Checkpointer.restore`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _save_args(tree):
+    """Saves arrays in chunks of bounded size, so that an export need not hold a stacked parameter whole."""
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    return ocp.args.StandardSave(tree, save_args=chunked)
 
 
 def _loss_of(metrics):

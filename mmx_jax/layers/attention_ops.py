@@ -69,6 +69,20 @@ def cached_attention(q, key, value, cursor, real, *, block=512):
     Returns:
       [B, T, H, D] in the dtype of `q`.
     """
+    length = q.shape[1]
+    if length <= block:
+        return _attend_cache(q, key, value, cursor, real, block)
+    # Blocks of queries too: each reads the cache only up to its own last slot, and its scores stay small.
+    count = cdiv(length, block)
+    padded = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(q.shape[0], count, block, *q.shape[2:]), 1, 0)
+    starts = cursor + block * jnp.arange(count)
+    output = lax.map(lambda x: _attend_cache(x[0], key, value, x[1], real, block), (blocks, starts))
+    return jnp.moveaxis(output, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def _attend_cache(q, key, value, cursor, real, block):
+    """`cached_attention` of one block of queries."""
     batch, length, heads, dim = q.shape
     kv_heads, slots = key.shape[1:3]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
@@ -85,7 +99,7 @@ def cached_attention(q, key, value, cursor, real, *, block=512):
     if length == 1 or slots <= block:  # one token's scores over the whole cache are small
         carry = attend(0, carry, slots)
     else:
-        blocks = (cursor + length + block - 1) // block
+        blocks = jnp.minimum((cursor + length + block - 1) // block, cdiv(slots, block))
         carry = lax.fori_loop(0, blocks, lambda i, carry: attend(i * block, carry, block), carry)
     output, _ = _finish(carry)
     return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
