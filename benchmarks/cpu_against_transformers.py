@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import transformers
 
-from mmx_jax.config import Config, ModelConfig, TrainingConfig, deepnorm_alpha
+from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig, deepnorm_alpha
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.models.decoder import Decoder, head_logits, init_params
 from mmx_jax.models.state import init_state
+from mmx_jax.sharding import make_mesh
 from mmx_jax.training import step as training_step
 
 ALPHA = deepnorm_alpha(8)
@@ -60,7 +61,7 @@ def our_train_step(params, tokens):
         model=MODEL,
         training=TrainingConfig(sequence_length=TRAIN_LENGTH, batch_tokens=TRAIN_ROWS * TRAIN_LENGTH, z_loss_coef=0.0),
     )
-    mesh = jax.make_mesh((1,) * 4, ("data", "fsdp", "expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = training_step.init_state(config, mesh)
         run = training_step.make_train_step(config, mesh)

@@ -213,11 +213,6 @@ class Checkpointer:
         )
 
 
-def abstract_state_of(state):
-    """The shapes, dtypes and shardings of a state, for `Checkpointer.restore`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
 def _save_args(tree):
     """Saves arrays in chunks of bounded size, so that an export need not hold a stacked parameter whole."""
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)

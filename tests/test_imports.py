@@ -20,7 +20,7 @@ ALLOWED = {
     "metrics": {"config"},
     "parallel": {"sharding", "pallas_kernels"},
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
-    "models": {"config", "sharding", "layers", "pallas_kernels"},
+    "models": {"config", "sharding", "layers"},
     "checkpoint": {"config", "config_io", "sharding", "models"},
     "convert": {"config", "config_io", "sharding", "models", "checkpoint"},
     "training": {"config", "config_io", "sharding", "models", "layers", "checkpoint", "tokenizer", "metrics"},
