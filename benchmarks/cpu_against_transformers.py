@@ -40,14 +40,17 @@ MODEL = ModelConfig(
 TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, REPEATS = 2, 1024, 4096, 32, 5
 
 
-def median_seconds(function, repeats=REPEATS):
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def race(mine, other, repeats=REPEATS):
+    """Median seconds of both, run in turn so that a machine that slows down slows both; each returns its own seconds
+    or None, which stands for those of the whole call."""
+    seconds = {mine: [], other: []}
+    for repeat in range(repeats + 1):  # the first round compiles and warms up
+        for function, found in seconds.items():
+            start = time.perf_counter()
+            own = function()
+            if repeat:
+                found.append(own or time.perf_counter() - start)
+    return [statistics.median(found) for found in seconds.values()]
 
 
 def load_peer(params):
@@ -114,10 +117,14 @@ def our_inference(params, prompt):
 
     decode = jax.jit(decode)
     token, state = prefill(params, prompt)
-    return (
-        lambda: jax.block_until_ready(prefill(params, prompt)),
-        lambda: jax.block_until_ready(decode(params, token.astype(jnp.int32), state)),
-    )
+
+    def run_prefill():
+        jax.block_until_ready(prefill(params, prompt))
+
+    def run_decode():
+        jax.block_until_ready(decode(params, token.astype(jnp.int32), state))
+
+    return run_prefill, run_decode
 
 
 def peer_inference(peer, prompt):
@@ -125,12 +132,13 @@ def peer_inference(peer, prompt):
 
     @torch.no_grad()
     def prefill():
-        return peer(ids, use_cache=True, logits_to_keep=1)
+        peer.eval()
+        peer(ids, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
     def decode():
         peer.eval()
-        out = prefill()
+        out = peer(ids, use_cache=True, logits_to_keep=1)
         start = time.perf_counter()
         cache, token = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
         for i in range(DECODE_STEPS):
@@ -162,13 +170,9 @@ def main():
     prefill, decode = our_inference(params, prompt)
     peer_prefill, peer_decode = peer_inference(peer, prompt)
     rows = {
-        "prefill": (median_seconds(prefill), median_seconds(peer_prefill), PREFILL),
-        "decode": (median_seconds(decode), statistics.median(peer_decode() for _ in range(3)), DECODE_STEPS),
-        "train": (
-            median_seconds(our_train_step(params, tokens)),
-            median_seconds(peer_train_step(peer, tokens)),
-            TRAIN_ROWS * TRAIN_LENGTH,
-        ),
+        "prefill": (*race(prefill, peer_prefill), PREFILL),
+        "decode": (*race(decode, peer_decode), DECODE_STEPS),
+        "train": (*race(our_train_step(params, tokens), peer_train_step(peer, tokens)), TRAIN_ROWS * TRAIN_LENGTH),
     }
     print(
         f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, 2 threads, float32"

@@ -56,7 +56,7 @@ def main():
     segment_ids = np.array([[0] * 3 + [1] * 9 + [2] * 8, [1] * 15 + [0] * 5] * 4, np.int32)
     weights = rng.normal(size=(8, 20, 64)).astype(np.float32) * (segment_ids > 0)[..., None]
     report = {}
-    for capacity_factor, names in ((None, list(MESHES)), (1.0, ["data=2 expert=4"])):
+    for capacity_factor, names in ((None, list(MESHES)), (0.5, ["data=2 expert=4"])):
         model_config = config(capacity_factor=capacity_factor)
         params = jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(0))
         run = gradient_function(model_config, weights)

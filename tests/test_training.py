@@ -245,7 +245,7 @@ def test_adamw_matches_numpy():
     for number, rate in enumerate([0.1, 0.02, 0.3], start=1):
         gradients = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradients)))
-        got, opt_state, update_norm = optimizer.apply_gradients(
+        got, opt_state = optimizer.apply_gradients(
             training, got, opt_state, jax.tree.map(jnp.float32, gradients), jnp.float32(norm), jnp.float32(rate)
         )
         clipped = jax.tree.map(lambda g, norm=norm: g * min(1, 0.5 / norm), gradients)
@@ -259,8 +259,6 @@ def test_adamw_matches_numpy():
         )  # fmt: skip
         want = jax.tree.map(np.add, want, changes)
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
-        change_norm = np.sqrt(sum((c**2).sum() for c in jax.tree.leaves(changes)))
-        np.testing.assert_allclose(update_norm, change_norm, rtol=1e-4)
 
 
 def test_weight_decay_spares_the_norms_of_the_real_tree_and_nothing_else():
@@ -310,7 +308,7 @@ def test_a_non_finite_step_changes_nothing_and_names_the_layers():
         state["params"]["blocks"]["layer_1"]["mlp"]["down"] *= jnp.nan
         before = jax.device_get(state)
         state, row = train_step.make_train_step(config, mesh)(state, batch, np.float32(0.1))
-    assert row["finite"] == 0 and row["update_norm"] == 0 and state["step"] == 1
+    assert row["finite"] == 0 and state["step"] == 1
     jax.tree.map(np.testing.assert_array_equal, before["params"], jax.device_get(state["params"]))
     jax.tree.map(np.testing.assert_array_equal, before["opt_state"], jax.device_get(state["opt_state"]))
     names = train_step.nonfinite_names(jax.device_get(row["gradient_norms"]), 2)

@@ -1,13 +1,12 @@
 """The lightning-attention layer: SiLU on q, k and v, decayed linear attention, norm, gate."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.norm import rms_norm
-from mmx_jax.layers.projection import deepnorm_gain, einsum, weight
+from mmx_jax.layers.norm import gated_rms_norm
+from mmx_jax.layers.projection import deepnorm_gain, einsum, silu, weight
 from mmx_jax.sharding import constrain
 from pallas_kernels.lightning_attention import lightning_attention, recurrent_step
 
@@ -49,8 +48,7 @@ class LightningAttention(nn.Module):
 
         # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
         qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))
-        qkv = jax.nn.silu(qkv.astype(jnp.float32)).astype(x.dtype)
-        q, k, v = (constrain(qkv[:, :, i], "batch", "length", "heads_act") for i in range(3))
+        q, k, v = (constrain(silu(qkv[:, :, i]), "batch", "length", "heads_act") for i in range(3))
         if state is not None and x.shape[1] == 1:
             real = None if segment_ids is None else segment_ids[:, 0] > 0
             output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, real)
@@ -61,7 +59,7 @@ class LightningAttention(nn.Module):
                 chunk_size=c.lightning_chunk, implementation=c.lightning_implementation,
             )  # fmt: skip
             state = None if state is None else next_state
-        output = rms_norm(output.astype(jnp.float32), scale.reshape(inner), c.lightning_norm_eps)
-        gate = jax.nn.sigmoid(einsum("btm,mf->btf", x, w_gate.reshape(embed, inner)).astype(jnp.float32))
-        output = constrain((gate * output).astype(x.dtype), "batch", "length", "heads_act")
+        gate = einsum("btm,mf->btf", x, w_gate.reshape(embed, inner))
+        output = gated_rms_norm(output, gate, scale.reshape(inner), c.lightning_norm_eps)
+        output = constrain(output, "batch", "length", "heads_act")
         return einsum("btf,fm->btm", output, w_out.reshape(inner, embed)), state

@@ -81,7 +81,11 @@ def _swiglu(config, x, group_sizes, w_gate, w_up, w_down):
     def multiply(rows, w):
         return grouped_matmul(rows, w.astype(rows.dtype), group_sizes, implementation=config.moe_implementation)
 
-    return multiply(_silu_product(multiply(x, w_gate), multiply(x, w_up)), w_down)
+    @jax.checkpoint  # the hidden rows are made again in the backward; the product behind them is not
+    def project_down(gate, up, w):
+        return multiply(_silu_product(gate, up), w)
+
+    return project_down(multiply(x, w_gate), multiply(x, w_up), w_down)
 
 
 def _silu_product(gate, up):

@@ -1,15 +1,26 @@
 """Root-mean-square normalisation."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)  # keeps `x` and `scale` alone for the backward
 def rms_norm(x, scale, eps):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x` (spec C.0)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def gated_rms_norm(x, gate, scale, eps):
+    """sigmoid(gate) * rms_norm(x) in float32, returned in the dtype of `gate` (spec C.3, steps 6 and 7)."""
+    normed = rms_norm(x.astype(jnp.float32), scale, eps)
+    return (jax.nn.sigmoid(gate.astype(jnp.float32)) * normed).astype(gate.dtype)
 
 
 class RMSNorm(nn.Module):

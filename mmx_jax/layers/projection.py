@@ -1,4 +1,6 @@
-"""Bias-free projections."""
+"""Bias-free projections, and the activation behind them."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,43 @@ from jax import lax
 from mmx_jax.config import ModelConfig
 
 
-def einsum(equation, x, w, out_dtype=None):
-    """A product with float32 accumulation; float32 inputs get full float32 products on every platform."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out_dtype = out_dtype or x.dtype
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision, preferred_element_type=out_dtype)
+def product(equation, a, b, out_dtype):
+    """An einsum with float32 accumulation; float32 operands get full float32 products on every platform."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(equation, x, w):
+    """`product` of activations with a weight, which is multiplied in the dtype of `x`; returned in that dtype.
+
+    `equation` is "x,w->y", every letter in two of the three terms. The gradient of `w` goes from the float32
+    accumulator to the dtype of `w` in one step, and is computed in the order of its axes: JAX's own rule computes the
+    transpose and copies both factors and the result.
+    """
+    return product(equation, x, w.astype(x.dtype), x.dtype)
+
+
+def _einsum_forward(equation, x, w):
+    return einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(equation, saved, dy):
+    x, w = saved
+    terms, y = equation.split("->")
+    a, b = terms.split(",")
+    dx = product(f"{y},{b}->{a}", dy, w.astype(x.dtype), x.dtype)
+    dw = product(f"{a},{y}->{b}", x, dy, jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+@jax.checkpoint  # keeps `x` alone for the backward
+def silu(x):
+    """x sigmoid(x) in float32, returned in the dtype of `x`."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def weight(module: nn.Module, config: ModelConfig, name, shape, axes, *, fan_in, fan_out, gain=1.0, dtype=None):

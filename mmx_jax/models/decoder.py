@@ -14,7 +14,7 @@ from mmx_jax.layers.documents import document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
 from mmx_jax.layers.moe import MixtureOfExperts, RouterStats
 from mmx_jax.layers.norm import RMSNorm
-from mmx_jax.layers.projection import einsum
+from mmx_jax.layers.projection import product
 from mmx_jax.layers.softmax_attention import CacheView, SoftmaxAttention
 from mmx_jax.models.state import DecodeState
 from mmx_jax.sharding import constrain, shardings_of
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
 
 def head_logits(hidden, head):
     """float32 logits [..., V] of hidden [..., M] and head [V, M]: inputs as they are, accumulated in float32."""
-    return einsum("...m,vm->...v", hidden, head, jnp.float32)
+    return product("...m,vm->...v", hidden, head.astype(hidden.dtype), jnp.float32)
 
 
 def _layer_inputs(tokens, segment_ids, positions, state):

@@ -368,7 +368,7 @@ class _Run:
                 + (f" and {len(names) - 12} more" if len(names) > 12 else ""),
                 "router by layer: "
                 + "; ".join(f"{name} {np.array2string(values, precision=3)}" for name, values in router.items()),
-                f"parameters: norm {row['parameter_norm']} before this step, {row['updated_norm']} had it been taken",
+                f"parameters: norm {row['parameter_norm']} before this step",
                 f"last good checkpoint: step {last_good} in {self.checkpointer.directory}"
                 if last_good is not None
                 else f"no checkpoint has been saved in {self.checkpointer.directory}",

@@ -52,17 +52,16 @@ def apply_gradients(training: TrainingConfig, params, opt_state, gradients, grad
       learning_rate: float32 scalar.
 
     Returns:
-      (params, opt_state, update_norm): `params` in their own dtype, the norm of the whole change.
+      (params, opt_state), the parameters in their own dtype.
     """
     if training.gradient_clip:
         factor = jnp.minimum(1.0, training.gradient_clip / jnp.maximum(gradient_norm, 1e-30))
         gradients = jax.tree.map(lambda g: g * factor, gradients)
     updates, opt_state = make_adam(training).update(gradients, opt_state)
 
-    def change(p, update, decays):
-        decay = training.weight_decay * p.astype(jnp.float32) if decays else 0.0
-        return -learning_rate * (update + decay)
+    def updated(p, update, decays):
+        p32 = p.astype(jnp.float32)
+        decay = training.weight_decay * p32 if decays else 0.0
+        return (p32 - learning_rate * (update + decay)).astype(p.dtype)
 
-    changes = jax.tree.map(change, params, updates, decay_mask(params))
-    new_params = jax.tree.map(lambda p, c: (p.astype(jnp.float32) + c).astype(p.dtype), params, changes)
-    return new_params, opt_state, total_norm(squared_norms(changes))
+    return jax.tree.map(updated, params, updates, decay_mask(params)), opt_state

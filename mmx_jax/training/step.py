@@ -128,8 +128,9 @@ def accumulate_gradients(config: Config, params, batch, microbatches: int):
         shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (gradients, sums), _ = jax.lax.scan(step, zeros, parts)
-    count = jnp.maximum(sums["count"], 1.0)
-    return jax.tree.map(lambda g: g / count, gradients), sums
+    # A product, not a quotient: XLA repeats it where the gradient is read rather than writing all of it once more.
+    scale = 1.0 / jnp.maximum(sums["count"], 1.0)
+    return jax.tree.map(lambda g: g * scale, gradients), sums
 
 
 def make_train_step(config: Config, mesh):
@@ -137,10 +138,9 @@ def make_train_step(config: Config, mesh):
 
     Returns:
       step(state, batch, learning_rate) -> (state, metrics). `state` is donated. `batch`: int32 [rows, T] for each of
-      BATCH_KEYS, the rows split into micro-batches of `training.microbatch_rows`. A step whose loss, gradient or new
+      BATCH_KEYS, the rows split into micro-batches of `training.microbatch_rows`. A step whose loss, gradient or
       parameters are not finite changes nothing but the step number; `metrics["finite"]` says so. metrics: float32
-      scalars (loss, z_loss, aux_loss, accuracy, gradient_norm, parameter_norm before and updated_norm behind the
-      update, update_norm, tokens, finite),
+      scalars (loss, z_loss, aux_loss, accuracy, gradient_norm, parameter_norm before the step, tokens, finite),
       "router": dict of [L], and "gradient_norms": tree like params, [N] for leaves stacked over blocks.
     """
 
@@ -151,17 +151,15 @@ def make_train_step(config: Config, mesh):
         squared = optimizer.squared_norms(gradients)
         norm = optimizer.total_norm(squared)
         metrics = step_metrics(config, sums)
+        parameter_norm = optimizer.total_norm(optimizer.squared_norms(state["params"]))
+        # The guard reads nothing that the update writes, so that the update is one pass, in place.
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"], metrics["aux_loss"], norm, parameter_norm])))
         old = state["params"], state["opt_state"]
-        *new, update_norm = optimizer.apply_gradients(config.training, *old, gradients, norm, learning_rate)
-        updated_norm = optimizer.total_norm(optimizer.squared_norms(new[0]))
-        watched = jnp.stack([metrics["loss"], metrics["aux_loss"], norm, updated_norm])
-        finite = jnp.all(jnp.isfinite(watched))
-        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), tuple(new), old)
+        new = optimizer.apply_gradients(config.training, *old, gradients, norm, learning_rate)
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics |= {
             "gradient_norm": norm,
-            "parameter_norm": optimizer.total_norm(optimizer.squared_norms(state["params"])),
-            "updated_norm": updated_norm,
-            "update_norm": jnp.where(finite, update_norm, 0.0),
+            "parameter_norm": parameter_norm,
             "finite": finite.astype(jnp.float32),
             "gradient_norms": jax.tree.map(jnp.sqrt, squared),
         }
