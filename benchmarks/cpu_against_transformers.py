@@ -2,20 +2,19 @@
 
     python benchmarks/cpu_against_transformers.py [--json=FILE]
 
-Needs the `parity` extra. Both sides run in float32 with two threads, in turn, in this process; the medians of
-the runs are reported, after their logits have been compared. The model rotates all of its head dimensions, because
-stock transformers cannot do otherwise.
+Needs the `parity` extra. Both sides run in float32 with two threads, each in a process of its own, and take turns run
+by run, so that a machine that slows down slows both; the medians are reported, after their logits have been compared.
+The model rotates all of its head dimensions, because stock transformers cannot do otherwise.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
-import os
+import multiprocessing
 import statistics
 import tempfile
 import time
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads=2")
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from mmx_jax.models.decoder import Decoder, head_logits, init_params
 from mmx_jax.models.state import init_state
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training import step as training_step
+from pallas_kernels import platform
 
 ALPHA = deepnorm_alpha(8)
 MODEL = ModelConfig(
@@ -37,29 +37,64 @@ MODEL = ModelConfig(
     lightning_chunk=64, softmax_block=256,
     lightning_alpha=ALPHA, softmax_alpha=ALPHA, mlp_alpha=ALPHA,
 )  # fmt: skip
-TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, REPEATS = 2, 1024, 4096, 32, 5
+TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, COMPARED, REPEATS = 2, 1024, 4096, 32, 300, 5
 
 
-def race(mine, other, repeats=REPEATS):
-    """Median seconds of both, run in turn so that a machine that slows down slows both; each returns its own seconds
-    or None, which stands for those of the whole call."""
-    seconds = {mine: [], other: []}
-    for repeat in range(repeats + 1):  # the first round compiles and warms up
-        for function, found in seconds.items():
-            start = time.perf_counter()
-            own = function()
-            if repeat:
-                found.append(own or time.perf_counter() - start)
-    return [statistics.median(found) for found in seconds.values()]
+def serve(connection, make):
+    """The loop of a process: answers "logits" with an array, other names with the seconds of one run."""
+    runs = make()
+    while (name := connection.recv()) is not None:
+        start = time.perf_counter()
+        answer = runs[name]()
+        connection.send(time.perf_counter() - start if answer is None else answer)
 
 
-def load_peer(params):
-    with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(params, MODEL, folder + "/model", naming="transformers")
-        return transformers.MiniMaxForCausalLM.from_pretrained(folder + "/model", dtype=torch.float32)
+def ask(connection, name):
+    connection.send(name)
+    return connection.recv()
 
 
-def our_train_step(params, tokens):
+def race(mine, other, name):
+    """Median seconds of both, in turn."""
+    seconds = [(ask(mine, name), ask(other, name)) for _ in range(REPEATS + 1)]
+    return [statistics.median(side) for side in zip(*seconds[1:], strict=True)]  # the first round compiles, warms up
+
+
+def random_tokens(rows, length):
+    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (rows, length)).astype(np.int32)
+
+
+def random_params():
+    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+
+
+def our_runs():
+    params, prompt = random_params(), random_tokens(1, PREFILL)
+    logits = jax.jit(lambda p, t: Decoder(MODEL).apply({"params": p}, t).logits)
+    prefill, decode = our_inference(params, prompt)
+    return {
+        "logits": lambda: np.asarray(logits(params, prompt[:, :COMPARED])),
+        "prefill": prefill,
+        "decode": decode,
+        "train": our_train_step(random_tokens(TRAIN_ROWS, TRAIN_LENGTH)),
+    }
+
+
+def peer_runs(folder):
+    torch.set_num_threads(2)
+    peer = transformers.MiniMaxForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = random_tokens(1, PREFILL)
+    prefill, decode = peer_inference(peer, prompt)
+
+    @torch.no_grad()
+    def logits():
+        return peer(torch.tensor(prompt[:, :COMPARED], dtype=torch.long)).logits.numpy()
+
+    train = peer_train_step(peer, random_tokens(TRAIN_ROWS, TRAIN_LENGTH))
+    return {"logits": logits, "prefill": prefill, "decode": decode, "train": train}
+
+
+def our_train_step(tokens):
     config = Config(
         model=MODEL,
         training=TrainingConfig(sequence_length=TRAIN_LENGTH, batch_tokens=TRAIN_ROWS * TRAIN_LENGTH, z_loss_coef=0.0),
@@ -101,7 +136,7 @@ def peer_train_step(peer, tokens):
 
 
 def our_inference(params, prompt):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=platform.compiler_options())
     def prefill(params, tokens):
         state = init_state(MODEL, 1, PREFILL + 64)
         out = Decoder(MODEL).apply({"params": params}, tokens, state=state, logits=False)
@@ -154,26 +189,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures there")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    rng = np.random.default_rng(0)
-    params = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
-    prompt = rng.integers(0, MODEL.vocab_size, (1, PREFILL)).astype(np.int32)
-    tokens = rng.integers(0, MODEL.vocab_size, (TRAIN_ROWS, TRAIN_LENGTH)).astype(np.int32)
-    peer = load_peer(params)
-
-    ours = jax.jit(lambda p, t: Decoder(MODEL).apply({"params": p}, t).logits)(params, prompt[:, :300])
-    with torch.no_grad():
-        theirs = peer.eval()(torch.tensor(prompt[:, :300], dtype=torch.long)).logits.numpy()
-    difference = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(random_params(), MODEL, folder + "/model", naming="transformers")
+        sides = []
+        for make in (our_runs, functools.partial(peer_runs, folder + "/model")):
+            connection, far_end = context.Pipe()
+            context.Process(target=serve, args=(far_end, make), daemon=True).start()
+            sides.append(connection)
+        ours, theirs = (ask(side, "logits") for side in sides)
+    difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     assert difference < 1e-4, difference
-
-    prefill, decode = our_inference(params, prompt)
-    peer_prefill, peer_decode = peer_inference(peer, prompt)
-    rows = {
-        "prefill": (*race(prefill, peer_prefill), PREFILL),
-        "decode": (*race(decode, peer_decode), DECODE_STEPS),
-        "train": (*race(our_train_step(params, tokens), peer_train_step(peer, tokens)), TRAIN_ROWS * TRAIN_LENGTH),
-    }
+    counts = {"prefill": PREFILL, "decode": DECODE_STEPS, "train": TRAIN_ROWS * TRAIN_LENGTH}
+    rows = {name: (*race(*sides, name), count) for name, count in counts.items()}
+    for side in sides:
+        side.send(None)
     print(
         f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, 2 threads, float32"
     )

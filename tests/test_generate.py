@@ -623,6 +623,29 @@ def test_infer_refuses(arguments, message):
     assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_infer_chats_until_end_of_file(checkpoint, model):
+    turns = "the quick\n\nlazy dog\n"  # an empty line is no turn
+    flags = [f"--checkpoint={checkpoint}", "--chat", "--template=text01", "--max_new_tokens=6"]
+    done = infer(*flags, input=turns)
+    assert done.returncode == 0, done.stderr
+    stops = tuple(sorted(model.tokenizer.stop_ids))
+    talk = Conversation(model, template="text01", max_new_tokens=6, stop_tokens=stops)
+    replies = ["".join(talk.reply(text)) for text in ("the quick", "lazy dog")]
+    assert all(replies)
+    assert done.stdout == "".join(reply + "\n" for reply in replies)
+    speeds = [line for line in done.stderr.splitlines() if "prefill:" in line]
+    assert len(speeds) == 2 and all("decode:" in line and "tokens/s" in line for line in speeds), done.stderr
+    assert "compilation included" in speeds[0] and "compilation included" not in speeds[1]
+
+
+def test_infer_chat_needs_a_template(checkpoint):
+    """Neither the tokenizer nor a flag has one."""
+    done = infer(f"--checkpoint={checkpoint}", "--chat", input="the quick\n")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "infer.py: this tokenizer has no chat template" in line and "text01" in line, line
+
+
 def test_infer_needs_a_tokenizer():
     done = infer(f"--checkpoint={FIXTURES / 'tiny/hf'}", "--prompt=a")
     assert done.returncode == 1

@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 
 from mmx_jax import config_io, metrics, sharding
 from mmx_jax.checkpoint import Checkpointer, CheckpointError
@@ -20,7 +21,7 @@ from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import flops, schedule
+from mmx_jax.training import flops, processes, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress, format_seconds
 
@@ -72,6 +73,9 @@ def train(
 ) -> TrainResult:
     """Trains until the tokens are used up, `steps` is reached, or SIGTERM or SIGINT asks to stop (saves, returns).
 
+    Processes that jax.distributed has joined call it alike, with one `workdir` on storage that they share. Process 0
+    writes what is not a checkpoint; a signal to any of them stops all after the same step.
+
     Args:
       config: everything about the run.
       workdir: receives config.json, tokenizer/, checkpoints/, metrics.jsonl, loss.png and tensorboard/.
@@ -80,7 +84,7 @@ def train(
       resume: "auto" continues the newest checkpoint of `workdir` if there is one; "no" refuses a workdir that
         has one; a number goes back to that step and discards the later ones.
       profile_steps: (first, last) optimizer steps traced into workdir/profile; empty: none.
-      console: rich console; None: standard output.
+      console: rich console; None: standard output of process 0.
 
     Raises:
       TrainingError, CheckpointError, ConfigError: with one clear message.
@@ -105,6 +109,8 @@ def train(
             notes += [f"discarded the later steps {', '.join(map(str, discarded))}"] if discarded else []
         with jax.set_mesh(mesh), StopSignals() as signals:
             run = _Run(config, workdir, mesh, checkpointer, start)
+            if console is None and not processes.is_first():
+                console = rich.console.Console(quiet=True)
             with Progress(schedule.total_tokens(config.training), run.tokens_seen, console=console) as progress:
                 for line in run.introduction() + notes:
                     progress.message(line)
@@ -123,8 +129,10 @@ class _Run:
 
     def __init__(self, config, workdir, mesh, checkpointer, start):
         self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
-        _write_text(workdir / "config.json", config_io.config_to_json(config))
-        self.tokenizer = prepare_tokenizer(config, workdir)
+        if processes.is_first():
+            _write_text(workdir / "config.json", config_io.config_to_json(config))
+        with processes.first_before_others("tokenizer"):
+            self.tokenizer = prepare_tokenizer(config, workdir)
         self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
         self.batch_sharding = train_step.batch_sharding(mesh)
         self.step, self.tokens_seen, self.nonfinite_in_a_row = start, 0, 0
@@ -139,16 +147,17 @@ class _Run:
             self.tokens_seen = position["tokens_seen"]
             if position["stage_index"] is not None:
                 self._open_stage(position["stage_index"])
-                self.iterator.set_state(data_state)
+                self.iterator.set_state(own_data_state(data_state, start))
         else:
             self.state = train_step.init_state(config, mesh)
-        self.writer = metrics.MetricsWriter(workdir, resume_step=start)
+        self.writer = metrics.MetricsWriter(workdir, resume_step=start) if processes.is_first() else None
 
     def close(self):
         """Stops the thread of the data pipeline and closes the files."""
         if self.iterator is not None:
             self.iterator.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def introduction(self) -> list[str]:
         """What is printed before the first step."""
@@ -156,23 +165,24 @@ class _Run:
         length = training.resolved_stages[0].sequence_length
         per_token = flops.training_flops_per_token(model, length)
         devices = self.mesh.devices
+        has_tensorboard = self.writer is not None and self.writer.has_tensorboard
         return [
             config_io.format_config(self.config),
             f"parameters {count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length {length}; "
             f"{devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
-            f"TensorBoard: {'on' if self.writer.has_tensorboard else 'off (pip install tensorboardX)'}; "
-            f"run folder: {self.workdir}",
+            f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
         ]
 
     def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
         clock = _Clock(self.tokens_seen)
         plan = schedule.plan_step(self.config.training, self.tokens_seen)
-        while plan is not None and not (steps and self.step >= steps) and not signals.received:
-            if profile_steps and self.step + 1 == profile_steps[0]:
+        profiled = profile_steps and processes.is_first()
+        while plan is not None and not (steps and self.step >= steps) and not signals.agreed():
+            if profiled and self.step + 1 == profile_steps[0]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
             row = self._train_one(plan)
-            if profile_steps and self.step == profile_steps[1]:
+            if profiled and self.step == profile_steps[1]:
                 jax.profiler.stop_trace()
             if self.step % self.config.training.log_every_steps == 0:
                 self._log(row, clock, plan, progress)
@@ -184,24 +194,25 @@ class _Run:
             if self.step % self.config.checkpoint.save_every_steps == 0:
                 with clock.paused():
                     self._save(progress)
-        if signals.received:
-            progress.message(f"{signals.received}: saving step {self.step}, then stopping")
+        if received := signals.agreed():
+            progress.message(f"{received}: saving step {self.step}, then stopping")
         elif self.eval_at != self.step:
             self._evaluate(progress)
         if self.saved_at != self.step:
             self._save(progress)
         self.checkpointer.wait()
-        rows = metrics.read_rows(self.workdir / "metrics.jsonl")
-        metrics.plot_loss(
-            rows, self.workdir / "loss.png", unigram_entropy=self.unigram_entropy, title=self.config.name
-        )  # fmt: skip
+        if processes.is_first():
+            rows = metrics.read_rows(self.workdir / "metrics.jsonl")
+            metrics.plot_loss(
+                rows, self.workdir / "loss.png", unigram_entropy=self.unigram_entropy, title=self.config.name
+            )  # fmt: skip
         return TrainResult(
             step=self.step,
             tokens_seen=self.tokens_seen,
             loss=self.last_loss,
             eval_loss=self.eval_loss,
             unigram_entropy=self.unigram_entropy,
-            interrupted=bool(signals.received),
+            interrupted=bool(signals.agreed()),
         )
 
     def _train_one(self, plan):
@@ -293,7 +304,7 @@ class _Run:
         count = sum(float(part["count"]) for part in sums)
         self.eval_loss = sum(float(part["nll"]) for part in sums) / count
         accuracy = sum(float(part["correct"]) for part in sums) / count
-        self.writer.write(
+        self._write_row(
             {
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
@@ -317,7 +328,7 @@ class _Run:
             utilisation = flops.mfu(per_second * per_token, devices.flat[0].device_kind, devices.size)
         router = {f"router_{name}": value.tolist() for name, value in row["router"].items()}
         scalars = {name: float(value) for name, value in row.items() if name != "router"}
-        self.writer.write(
+        self._write_row(
             {"step": self.step, "tokens_seen": self.tokens_seen, "learning_rate": plan.learning_rate}
             | scalars
             | {"tokens_per_second": per_second, "mfu": utilisation}
@@ -336,12 +347,17 @@ class _Run:
             mfu=utilisation,
         )
 
+    def _write_row(self, row):
+        if self.writer is not None:
+            self.writer.write(row)
+
     def _save(self, progress):
         self.saved_at = self.step
         if self.nonfinite_in_a_row:
             # Whatever broke the last step may be in the parameters: it must not push out a good checkpoint.
             progress.message(f"step {self.step} is not saved: the last {self.nonfinite_in_a_row} steps were not finite")
             return
+        states = processes.gather(None if self.iterator is None else self.iterator.get_state())
         self.checkpointer.save(
             self.step,
             self.state,
@@ -349,7 +365,7 @@ class _Run:
                 "tokens_seen": self.tokens_seen,
                 "stage_index": self.iterator_stage,
             },
-            data=None if self.iterator is None else self.iterator.get_state(),
+            data=states if len(states) > 1 else states[0],
             config=json.loads(config_io.config_to_json(self.config)),
             eval_loss=self.eval_loss if self.eval_at == self.step else None,
         )
@@ -395,6 +411,11 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> str:
+        """The name of a signal that some process received, or ""; every process gets the same answer."""
+        number = processes.largest(signal.Signals[self.received] if self.received else 0)
+        return signal.Signals(number).name if number else ""
+
     def _handle(self, number, frame):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -423,6 +444,14 @@ class _Clock:
 def check_rows(config: Config, mesh):
     """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis."""
     shards = train_step.batch_shards(mesh)
+    holders = {}  # first row -> processes
+    for device, (rows, _) in train_step.batch_sharding(mesh).devices_indices_map((shards, 1)).items():
+        holders.setdefault(rows.start, set()).add(device.process_index)
+    if any(len(found) > 1 for found in holders.values()):
+        raise ConfigError(
+            f"mesh.*: the {shards} batch shards of mesh {dict(mesh.shape)} do not give each of {jax.process_count()} "
+            "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor smaller"
+        )
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
         rows = config.training.microbatch_rows or unit
@@ -431,6 +460,17 @@ def check_rows(config: Config, mesh):
                 f"training.microbatch_rows: {rows} rows of {stage.sequence_length} tokens do not divide over {shards} "
                 f"batch shards and {jax.process_count()} processes; change batch_tokens, microbatch_rows or mesh"
             )
+
+
+def own_data_state(saved, step: int):
+    """Of the data item of a checkpoint, which holds a list if several processes saved it, the part of this process."""
+    states = saved if isinstance(saved, list) else [saved]
+    if len(states) != jax.process_count():
+        raise TrainingError(
+            f"step {step} holds the data positions of {len(states)} process(es), and {jax.process_count()} would "
+            f"continue it: start {len(states)}, or begin in a new --workdir"
+        )
+    return states[jax.process_index()]
 
 
 def check_same_run(stored: dict, current: dict) -> list[str]:

@@ -16,6 +16,7 @@ from mmx_jax.config import Config
 from mmx_jax.models import decoder
 from mmx_jax.training import loss as losses
 from mmx_jax.training import optimizer
+from pallas_kernels import platform
 
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
 
@@ -165,18 +166,22 @@ def make_train_step(config: Config, mesh):
         }
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(config, mesh), None))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(state_shardings(config, mesh), None),
+        compiler_options=platform.compiler_options(),
+    )
 
 
 def make_eval_step(config: Config):
     """Builds the jitted evaluation: eval_step(params, batch) -> {"nll", "correct", "count"}, float32 sums."""
 
-    @jax.jit
     def eval_step(params, batch):
         _, sums = microbatch_objective(config, params, batch)
         return {name: sums[name] for name in ("nll", "correct", "count")}
 
-    return eval_step
+    return jax.jit(eval_step, compiler_options=platform.compiler_options())
 
 
 def step_metrics(config: Config, sums):

@@ -1,0 +1,49 @@
+"""What the processes of one run settle among themselves; all of it is nothing where there is but one process.
+
+Every process must come to each of these calls, in the same order.
+"""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_CHUNK_BYTES = 4096  # texts are padded to a multiple, so that few sizes are compiled
+
+
+def is_first() -> bool:
+    """Whether this process writes what the run has but one of."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_before_others(name: str):
+    """Runs the block in process 0, then, even if that raised, in all others: they find the files that it wrote."""
+    several = jax.process_count() > 1
+    if several and not is_first():
+        multihost_utils.sync_global_devices(name)
+    try:
+        yield
+    finally:
+        if several and is_first():
+            multihost_utils.sync_global_devices(name)
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all processes."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def gather(value) -> list:
+    """The JSON values of all processes, by process index."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    room = -(-largest(len(text)) // _CHUNK_BYTES) * _CHUNK_BYTES
+    padded = np.full(room, ord(" "), np.uint8)  # which JSON ignores
+    padded[: len(text)] = text
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]

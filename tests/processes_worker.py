@@ -1,0 +1,207 @@
+"""One of several processes that jax.distributed joins on the CPU; tests/test_processes.py starts them.
+
+python -m tests.processes_worker FOLDER INDEX COUNT ADDRESS TASK...: runs the tasks in order, in folders of FOLDER,
+and prints a line of JSON for each. With COUNT=1 nothing is joined.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+import traceback
+
+import jax
+import numpy as np
+import rich.console
+from jax.experimental import multihost_utils
+
+from mmx_jax import sharding
+from mmx_jax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from mmx_jax.convert import rules, safetensors_io, weights
+from mmx_jax.convert.params_io import flatten
+from mmx_jax.training import loop
+from mmx_jax.training import step as train_step
+
+TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny/hf"
+MODEL = ModelConfig(
+    vocab_size=320, hidden_size=32, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=1,
+    head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=2, experts_per_token=1,
+    router_aux_loss_coef=0.01, dtype="float32", lightning_chunk=16, softmax_block=32,
+)  # fmt: skip
+TRAINING = TrainingConfig(
+    total_tokens=16 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, loss_chunk=64, eval_batches=2,
+)  # fmt: skip
+
+
+def config_of_run(folder, **mesh):
+    """A run on the texts of `folder`/text."""
+    return Config(
+        name="test",
+        model=MODEL,
+        mesh=MeshConfig(**mesh),
+        data=DataConfig(
+            sources=(SourceConfig(path=str(folder / "text")),), tokenizer_vocab_size=300, eval_fraction=0.2,
+            packing_bins=4,
+        ),
+        training=TRAINING,
+        checkpoint=CheckpointConfig(save_every_steps=2, keep=8),
+    )  # fmt: skip
+
+
+def compile_once():
+    """The runs of a worker share compiled functions, which are most of its time: shapes and numbers are the same."""
+    made = {}
+
+    def shared(make):
+        def get(config, *mesh):
+            key = make, config.model, config.mesh
+            if key not in made:
+                made[key] = make(config, *mesh)
+            return made[key]
+
+        return get
+
+    train_step.make_train_step, train_step.make_eval_step = map(
+        shared, (train_step.make_train_step, train_step.make_eval_step)
+    )
+
+
+def whole(array):
+    """An array of all processes as NumPy."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def own_rows(array, index, count):
+    size = len(array) // count
+    return array[index * size : (index + 1) * size]
+
+
+def steps(folder, index, count, **mesh_sizes):
+    """Three training steps on a global batch of which this process holds its rows only."""
+    config = Config(model=MODEL, training=TRAINING, mesh=MeshConfig(**mesh_sizes))
+    mesh = sharding.make_mesh(config.mesh)
+    rng = np.random.default_rng(1)
+    losses, norms = [], []
+    with jax.set_mesh(mesh):
+        state, step = train_step.init_state(config, mesh), train_step.make_train_step(config, mesh)
+        for _ in range(3):
+            tokens = rng.integers(0, MODEL.vocab_size, size=(8, 32)).astype(np.int32)
+            targets = np.where(rng.random(tokens.shape) < 0.8, np.roll(tokens, -1, 1), -1)
+            targets[0] = -1  # so that rows, and hence processes, weigh differently
+            batch = {
+                "tokens": tokens, "targets": targets, "segment_ids": 1 + (np.arange(32) >= 20) + 0 * tokens,
+                "positions": np.arange(32) % 20 + 0 * tokens,
+            }  # fmt: skip
+            batch = {
+                key: jax.make_array_from_process_local_data(
+                    train_step.batch_sharding(mesh), own_rows(value.astype(np.int32), index, count)
+                )
+                for key, value in batch.items()
+            }
+            assert batch["tokens"].shape == tokens.shape
+            state, row = step(state, batch, np.float32(1e-2))
+            losses.append(float(row["loss"]))
+            norms.append(float(row["gradient_norm"]))
+    leaves = flatten(state["params"])
+    sharded = sum(not leaf.is_fully_replicated for leaf in leaves.values())
+    path = folder / f"params_{'_'.join(mesh_sizes)}_{index}_of_{count}.npz"
+    np.savez(path, **{"/".join(name): whole(leaf) for name, leaf in leaves.items()})
+    return {"losses": losses, "norms": norms, "sharded": sharded, "params": str(path)}
+
+
+def load(folder, index, count, **mesh_sizes):
+    """The import of a safetensors folder onto a mesh; records which bytes of which tensor are looked at."""
+    maps, touched = [], {}
+    map_whole, copy = safetensors_io.TensorEntry.map, rules.copy_strips
+
+    def map_and_note(entry):
+        array = map_whole(entry)
+        maps.append((array.ctypes.data, entry.name))
+        touched.setdefault(entry.name, np.zeros(entry.nbytes, bool))
+        return array
+
+    def copy_and_note(destination, source):
+        begin, name = maps[-1]  # a tensor is mapped and looked at once
+        at = np.full(source.shape, source.ctypes.data - begin)
+        for axis, (size, stride) in enumerate(zip(source.shape, source.strides, strict=True)):
+            at += (np.arange(size) * stride).reshape([-1 if i == axis else 1 for i in range(source.ndim)])
+        for byte in range(source.itemsize):
+            touched[name][at.ravel() + byte] = True
+        return copy(destination, source)
+
+    safetensors_io.TensorEntry.map, rules.copy_strips = map_and_note, copy_and_note
+    try:
+        config, params = weights.load_params(TINY, mesh=sharding.make_mesh(MeshConfig(**mesh_sizes)))
+    finally:
+        safetensors_io.TensorEntry.map, rules.copy_strips = map_whole, copy
+    leaves = flatten(params)
+    arrays = {path: whole(leaf) for path, leaf in leaves.items()}
+    tensors = {m.hf: m.to_hf(arrays[m.leaf][m.index]) for m in rules.expand(config)}
+    stem = folder / f"load_{'_'.join(mesh_sizes)}_{index}"
+    np.savez(f"{stem}_values.npz", **tensors)
+    np.savez(f"{stem}_touched.npz", **touched)
+    sharded = {m.hf: not leaves[m.leaf].is_fully_replicated for m in rules.expand(config)}
+    return {"values": f"{stem}_values.npz", "touched": f"{stem}_touched.npz", "sharded": sharded}
+
+
+def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.total_tokens, save_every_steps=2):
+    """A whole run in `folder`/`name`."""
+    config = config_of_run(folder, **mesh)
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, total_tokens=total_tokens),
+        checkpoint=dataclasses.replace(config.checkpoint, save_every_steps=save_every_steps),
+    )
+    out = io.StringIO()
+    console = rich.console.Console(file=out, width=200) if index == 0 else None
+    batches = []
+    to_devices = loop._Run._to_devices
+
+    def note(run, batch):
+        batches.append(hashlib.sha256(b"".join(batch[key].tobytes() for key in sorted(batch))).hexdigest())
+        return to_devices(run, batch)
+
+    loop._Run._to_devices = note
+    try:
+        result = loop.train(config, folder / name, steps=steps, console=console)
+    except (ConfigError, RuntimeError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        loop._Run._to_devices = to_devices
+    return dataclasses.asdict(result) | {"batches": batches, "out": out.getvalue()}
+
+
+TASKS = {"steps": steps, "load": load, "train": train}
+
+
+def main():
+    folder, index, count, address, *tasks = sys.argv[1:]
+    folder, index, count = pathlib.Path(folder), int(index), int(count)
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, count, index, initialization_timeout=60)
+    compile_once()
+    assert (jax.process_count(), jax.process_index(), len(jax.devices())) == (count, index, 2)
+    for task in map(json.loads, tasks):
+        print(json.dumps(TASKS[task.pop("task")](folder, index, count, **task)), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an orderly exit would wait for the other processes, which wait for this one
