@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_against_transformers.py [--json=FILE]
 
-Needs the `parity` extra. Both sides run in float32 with two threads, each in a process of its own, and take turns run
-by run, so that a machine that slows down slows both; the medians are reported, after their logits have been compared.
+Needs the `parity` extra. Both sides run in float32 with two threads, each in a process of its own, and take turns, so
+that a machine that slows down slows both; the medians are reported, after their logits have been compared.
 The model rotates all of its head dimensions, because stock transformers cannot do otherwise.
 """
 
@@ -37,7 +37,8 @@ MODEL = ModelConfig(
     lightning_chunk=64, softmax_block=256,
     lightning_alpha=ALPHA, softmax_alpha=ALPHA, mlp_alpha=ALPHA,
 )  # fmt: skip
-TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, COMPARED, REPEATS = 2, 1024, 4096, 32, 300, 5
+TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, COMPARED = 2, 1024, 4096, 32, 300
+TURNS, RUNS = 4, 2
 
 
 def serve(connection, make):
@@ -55,9 +56,12 @@ def ask(connection, name):
 
 
 def race(mine, other, name):
-    """Median seconds of both, in turn."""
-    seconds = [(ask(mine, name), ask(other, name)) for _ in range(REPEATS + 1)]
-    return [statistics.median(side) for side in zip(*seconds[1:], strict=True)]  # the first round compiles, warms up
+    """Median seconds of both, in turn. A turn begins with a run that does not count: the side has idled until then."""
+    seconds = [], []
+    for _ in range(TURNS):
+        for connection, found in zip((mine, other), seconds, strict=True):
+            found += [ask(connection, name) for _ in range(1 + RUNS)][1:]
+    return [statistics.median(found) for found in seconds]
 
 
 def random_tokens(rows, length):

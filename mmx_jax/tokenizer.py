@@ -221,7 +221,10 @@ class Tokenizer:
         """
         template = template or self.chat_template
         if template is None:
-            raise ChatError(f"this tokenizer has no chat template: pass template=, one of {', '.join(TEMPLATES)}")
+            raise ChatError(
+                f"this tokenizer has no chat template: name one with template=, or --template of infer.py: "
+                f"{', '.join(TEMPLATES)}"
+            )
         return render_chat(
             messages, template, tools=tools, add_generation_prompt=add_generation_prompt, **self.special_tokens
         )
