@@ -200,6 +200,7 @@ def main():
         for make in (our_runs, functools.partial(peer_runs, folder + "/model")):
             connection, far_end = context.Pipe()
             context.Process(target=serve, args=(far_end, make), daemon=True).start()
+            far_end.close()  # held open here, the end of a process that fails would not be noticed
             sides.append(connection)
         ours, theirs = (ask(side, "logits") for side in sides)
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())

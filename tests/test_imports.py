@@ -33,7 +33,7 @@ ALLOWED = {
         "tokenizer",
         "metrics",
         "pallas_kernels",
-    },
+    },  # fmt: skip
     "sampling": set(),
     "generate": {"config", "sharding", "models", "layers", "sampling"},
     "model": {"config", "generate", "sampling", "tokenizer", "convert"},

@@ -315,6 +315,20 @@ def test_a_non_finite_step_changes_nothing_and_names_the_layers():
     assert "blocks/layer_1/mlp/down (layers 1)" in names
 
 
+def test_a_parameter_that_is_not_finite_stops_the_step_though_the_batch_does_not_meet_it():
+    config = Config(model=MODEL, training=TRAINING)
+    mesh = one_device_mesh(config)
+    batch = random_batch()
+    unseen = np.setdiff1d(np.arange(MODEL.vocab_size), batch["tokens"])[0]
+    with jax.set_mesh(mesh):
+        state = train_step.init_state(config, mesh)
+        state["params"]["embed"]["embedding"] = state["params"]["embed"]["embedding"].at[unseen].set(jnp.nan)
+        before = jax.device_get(state["params"])
+        state, row = train_step.make_train_step(config, mesh)(state, batch, np.float32(0.1))
+    assert np.isfinite(row["loss"]) and np.isfinite(row["gradient_norm"]) and row["finite"] == 0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state["params"]))
+
+
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mmx_jax.layers.projection import product
 from pallas_kernels import platform
 from pallas_kernels.platform import cdiv
 
@@ -107,18 +108,13 @@ def _attend_cache(q, key, value, cursor, real, block):
     return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
-def _product(equation, a, b):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _empty_carry(grouped):
     shape = grouped.shape[:-1]
     return jnp.zeros(grouped.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape)
 
 
 def _scores(grouped, key):
-    return _product("bkgtd,bksd->bkgts", grouped, key.astype(grouped.dtype)) / np.sqrt(grouped.shape[-1])
+    return product("bkgtd,bksd->bkgts", grouped, key.astype(grouped.dtype)) / np.sqrt(grouped.shape[-1])
 
 
 def _accumulate(carry, grouped, key, value, seen):
@@ -128,7 +124,7 @@ def _accumulate(carry, grouped, key, value, seen):
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
     weights = jnp.where(seen, jnp.exp(scores - new_maximum[..., None]), 0.0)
     shrink = jnp.exp(maximum - new_maximum)
-    values = _product("bkgts,bksd->bkgtd", weights.astype(grouped.dtype), value.astype(grouped.dtype))
+    values = product("bkgts,bksd->bkgtd", weights.astype(grouped.dtype), value.astype(grouped.dtype))
     return total * shrink[..., None] + values, new_maximum, normaliser * shrink + jnp.sum(weights, axis=-1)
 
 
@@ -201,11 +197,11 @@ def _blockwise_backward(block, saved, d_output):
         i, j = pair
         seen = _seen(ids, i, j, block)
         weights = jnp.where(seen, jnp.exp(_scores(qs[i], ks[j]) - log_sums[i][..., None]), 0.0)
-        d_weights = _product("bkgtd,bksd->bkgts", d_outputs[i], vs[j])
+        d_weights = product("bkgtd,bksd->bkgts", d_outputs[i], vs[j])
         d_scores = (weights * (d_weights - delta[i][..., None]) * scale).astype(q.dtype)
-        dq = dq.at[i].add(_product("bkgts,bksd->bkgtd", d_scores, ks[j]))
-        dk = dk.at[j].add(_product("bkgts,bkgtd->bksd", d_scores, qs[i]))
-        dv = dv.at[j].add(_product("bkgts,bkgtd->bksd", weights.astype(v.dtype), d_outputs[i]))
+        dq = dq.at[i].add(product("bkgts,bksd->bkgtd", d_scores, ks[j]))
+        dk = dk.at[j].add(product("bkgts,bkgtd->bksd", d_scores, qs[i]))
+        dv = dv.at[j].add(product("bkgts,bkgtd->bksd", weights.astype(v.dtype), d_outputs[i]))
         return (dq, dk, dv), None
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qs, ks, vs))

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.projection import deepnorm_gain, weight
+from mmx_jax.layers.projection import deepnorm_gain, product, weight
 from mmx_jax.sharding import constrain
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -129,8 +129,7 @@ def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, 
     rows = constrain(rows, "experts", None, None)
 
     def multiply(equation, a, w):
-        precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-        return jnp.einsum(equation, a, w.astype(a.dtype), precision=precision, preferred_element_type=a.dtype)
+        return product(equation, a, w.astype(a.dtype), a.dtype)
 
     hidden = _silu_product(multiply("ecm,emf->ecf", rows, w_gate), multiply("ecm,emf->ecf", rows, w_up))
     rows = multiply("ecf,efm->ecm", hidden, w_down).reshape(spare, -1)

@@ -168,7 +168,7 @@ class Decoder(nn.Module):
 
 def head_logits(hidden, head):
     """float32 logits [..., V] of hidden [..., M] and head [V, M]: inputs as they are, accumulated in float32."""
-    return product("...m,vm->...v", hidden, head.astype(hidden.dtype), jnp.float32)
+    return product("...m,vm->...v", hidden, head.astype(hidden.dtype))
 
 
 def _layer_inputs(tokens, segment_ids, positions, state):

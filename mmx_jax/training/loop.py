@@ -212,7 +212,7 @@ class _Run:
             loss=self.last_loss,
             eval_loss=self.eval_loss,
             unigram_entropy=self.unigram_entropy,
-            interrupted=bool(signals.agreed()),
+            interrupted=bool(received),
         )
 
     def _train_one(self, plan):
