@@ -11,7 +11,7 @@ from jax import lax
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.projection import deepnorm_gain, product, weight
 from mmx_jax.sharding import constrain
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_swiglu, swiglu
 
 
 class RouterStats(NamedTuple):
@@ -77,21 +77,6 @@ _permute.defvjp(
 )
 
 
-def _swiglu(config, x, group_sizes, w_gate, w_up, w_down):
-    def multiply(rows, w):
-        return grouped_matmul(rows, w.astype(rows.dtype), group_sizes, implementation=config.moe_implementation)
-
-    @jax.checkpoint  # the hidden rows are made again in the backward; the product behind them is not
-    def project_down(gate, up, w):
-        return multiply(_silu_product(gate, up), w)
-
-    return project_down(multiply(x, w_gate), multiply(x, w_up), w_down)
-
-
-def _silu_product(gate, up):
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
-
-
 def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
     """Every token through its k experts, rows sorted by expert. x: [R, M]; returns [R, M]."""
     k = config.experts_per_token
@@ -100,7 +85,8 @@ def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
     inverse = jnp.argsort(order)
     group_sizes = jnp.bincount(assignment, length=config.num_experts).astype(jnp.int32)
     rows = _permute(jnp.repeat(x, k, axis=0), order, inverse)
-    rows = _swiglu(config, rows, group_sizes, w_gate, w_up, w_down)
+    weights = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
+    rows = grouped_swiglu(rows, *weights, group_sizes, implementation=config.moe_implementation)
     rows = _permute(rows, inverse, order).reshape(x.shape[0], k, -1)
     return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
 
@@ -131,7 +117,7 @@ def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, 
     def multiply(equation, a, w):
         return product(equation, a, w.astype(a.dtype), a.dtype)
 
-    hidden = _silu_product(multiply("ecm,emf->ecf", rows, w_gate), multiply("ecm,emf->ecf", rows, w_up))
+    hidden = swiglu.activate(multiply("ecm,emf->ecf", rows, w_gate), multiply("ecm,emf->ecf", rows, w_up))
     rows = multiply("ecf,efm->ecm", hidden, w_down).reshape(spare, -1)
     rows = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])[slot]  # [R, k, M]
     return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype), kept

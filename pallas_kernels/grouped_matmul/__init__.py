@@ -1,5 +1,10 @@
-"""Grouped matrix product: each group of rows times its own matrix."""
+"""Grouped matrix products: each group of rows times its own matrix, or through its own SwiGLU expert."""
 
-from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, default_implementation, grouped_matmul
+from pallas_kernels.grouped_matmul.api import (
+    IMPLEMENTATIONS,
+    default_implementation,
+    grouped_matmul,
+    grouped_swiglu,
+)
 
-__all__ = ["IMPLEMENTATIONS", "default_implementation", "grouped_matmul"]
+__all__ = ["IMPLEMENTATIONS", "default_implementation", "grouped_matmul", "grouped_swiglu"]

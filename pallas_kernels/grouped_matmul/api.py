@@ -1,4 +1,4 @@
-"""The one entry point of the grouped matrix product: validation, choice of backend, differentiation."""
+"""The two entry points, one product and a whole SwiGLU expert: validation, choice of backend, differentiation."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import platform
 from pallas_kernels.grouped_matmul import reference, tiled_xla
 
-# A backend is a module with `forward` and `backward`, as in reference.py.
+# A backend is a module with `forward`, `backward`, `swiglu_forward` and `swiglu_backward`, as in reference.py.
 IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla}
 
 
@@ -33,10 +33,7 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
     """
-    if implementation == "auto":
-        implementation = default_implementation()
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    implementation = _resolve(implementation)
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
         raise ValueError(
             f"grouped_matmul takes lhs [R, K], rhs [G, K, N], group_sizes [G]; got {lhs.shape}, {rhs.shape}, "
@@ -47,6 +44,48 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
             f"lhs and rhs must share a dtype, group_sizes be int32; got {lhs.dtype}, {rhs.dtype}, {group_sizes.dtype}"
         )
     return _multiply(implementation, lhs, rhs, group_sizes)
+
+
+def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto"):
+    """A SwiGLU expert for each group of rows: (silu(x @ w_gate[g]) * (x @ w_up[g])) @ w_down[g].
+
+    Args:
+      x: [R, M], the rows sorted by group.
+      w_gate, w_up: [G, M, F], w_down: [G, F, M], all in the dtype of `x`.
+      group_sizes: int32 [G] rows of each group, at most R in all. Groups may be empty.
+      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the default of the platform.
+
+    Returns:
+      [R, M] in the dtype of `x`. Products accumulate in float32 and are rounded to the dtype of `x`; the activation
+      is float32. Rows behind the last group are 0.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+    """
+    implementation = _resolve(implementation)
+    weights = w_gate, w_up, w_down
+    groups, width = group_sizes.shape[0], x.shape[-1]
+    inner = w_gate.shape[-1]
+    expected = (groups, width, inner), (groups, width, inner), (groups, inner, width)
+    if x.ndim != 2 or tuple(w.shape for w in weights) != expected:
+        raise ValueError(
+            f"grouped_swiglu takes x [R, M], w_gate and w_up [G, M, F], w_down [G, F, M], group_sizes [G]; "
+            f"got {x.shape}, {', '.join(str(w.shape) for w in weights)}, {group_sizes.shape}"
+        )
+    if any(w.dtype != x.dtype for w in weights) or group_sizes.dtype != jnp.int32:
+        raise ValueError(
+            f"x and the weights must share a dtype, group_sizes be int32; got {x.dtype}, "
+            f"{', '.join(str(w.dtype) for w in weights)}, {group_sizes.dtype}"
+        )
+    return _swiglu(implementation, x, *weights, group_sizes)
+
+
+def _resolve(implementation):
+    if implementation == "auto":
+        return default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    return implementation
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,3 +103,21 @@ def _multiply_backward(implementation, saved, d_output):
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(implementation, x, w_gate, w_up, w_down, group_sizes):
+    return IMPLEMENTATIONS[implementation].swiglu_forward(x, w_gate, w_up, w_down, group_sizes)[0]
+
+
+def _swiglu_forward(implementation, *inputs):
+    output, residuals = IMPLEMENTATIONS[implementation].swiglu_forward(*inputs)
+    return output, (inputs, residuals)
+
+
+def _swiglu_backward(implementation, saved, d_output):
+    inputs, residuals = saved
+    return *IMPLEMENTATIONS[implementation].swiglu_backward(*inputs, residuals, d_output), None
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

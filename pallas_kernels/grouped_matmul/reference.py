@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul import swiglu
+
 
 def forward(lhs, rhs, group_sizes):
     """See `api.grouped_matmul`."""
@@ -15,4 +17,17 @@ def forward(lhs, rhs, group_sizes):
 def backward(lhs, rhs, group_sizes, d_output):
     """Gradients to lhs and rhs."""
     _, vjp = jax.vjp(lambda lhs, rhs: forward(lhs, rhs, group_sizes), lhs, rhs)
+    return vjp(d_output)
+
+
+def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
+    """See `api.grouped_swiglu`."""
+    hidden = swiglu.activate(forward(x, w_gate, group_sizes), forward(x, w_up, group_sizes))
+    return forward(hidden, w_down, group_sizes), ()
+
+
+def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
+    """Gradients to x, w_gate, w_up and w_down."""
+    del residuals
+    _, vjp = jax.vjp(lambda *inputs: swiglu_forward(*inputs, group_sizes)[0], x, w_gate, w_up, w_down)
     return vjp(d_output)

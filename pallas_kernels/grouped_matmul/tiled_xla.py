@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul import swiglu
 from pallas_kernels.platform import cdiv, platform
 
 
@@ -18,35 +19,74 @@ def forward(lhs, rhs, group_sizes):
     tiles = _plan(lhs.shape[0], group_sizes)
 
     def multiply(output, tile):
-        rows = lax.dynamic_slice_in_dim(lhs, tile.start, tiles.rows)
-        weight = lax.dynamic_index_in_dim(rhs, tile.group, keepdims=False)
-        product = _dot("mk,kn->mn", rows, weight).astype(output.dtype)
-        before = lax.dynamic_slice_in_dim(output, tile.start, tiles.rows)
-        return lax.dynamic_update_slice_in_dim(output, jnp.where(tiles.mine(tile), product, before), tile.start, 0)
+        return tiles.write(output, tile, _dot("mk,kn->mn", tiles.read(lhs, tile), _matrix(rhs, tile)))
 
     return _visit(tiles, multiply, jnp.zeros((lhs.shape[0], rhs.shape[2]), lhs.dtype))
 
 
 def backward(lhs, rhs, group_sizes, d_output):
     """Gradients to lhs and rhs."""
-    d_output = d_output.astype(lhs.dtype)
     tiles = _plan(lhs.shape[0], group_sizes)
 
     def accumulate(gradients, tile):
         d_lhs, d_rhs = gradients
-        mine = tiles.mine(tile)
-        rows = lax.dynamic_slice_in_dim(lhs, tile.start, tiles.rows)
-        d_rows = jnp.where(mine, lax.dynamic_slice_in_dim(d_output, tile.start, tiles.rows), 0)
-        weight = lax.dynamic_index_in_dim(rhs, tile.group, keepdims=False)
-        product = _dot("mn,kn->mk", d_rows, weight).astype(d_lhs.dtype)
-        before = lax.dynamic_slice_in_dim(d_lhs, tile.start, tiles.rows)
-        d_lhs = lax.dynamic_update_slice_in_dim(d_lhs, jnp.where(mine, product, before), tile.start, 0)
-        d_weight = lax.dynamic_index_in_dim(d_rhs, tile.group) + _dot("mk,mn->kn", rows, d_rows)
-        return d_lhs, lax.dynamic_update_slice_in_dim(d_rhs, d_weight, tile.group, 0)
+        d_rows = tiles.read_own(d_output, tile).astype(lhs.dtype)
+        d_lhs = tiles.write(d_lhs, tile, _dot("mn,kn->mk", d_rows, _matrix(rhs, tile)))
+        return d_lhs, _add_matrix(d_rhs, tile, _dot("mk,mn->kn", tiles.read(lhs, tile), d_rows))
 
-    zeros = jnp.zeros_like(lhs), jnp.zeros(rhs.shape, jnp.float32)
-    d_lhs, d_rhs = _visit(tiles, accumulate, zeros)
+    d_lhs, d_rhs = _visit(tiles, accumulate, (jnp.zeros_like(lhs), jnp.zeros(rhs.shape, jnp.float32)))
     return d_lhs, d_rhs.astype(rhs.dtype)
+
+
+def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
+    """See `api.grouped_swiglu`; returns (output, residuals of the backward)."""
+    tiles = _plan(x.shape[0], group_sizes)
+
+    def expert(buffers, tile):
+        output, gates, ups = buffers
+        rows = tiles.read(x, tile)
+        gate = _dot("mk,kn->mn", rows, _matrix(w_gate, tile)).astype(x.dtype)
+        up = _dot("mk,kn->mn", rows, _matrix(w_up, tile)).astype(x.dtype)
+        product = _dot("mk,kn->mn", swiglu.activate(gate, up), _matrix(w_down, tile))
+        return tiles.write(output, tile, product), tiles.write(gates, tile, gate), tiles.write(ups, tile, up)
+
+    hidden = jnp.zeros((x.shape[0], w_gate.shape[2]), x.dtype)
+    output, gates, ups = _visit(tiles, expert, (jnp.zeros_like(x), hidden, hidden))
+    return output, (gates, ups)
+
+
+def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
+    """Gradients to x, w_gate, w_up and w_down."""
+    gates, ups = residuals
+    tiles = _plan(x.shape[0], group_sizes)
+
+    def accumulate(gradients, tile):
+        d_x, d_w_gate, d_w_up, d_w_down = gradients
+        rows, gate, up = (tiles.read(y, tile) for y in (x, gates, ups))
+        d_rows = tiles.read_own(d_output, tile).astype(x.dtype)
+        d_hidden = _dot("mn,kn->mk", d_rows, _matrix(w_down, tile)).astype(x.dtype)
+        hidden, d_gate, d_up = swiglu.activate_backward(gate, up, d_hidden)
+        product = _dot("mn,kn->mk", d_gate, _matrix(w_gate, tile)) + _dot("mn,kn->mk", d_up, _matrix(w_up, tile))
+        return (
+            tiles.write(d_x, tile, product),
+            _add_matrix(d_w_gate, tile, _dot("mk,mn->kn", rows, d_gate)),
+            _add_matrix(d_w_up, tile, _dot("mk,mn->kn", rows, d_up)),
+            _add_matrix(d_w_down, tile, _dot("mk,mn->kn", hidden, d_rows)),
+        )
+
+    weights = w_gate, w_up, w_down
+    zeros = jnp.zeros_like(x), *(jnp.zeros(w.shape, jnp.float32) for w in weights)
+    d_x, *d_weights = _visit(tiles, accumulate, zeros)
+    return d_x, *(d.astype(w.dtype) for d, w in zip(d_weights, weights, strict=True))
+
+
+def _matrix(weights, tile):
+    return lax.dynamic_index_in_dim(weights, tile.group, keepdims=False)
+
+
+def _add_matrix(gradients, tile, d_weight):
+    d_weight += lax.dynamic_index_in_dim(gradients, tile.group)
+    return lax.dynamic_update_slice_in_dim(gradients, d_weight, tile.group, 0)
 
 
 class _Tile(NamedTuple):
@@ -63,8 +103,20 @@ class _Tiles(NamedTuple):
     used: jnp.ndarray  # int32 (), tiles that have rows; the table is as long as the worst split needs
     table: _Tile
 
-    def mine(self, tile):
-        """bool [m, 1]: rows of the slice that are the tile's own."""
+    def read(self, array, tile):
+        """[m, N] rows of [R, N]; some may be of other groups."""
+        return lax.dynamic_slice_in_dim(array, tile.start, self.rows)
+
+    def read_own(self, array, tile):
+        """`read` with 0 for the rows that are not the tile's own."""
+        return jnp.where(self._own(tile), self.read(array, tile), 0)
+
+    def write(self, array, tile, rows):
+        """Puts the tile's own rows where they lie in [R, N]."""
+        rows = jnp.where(self._own(tile), rows.astype(array.dtype), self.read(array, tile))
+        return lax.dynamic_update_slice_in_dim(array, rows, tile.start, 0)
+
+    def _own(self, tile):
         index = tile.start + jnp.arange(self.rows)
         return ((index >= tile.first) & (index < tile.end))[:, None]
 
@@ -100,7 +152,7 @@ def _tile_rows(num_rows, groups):
     Larger tiles spend less on moving matrices, smaller ones less on rows computed in vain: half a tile a group on
     CPU, where the trip count is exact, and a whole one on accelerators.
     """
-    tiles_per_group = 4 if platform() == "cpu" else 8
+    tiles_per_group = 2 if platform() == "cpu" else 8
     return min(512, max(8, 1 << cdiv(num_rows, tiles_per_group * groups).bit_length() - 1))
 
 
