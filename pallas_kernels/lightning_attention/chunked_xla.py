@@ -26,32 +26,32 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
-    chunks, masks = _chunk_inputs((q, k, v), slopes, runs, chunk_size)
+    chunks, distances = _chunk_inputs((q, k, v), slopes, runs, chunk_size)
     precision = _precision(q.dtype)
-    decays = _decays_of_chunks(slopes, masks, chunks[0].shape[3])
+    decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
     def step(state, chunk):
-        (q, k, v), m = chunk
-        decay = decays(m)
+        (q, k, v), between = chunk
+        decay = decays(between)
         scores = _dot("bhid,bhjd->bhij", q, k, precision) * decay.intra
         output = _dot("bhij,bhje->bhie", scores.astype(v.dtype), v, precision)
         output += _dot("bhid,bhde->bhie", q * decay.entering, state, precision)
         update = _dot("bhjd,bhje->bhde", (k * decay.leaving).astype(k.dtype), v, precision)
         return decay.carried * state + update, (output.astype(v.dtype), state)
 
-    state, (output, entry_states) = lax.scan(step, initial_state, (chunks, masks))
+    state, (output, entry_states) = lax.scan(step, initial_state, (chunks, distances))
     return _merge_chunks(output, q.shape[1]), state, entry_states
 
 
 def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size):
     """Gradients to q, k, v and the initial state."""
-    chunks, masks = _chunk_inputs((q, k, v, d_output), slopes, runs, chunk_size)
+    chunks, distances = _chunk_inputs((q, k, v, d_output), slopes, runs, chunk_size)
     precision = _precision(q.dtype)
-    decays = _decays_of_chunks(slopes, masks, chunks[0].shape[3])
+    decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
     def step(d_state, chunk):
-        (q, k, v, do), m, state = chunk
-        decay = decays(m)
+        (q, k, v, do), between, state = chunk
+        decay = decays(between)
         d_scores = (_dot("bhie,bhje->bhij", do, v, precision) * decay.intra).astype(q.dtype)
         scores = (_dot("bhid,bhjd->bhij", q, k, precision) * decay.intra).astype(q.dtype)
         dq = _dot("bhij,bhjd->bhid", d_scores, k, precision)
@@ -63,64 +63,77 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
         update = _dot("bhid,bhie->bhde", (q * decay.entering).astype(q.dtype), do, precision)
         return decay.carried * d_state + update, tuple(x.astype(q.dtype) for x in (dq, dk, dv))
 
-    d_initial, gradients = lax.scan(step, d_state, (chunks, masks, residuals), reverse=True)
+    d_initial, gradients = lax.scan(step, d_state, (chunks, distances, residuals), reverse=True)
     return *(_merge_chunks(x, q.shape[1]) for x in gradients), d_initial
 
 
-class _ChunkMask(NamedTuple):
-    """Where the documents of a chunk lie; stacked over chunks outside the scan."""
+class _Distances(NamedTuple):
+    """Tokens that lie between, float32; infinite between documents and at padding, so that exp(-s x) is 0 there.
 
-    count: jnp.ndarray  # int32 [B, C] real tokens of the chunk up to and including i
-    run: jnp.ndarray  # int32 [B, C] document, 0 at padding
-    entry_run: jnp.ndarray  # int32 [B] document that the entry state belongs to
-    exit_run: jnp.ndarray  # int32 [B] document that the exit state belongs to
+    Stacked over chunks outside the scan: what does not depend on the head is made once, not in every head.
+    """
+
+    intra: jnp.ndarray  # [B, C, C] from v_j to o_i
+    entering: jnp.ndarray  # [B, C] from the entry state to o_i
+    leaving: jnp.ndarray  # [B, C] from k_j^T v_j to the exit state
+    carried: jnp.ndarray  # [B] from the entry state to the exit state
 
 
 class _Decays(NamedTuple):
-    """float32 weights with the masks folded in; the leading axis is B, or 1 where rows are alike."""
+    """float32 weights exp(-s distance); the leading axis is B, or 1 where rows are alike."""
 
-    intra: jnp.ndarray  # [B, H, C, C] of v_j in o_i
-    entering: jnp.ndarray  # [B, H, C, 1] of the entry state in o_i
-    leaving: jnp.ndarray  # [B, H, C, 1] of k_j^T v_j in the exit state
-    carried: jnp.ndarray  # [B, H, 1, 1] of the entry state in the exit state
-
-
-def _decays_of_chunks(slopes, masks, length):
-    """A function from the mask of a chunk to its weights, which are made once where no chunk has a mask."""
-    if masks is None:
-        same = _decays(slopes, None, length)
-        return lambda mask: same
-    return lambda mask: _decays(slopes, mask, length)
+    intra: jnp.ndarray  # [B, H, C, C]
+    entering: jnp.ndarray  # [B, H, C, 1]
+    leaving: jnp.ndarray  # [B, H, C, 1]
+    carried: jnp.ndarray  # [B, H, 1, 1]
 
 
-def _decays(slopes, mask, length):
+def _decays_of_chunks(slopes, distances, length):
+    """A function from the distances of a chunk to its weights, which are made once where all chunks are alike."""
+    if distances is None:
+        index = jnp.arange(length)
+        same = _decays(slopes, _distances(index[None] + 1, jnp.ones((1, length), int), jnp.ones(1), jnp.ones(1)))
+        return lambda _: same
+    return lambda distances: _decays(slopes, distances)
+
+
+def _decays(slopes, distances):
     """The weights of one chunk."""
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    if mask is None:
-        count = jnp.arange(1, length + 1)[None]
-        attends, enters, leaves, carries = causal[None], True, True, True
-    else:
-        count, run, entry_run, exit_run = mask
-        attends = causal & (run[:, :, None] == run[:, None, :]) & (run > 0)[:, None, :]
-        enters = (run == entry_run[:, None])[:, None, :, None]
-        leaves = (run == exit_run[:, None])[:, None, :, None]
-        carries = (entry_run == exit_run)[:, None, None, None]
-    total = count[:, -1]
-    slopes = slopes[:, None, None]
-
-    def weight(distance, keep):  # distances are clamped before exp: masked ones are negative and would overflow
-        return jnp.where(keep, jnp.exp(-slopes * jnp.maximum(distance, 0)[:, None]), 0.0)
-
+    weight = lambda distance: jnp.exp(-slopes[:, None, None] * distance)  # noqa: E731
+    intra, entering, leaving, carried = distances
     return _Decays(
-        intra=weight(count[:, :, None] - count[:, None, :], attends[:, None]),
-        entering=weight(count[:, :, None], enters),
-        leaving=weight((total[:, None] - count)[:, :, None], leaves),
-        carried=weight(total[:, None, None], carries),
+        intra=weight(intra[:, None]),
+        entering=weight(entering[:, None, :, None]),
+        leaving=weight(leaving[:, None, :, None]),
+        carried=weight(carried[:, None, None, None]),
+    )
+
+
+def _distances(count, run, entry_run, exit_run):
+    """The distances inside chunks.
+
+    Args:
+      count: int32 [..., C] real tokens of the chunk up to and including i.
+      run: int32 [..., C] document, 0 at padding.
+      entry_run, exit_run: int32 [...] documents that the entry and the exit state belong to.
+    """
+    causal = jnp.tril(jnp.ones((count.shape[-1],) * 2, bool))
+    attends = causal & (run[..., :, None] == run[..., None, :]) & (run > 0)[..., None, :]
+    total = count[..., -1]
+
+    def distance(tokens, keep):
+        return jnp.where(keep, tokens.astype(jnp.float32), jnp.inf)
+
+    return _Distances(
+        intra=distance(count[..., :, None] - count[..., None, :], attends),
+        entering=distance(count, run == entry_run[..., None]),
+        leaving=distance(total[..., None] - count, run == exit_run[..., None]),
+        carried=distance(total, entry_run == exit_run),
     )
 
 
 def _chunk_inputs(tensors, slopes, runs, chunk_size):
-    """Cuts [B, T, H*D] into [N, B, H, C, D], and `runs` into a stacked `_ChunkMask` (None if rows are whole)."""
+    """Cuts [B, T, H*D] into [N, B, H, C, D], and `runs` into stacked `_Distances` (None if rows are whole)."""
     batch, length, _ = tensors[0].shape
     heads = slopes.shape[0]
     size = min(chunk_size, length)
@@ -133,21 +146,17 @@ def _chunk_inputs(tensors, slopes, runs, chunk_size):
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         return x.reshape(batch, count, size, heads, -1).transpose(1, 0, 3, 2, 4)
 
-    return tuple(map(cut, tensors)), None if runs is None else _chunk_masks(runs, padding, size)
+    return tuple(map(cut, tensors)), None if runs is None else _distances_of_runs(runs, padding, size)
 
 
-def _chunk_masks(runs, padding, size):
+def _distances_of_runs(runs, padding, size):
     batch = runs.shape[0]
     runs = jnp.pad(runs, ((0, 0), (0, padding))).reshape(batch, -1, size)
     # Runs grow from left to right and the initial state continues run 1, also where a row starts with padding.
     exit_run = jnp.maximum(lax.cummax(jnp.max(runs, axis=2), axis=1), 1)
-    mask = _ChunkMask(
-        count=jnp.cumsum(runs > 0, axis=2),
-        run=runs,
-        entry_run=jnp.pad(exit_run, ((0, 0), (1, 0)), constant_values=1)[:, :-1],
-        exit_run=exit_run,
-    )
-    return _ChunkMask(*(jnp.moveaxis(x, 1, 0) for x in mask))
+    entry_run = jnp.pad(exit_run, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+    distances = _distances(jnp.cumsum(runs > 0, axis=2), runs, entry_run, exit_run)
+    return _Distances(*(jnp.moveaxis(x, 1, 0) for x in distances))
 
 
 def _merge_chunks(x, length):
