@@ -15,7 +15,9 @@ from pallas_kernels import platform
 from pallas_kernels.platform import cdiv
 
 IMPLEMENTATIONS = ("blockwise", "cudnn")
-_MASKED = -1e30  # finite: a block in which a query sees no key must not make NaN
+# Both finite, so that a block in which a query sees no key makes no NaN. The running maximum starts far above the
+# masked scores: their exponentials are 0 even then.
+_MASKED, _LOWEST_MAXIMUM = -1e30, -1e29
 
 
 def causal_attention(q, k, v, segment_ids=None, *, implementation="auto", block=512):
@@ -88,15 +90,16 @@ def _attend_cache(q, key, value, cursor, real, block):
     """`cached_attention` of one block of queries."""
     batch, length, heads, dim = q.shape
     kv_heads, slots = key.shape[1:3]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
-    query_slot = cursor + jnp.arange(length)
+    groups = heads // kv_heads
+    grouped = q.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    query_slot = jnp.tile(cursor + jnp.arange(length), groups)  # of every row of `grouped`
 
     def attend(first, carry, size):
         start = jnp.minimum(first, slots - size)  # the last block may overlap the one before; it counts from `first`
         rows = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
         slot = start + jnp.arange(size)
         seen = lax.dynamic_slice_in_dim(real, start, size, axis=1)[:, None] & (slot <= query_slot[:, None])
-        return _accumulate(carry, grouped, rows(key), rows(value), (seen & (slot >= first))[:, None, None])
+        return _accumulate(carry, grouped, rows(key), rows(value), (seen & (slot >= first))[:, None])
 
     carry = _empty_carry(grouped)
     if length == 1 or slots <= block:  # one token's scores over the whole cache are small
@@ -105,26 +108,31 @@ def _attend_cache(q, key, value, cursor, real, block):
         blocks = jnp.minimum((cursor + length + block - 1) // block, cdiv(slots, block))
         carry = lax.fori_loop(0, blocks, lambda i, carry: attend(i * block, carry, block), carry)
     output, _ = _finish(carry)
+    output = output.reshape(batch, kv_heads, groups, length, dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def _empty_carry(grouped):
     shape = grouped.shape[:-1]
-    return jnp.zeros(grouped.shape, jnp.float32), jnp.full(shape, _MASKED), jnp.zeros(shape)
+    return jnp.zeros(grouped.shape, jnp.float32), jnp.full(shape, _LOWEST_MAXIMUM), jnp.zeros(shape)
 
 
 def _scores(grouped, key):
-    return product("bkgtd,bksd->bkgts", grouped, key.astype(grouped.dtype)) / np.sqrt(grouped.shape[-1])
+    return product("bkrd,bksd->bkrs", grouped, key.astype(grouped.dtype)) / np.sqrt(grouped.shape[-1])
 
 
 def _accumulate(carry, grouped, key, value, seen):
-    """One step of the online softmax: (weighted sum [B, K, G, T, D], maximum and normaliser [B, K, G, T])."""
+    """One step of the online softmax: (weighted sum [B, K, R, D], maximum and normaliser [B, K, R]).
+
+    The R rows of `grouped` [B, K, R, D] are the query tokens of every query head that reads one key head: merged, so
+    that sums over both are one plain product.
+    """
     total, maximum, normaliser = carry
     scores = jnp.where(seen, _scores(grouped, key), _MASKED)
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-    weights = jnp.where(seen, jnp.exp(scores - new_maximum[..., None]), 0.0)
+    weights = jnp.exp(scores - new_maximum[..., None])
     shrink = jnp.exp(maximum - new_maximum)
-    values = product("bkgts,bksd->bkgtd", weights.astype(grouped.dtype), value.astype(grouped.dtype))
+    values = product("bkrs,bksd->bkrd", weights.astype(grouped.dtype), value.astype(grouped.dtype))
     return total * shrink[..., None] + values, new_maximum, normaliser * shrink + jnp.sum(weights, axis=-1)
 
 
@@ -137,18 +145,20 @@ def _finish(carry):
 
 
 def _cut(q, k, v, segment_ids, block):
-    """Blocks on the leading axis: q [n, B, K, G, C, D]; k, v [n, B, K, C, D]; segment_ids [n, B, C]."""
+    """Blocks on the leading axis: q [n, B, K, G C, D]; k, v [n, B, K, C, D]; segment_ids [n, B, C]."""
     batch, length, heads, dim = q.shape
     kv_heads, count = k.shape[2], length // block
     q = q.reshape(batch, count, block, kv_heads, heads // kv_heads, dim).transpose(1, 0, 3, 4, 2, 5)
+    q = q.reshape(count, batch, kv_heads, -1, dim)
     k, v = (x.reshape(batch, count, block, kv_heads, dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
     return q, k, v, segment_ids.reshape(batch, count, block).swapaxes(0, 1)
 
 
-def _merge(x):
-    """[n, B, K, G, C, D] -> [B, T, H, D]."""
-    count, batch, kv_heads, group, block, dim = x.shape
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, kv_heads * group, dim)
+def _merge(x, block):
+    """[n, B, K, G C, D] -> [B, T, H, D], with C = `block`."""
+    count, batch, kv_heads, _, dim = x.shape
+    x = x.reshape(count, batch, kv_heads, -1, block, dim)
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, -1, dim)
 
 
 def _pairs(count):
@@ -156,12 +166,14 @@ def _pairs(count):
     return np.array([(i, j) for i in range(count) for j in range(i + 1)], np.int32)
 
 
-def _seen(segment_ids, i, j, block):
-    """bool [B, 1, 1, C, C]: causal, and inside one document."""
+def _seen(segment_ids, i, j, groups):
+    """bool [B, 1, G C, C]: causal, and inside one document."""
     query, key = segment_ids[i], segment_ids[j]
+    block = key.shape[1]
     index = jnp.arange(block)
     causal = (i * block + index)[:, None] >= (j * block + index)
-    return (causal & (query[:, :, None] == key[:, None, :]) & (key > 0)[:, None, :])[:, None, None]
+    seen = causal & (query[:, :, None] == key[:, None, :]) & (key > 0)[:, None, :]
+    return jnp.tile(seen, (1, groups, 1))[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -171,18 +183,19 @@ def _blockwise(block, q, k, v, segment_ids):
 
 def _blockwise_forward(block, q, k, v, segment_ids):
     qs, ks, vs, ids = _cut(q, k, v, segment_ids, block)
+    groups = q.shape[2] // k.shape[2]
 
     def step(carry, pair):
         (output, log_sums), running = carry
         i, j = pair
         running = jax.tree.map(lambda empty, x: jnp.where(j == 0, empty, x), _empty_carry(qs[0]), running)
-        running = _accumulate(running, qs[i], ks[j], vs[j], _seen(ids, i, j, block))
+        running = _accumulate(running, qs[i], ks[j], vs[j], _seen(ids, i, j, groups))
         finished, log_sum = _finish(running)
         return ((output.at[i].set(finished.astype(v.dtype)), log_sums.at[i].set(log_sum)), running), None
 
     results = jnp.zeros(qs.shape, v.dtype), jnp.zeros(qs.shape[:-1])
     ((output, log_sums), _), _ = lax.scan(step, (results, _empty_carry(qs[0])), _pairs(qs.shape[0]))
-    return _merge(output), (q, k, v, segment_ids, output, log_sums)
+    return _merge(output, block), (q, k, v, segment_ids, output, log_sums)
 
 
 def _blockwise_backward(block, saved, d_output):
@@ -191,23 +204,24 @@ def _blockwise_backward(block, saved, d_output):
     d_outputs = _cut(d_output.astype(v.dtype), k, v, segment_ids, block)[0]
     delta = jnp.sum(d_outputs.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
     scale = 1 / np.sqrt(q.shape[-1])
+    groups = q.shape[2] // k.shape[2]
 
     def step(gradients, pair):
         dq, dk, dv = gradients
         i, j = pair
-        seen = _seen(ids, i, j, block)
+        seen = _seen(ids, i, j, groups)
         weights = jnp.where(seen, jnp.exp(_scores(qs[i], ks[j]) - log_sums[i][..., None]), 0.0)
-        d_weights = product("bkgtd,bksd->bkgts", d_outputs[i], vs[j])
+        d_weights = product("bkrd,bksd->bkrs", d_outputs[i], vs[j])
         d_scores = (weights * (d_weights - delta[i][..., None]) * scale).astype(q.dtype)
-        dq = dq.at[i].add(product("bkgts,bksd->bkgtd", d_scores, ks[j]))
-        dk = dk.at[j].add(product("bkgts,bkgtd->bksd", d_scores, qs[i]))
-        dv = dv.at[j].add(product("bkgts,bkgtd->bksd", weights.astype(v.dtype), d_outputs[i]))
+        dq = dq.at[i].add(product("bkrs,bksd->bkrd", d_scores, ks[j]))
+        dk = dk.at[j].add(product("bkrs,bkrd->bksd", d_scores, qs[i]))
+        dv = dv.at[j].add(product("bkrs,bkrd->bksd", weights.astype(v.dtype), d_outputs[i]))
         return (dq, dk, dv), None
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qs, ks, vs))
     (dq, dk, dv), _ = lax.scan(step, zeros, _pairs(qs.shape[0]))
-    dk, dv = (_merge(x[:, :, :, None]) for x in (dk, dv))
-    return _merge(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dq, dk, dv = (_merge(x, block) for x in (dq, dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
