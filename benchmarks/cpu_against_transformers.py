@@ -1,10 +1,12 @@
 """Training step, prefill and decode on the CPU, beside transformers' MiniMax holding the same weights.
 
-    python benchmarks/cpu_against_transformers.py [--json=FILE]
+    python benchmarks/cpu_against_transformers.py [--model=debug|wide] [--json=FILE]
 
 Needs the `parity` extra. Both sides run in float32 with two threads, each in a process of its own, and take turns, so
 that a machine that slows down slows both; the medians are reported, after their logits have been compared.
-The model rotates all of its head dimensions, because stock transformers cannot do otherwise.
+"debug" is the model of `make demo`, where what lies between the products counts; "wide" has four times its width and
+mostly measures the matrix products of both libraries. They rotate all of their head dimensions, because stock
+transformers cannot do otherwise. Both processes may use huge pages (see BUILD.md) unless GLIBC_TUNABLES says else.
 """
 
 import argparse
@@ -12,9 +14,12 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,7 @@ import numpy as np
 import torch
 import transformers
 
+from mmx_jax import config_io
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig, deepnorm_alpha
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.models.decoder import Decoder, head_logits, init_params
@@ -31,13 +37,28 @@ from mmx_jax.training import step as training_step
 from pallas_kernels import platform
 
 ALPHA = deepnorm_alpha(8)
-MODEL = ModelConfig(
+WIDE = ModelConfig(
     vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, rotary_dim=64,
     mlp_dim=768, num_experts=8, experts_per_token=2, max_position_embeddings=16384, dtype="float32",
     lightning_chunk=64, softmax_block=256,
     lightning_alpha=ALPHA, softmax_alpha=ALPHA, mlp_alpha=ALPHA,
 )  # fmt: skip
-TRAIN_ROWS, TRAIN_LENGTH, PREFILL, DECODE_STEPS, COMPARED = 2, 1024, 4096, 32, 300
+_demo = config_io.load_config(Path(__file__).resolve().parent.parent / "configs/debug.py")
+DEBUG = _demo.training
+DEBUG_MODEL = dataclasses.replace(_demo.model, rotary_dim=_demo.model.head_dim)
+
+
+class Case(NamedTuple):
+    model: ModelConfig
+    rows: int  # of the training step
+    length: int
+
+
+CASES = {
+    "debug": Case(DEBUG_MODEL, rows=DEBUG.batch_tokens // DEBUG.sequence_length, length=DEBUG.sequence_length),
+    "wide": Case(WIDE, rows=2, length=1024),
+}
+PREFILL, DECODE_STEPS, COMPARED = 4096, 32, 300
 TURNS, RUNS = 4, 2
 
 
@@ -64,55 +85,55 @@ def race(mine, other, name):
     return [statistics.median(found) for found in seconds]
 
 
-def random_tokens(rows, length):
-    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (rows, length)).astype(np.int32)
+def random_tokens(model, rows, length):
+    return np.random.default_rng(0).integers(0, model.vocab_size, (rows, length)).astype(np.int32)
 
 
-def random_params():
-    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+def random_params(model):
+    return jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
 
 
-def our_runs():
-    params, prompt = random_params(), random_tokens(1, PREFILL)
-    logits = jax.jit(lambda p, t: Decoder(MODEL).apply({"params": p}, t).logits)
-    prefill, decode = our_inference(params, prompt)
+def our_runs(case):
+    params, prompt = random_params(case.model), random_tokens(case.model, 1, PREFILL)
+    logits = jax.jit(lambda p, t: Decoder(case.model).apply({"params": p}, t).logits)
+    prefill, decode = our_inference(case.model, params, prompt)
     return {
         "logits": lambda: np.asarray(logits(params, prompt[:, :COMPARED])),
         "prefill": prefill,
         "decode": decode,
-        "train": our_train_step(random_tokens(TRAIN_ROWS, TRAIN_LENGTH)),
+        "train": our_train_step(case.model, random_tokens(*case)),
     }
 
 
-def peer_runs(folder):
+def peer_runs(case, folder):
     torch.set_num_threads(2)
     peer = transformers.MiniMaxForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = random_tokens(1, PREFILL)
+    prompt = random_tokens(case.model, 1, PREFILL)
     prefill, decode = peer_inference(peer, prompt)
 
     @torch.no_grad()
     def logits():
         return peer(torch.tensor(prompt[:, :COMPARED], dtype=torch.long)).logits.numpy()
 
-    train = peer_train_step(peer, random_tokens(TRAIN_ROWS, TRAIN_LENGTH))
+    train = peer_train_step(peer, random_tokens(*case))
     return {"logits": logits, "prefill": prefill, "decode": decode, "train": train}
 
 
-def our_train_step(tokens):
+def our_train_step(model, tokens):
+    rows, length = tokens.shape
     config = Config(
-        model=MODEL,
-        training=TrainingConfig(sequence_length=TRAIN_LENGTH, batch_tokens=TRAIN_ROWS * TRAIN_LENGTH, z_loss_coef=0.0),
+        model=model,
+        training=TrainingConfig(sequence_length=length, batch_tokens=rows * length, z_loss_coef=0.0),
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = training_step.init_state(config, mesh)
         run = training_step.make_train_step(config, mesh)
-    shape = (TRAIN_ROWS, TRAIN_LENGTH)
     batch = {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, axis=1),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(TRAIN_LENGTH, dtype=np.int32), shape),
+        "segment_ids": np.ones(tokens.shape, np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
     }
     holder = [state]
 
@@ -139,17 +160,17 @@ def peer_train_step(peer, tokens):
     return once
 
 
-def our_inference(params, prompt):
+def our_inference(model, params, prompt):
     @functools.partial(jax.jit, compiler_options=platform.compiler_options())
     def prefill(params, tokens):
-        state = init_state(MODEL, 1, PREFILL + 64)
-        out = Decoder(MODEL).apply({"params": params}, tokens, state=state, logits=False)
+        state = init_state(model, 1, PREFILL + 64)
+        out = Decoder(model).apply({"params": params}, tokens, state=state, logits=False)
         return jnp.argmax(head_logits(out.hidden[:, -1], params["lm_head"]["kernel"]), -1), out.state
 
     def decode(params, token, state):
         def one(carry, _):
             token, state = carry
-            out = Decoder(MODEL).apply({"params": params}, token[:, None], state=state)
+            out = Decoder(model).apply({"params": params}, token[:, None], state=state)
             return (jnp.argmax(out.logits[:, -1], -1).astype(jnp.int32), out.state), None
 
         return jax.lax.scan(one, (token, state), length=DECODE_STEPS)[0]
@@ -191,13 +212,16 @@ def peer_inference(peer, prompt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=CASES, default="debug")
     parser.add_argument("--json", help="write the figures there")
     arguments = parser.parse_args()
+    case = CASES[arguments.model]
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read when a process starts
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(random_params(), MODEL, folder + "/model", naming="transformers")
+        save_huggingface(random_params(case.model), case.model, folder + "/model", naming="transformers")
         sides = []
-        for make in (our_runs, functools.partial(peer_runs, folder + "/model")):
+        for make in (functools.partial(our_runs, case), functools.partial(peer_runs, case, folder + "/model")):
             connection, far_end = context.Pipe()
             context.Process(target=serve, args=(far_end, make), daemon=True).start()
             far_end.close()  # held open here, the end of a process that fails would not be noticed
@@ -205,13 +229,12 @@ def main():
         ours, theirs = (ask(side, "logits") for side in sides)
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     assert difference < 1e-4, difference
-    counts = {"prefill": PREFILL, "decode": DECODE_STEPS, "train": TRAIN_ROWS * TRAIN_LENGTH}
+    counts = {"prefill": PREFILL, "decode": DECODE_STEPS, "train": case.rows * case.length}
     rows = {name: (*race(*sides, name), count) for name, count in counts.items()}
     for side in sides:
         side.send(None)
-    print(
-        f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, 2 threads, float32"
-    )
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{arguments.model}, {versions}, 2 threads, float32, GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']}")
     print(f"logits differ by {difference:.1e} of their maximum")
     print(f"{'':8}  {'mmx_jax tok/s':>14}  {'transformers tok/s':>18}  {'ratio':>6}")
     for name, (mine, other, count) in rows.items():
@@ -219,7 +242,7 @@ def main():
     if arguments.json:
         figures = {name: dict(mmx_jax_s=a, transformers_s=b, tokens=n) for name, (a, b, n) in rows.items()}
         with open(arguments.json, "w") as file:
-            json.dump(dict(figures, logits_difference=difference, model=dataclasses.asdict(MODEL)), file, indent=2)
+            json.dump(dict(figures, logits_difference=difference, model=dataclasses.asdict(case.model)), file, indent=2)
 
 
 if __name__ == "__main__":
