@@ -1,17 +1,36 @@
 """The one place that knows what the program runs on."""
 
+import contextlib
+import contextvars
 import logging
 
 import jax
 
 _LOG = logging.getLogger(__name__)
 _ANNOUNCED: set[tuple[str, str]] = set()
+_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": where jit places computation by default."""
+    """ "cpu", "gpu" or "tpu": the `target` if one is set, else where jit places computation by default."""
+    if (target_name := _TARGET.get()) is not None:
+        return target_name
     backend = jax.default_backend()
     return "gpu" if backend in ("cuda", "rocm") else backend
+
+
+@contextlib.contextmanager
+def target(name: str):
+    """Makes `platform()` answer `name` inside: for compiling ahead of time for hardware that this host lacks.
+
+    It is read while a function is traced, and jit keeps traces: a jitted function that was traced outside keeps
+    what it chose there. Wrap a function of its own with `jax.jit` inside.
+    """
+    token = _TARGET.set(name)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def compiler_options() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Lightning attention against the float64 recurrence, for every backend in the registry."""
+"""Lightning attention against the float64 recurrence, for the backends that serve every shape and dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lightning_attention import (
-    IMPLEMENTATIONS,
     document_runs,
     lightning_attention,
     recurrent_step,
@@ -15,7 +14,7 @@ from tests import oracles
 
 BATCH, HEADS, DIM = 2, 3, 8
 SLOPES = np.array([0.917, 0.25, 0.004], np.float32)
-BACKENDS = sorted(IMPLEMENTATIONS)
+BACKENDS = ("chunked_xla", "reference")  # the kernels have files of their own
 
 attend = jax.jit(lightning_attention, static_argnames=("implementation", "chunk_size", "reverse"))
 

@@ -6,17 +6,34 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import chunked_xla, reference
+from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, reference
 from pallas_kernels.lightning_attention.segments import document_runs
 
 # A backend is a module with `check`, `forward` and `backward`, as in reference.py.
-IMPLEMENTATIONS = {"reference": reference, "chunked_xla": chunked_xla}
+IMPLEMENTATIONS = {"reference": reference, "chunked_xla": chunked_xla, "mosaic_gpu": mosaic_gpu}
+_KERNELS = {"gpu": "mosaic_gpu"}
 
 
-def default_implementation() -> str:
-    """What `implementation="auto"` stands for on this platform."""
-    platform.announce("lightning attention", "chunked_xla", f"the default on {platform.platform()}")
-    return "chunked_xla"
+def default_implementation(q, k, v, slopes, *, segmented, chunk_size) -> str:
+    """What `implementation="auto"` stands for: the kernel of the platform if it serves the shapes, or chunked_xla."""
+    chosen, reason = "chunked_xla", f"the default on {platform.platform()}"
+    kernel = _KERNELS.get(platform.platform())
+    if kernel and _divided_by_compiler():
+        reason = "the mesh has several devices, and a kernel is divided among them by jax.shard_map only"
+    elif kernel:
+        try:
+            IMPLEMENTATIONS[kernel].check(q, k, v, slopes, segmented=segmented, chunk_size=chunk_size)
+            chosen = kernel
+        except NotImplementedError as error:
+            reason = str(error)
+    platform.announce("lightning attention", chosen, reason)
+    return chosen
+
+
+def _divided_by_compiler() -> bool:
+    """Whether arrays here are global ones of a mesh of several devices, which XLA cannot divide for a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes))
 
 
 def lightning_attention(
@@ -48,11 +65,13 @@ def lightning_attention(
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
       NotImplementedError: the chosen backend cannot serve these shapes; the message says which can.
     """
-    if implementation == "auto":
-        implementation = default_implementation()
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
     _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size)
+    options = dict(segmented=segment_ids is not None, chunk_size=chunk_size)
+    if implementation == "auto":
+        implementation = default_implementation(q, k, v, slopes, **options)
+    IMPLEMENTATIONS[implementation].check(q, k, v, slopes, **options)
     batch, _, width = q.shape
     heads = slopes.shape[0]
     slopes = jax.lax.stop_gradient(slopes)
@@ -62,7 +81,6 @@ def lightning_attention(
         q, k, v = (jnp.flip(x, axis=1) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
     runs = None if segment_ids is None else document_runs(segment_ids)
-    IMPLEMENTATIONS[implementation].check(q, k, v, slopes, segmented=runs is not None, chunk_size=chunk_size)
     output, state = _attend(implementation, chunk_size, q, k, v, slopes, runs, initial_state)
     return (jnp.flip(output, axis=1) if reverse else output), state
 

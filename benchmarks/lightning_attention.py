@@ -1,0 +1,214 @@
+"""Lightning attention on one GPU: every implementation that serves it, beside fla, with what the memory would allow.
+
+    python benchmarks/lightning_attention.py [--json=FILE] [--plot=FILE.png] [--lengths=2048,8192,32768,131072]
+
+Heads of 128, bfloat16. Errors come before times: outputs, final state and gradients at each timed shape against
+`chunked_xla` in float32 (which the tests hold against a float64 recurrence), as a ratio of Frobenius norms. A time is
+the median of five rounds of launches, each round waited for as a whole. The floor of a shape is the traffic that no
+implementation can avoid, 4 tensors forward and 11 forward and backward, over the bandwidth that a copy reaches on the
+same card. fla (flash-linear-attention) runs in a process of its own and is left out, with a word, where it is missing.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DIM = 128
+ROUNDS = 5
+
+
+def median_ms(run, arguments, wait, launches):
+    wait(run(*arguments))
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(launches):
+            last = run(*arguments)
+        wait(last)
+        seconds.append((time.perf_counter() - start) / launches)
+    return 1e3 * statistics.median(seconds)
+
+
+def launches_for(length, heads):
+    return max(3, min(40, (40 * 8192 * 64) // (length * heads) // 2))
+
+
+def slopes_of(heads):
+    from mmx_jax.layers.lightning_attention import decay_slopes
+
+    return decay_slopes(80, 64)[0][:: 64 // heads]
+
+
+def measure_jax(shapes):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.lightning_attention import lightning_attention
+
+    def inputs(length, heads):
+        keys = jax.random.split(jax.random.key(0), 4)
+        return [jax.random.normal(key, (1, length, heads * DIM), jnp.bfloat16) for key in keys]
+
+    def functions(heads, segment_ids, implementation):
+        slopes = jnp.asarray(slopes_of(heads))
+
+        def attend(q, k, v):
+            return lightning_attention(
+                q, k, v, slopes, segment_ids=segment_ids, implementation=implementation, chunk_size=256
+            )
+
+        def both(q, k, v, do):
+            (output, state), vjp = jax.vjp(attend, q, k, v)
+            return output, state, *vjp((do, jnp.zeros_like(state)))
+
+        return jax.jit(attend), jax.jit(both)
+
+    def documents(length, count):
+        cuts = np.sort(np.random.default_rng(1).choice(np.arange(1, length), count - 1, replace=False))
+        return jnp.asarray(np.searchsorted(cuts, np.arange(length), side="right") + 1, jnp.int32)[None]
+
+    def errors(got, want):
+        names = ("output", "state", "dq", "dk", "dv")
+        ratio = jax.jit(lambda a, b: jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+        return {name: float(ratio(a.ravel(), b.ravel())) for name, a, b in zip(names, got, want, strict=True)}
+
+    copy = jax.jit(lambda x: x + 1)
+    x = jnp.zeros(2**30, jnp.bfloat16)
+    bandwidth = 2 * x.nbytes / median_ms(copy, (x,), jax.block_until_ready, 20) * 1e3
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, a copy runs at {bandwidth / 1e12:.2f} TB/s", flush=True)
+    rows = []
+    for length, heads, packed in shapes:
+        segment_ids = documents(length, 8) if packed else None
+        arguments = inputs(length, heads)
+        traffic = arguments[0].nbytes / bandwidth * 1e3
+        want = None
+        if length * heads <= 32768 * 64:  # what float32 intermediates leave room for
+            exact = functions(heads, segment_ids, "chunked_xla")[1]
+            want = exact(*(x.astype(jnp.float32) for x in arguments))
+        for implementation in ("mosaic_gpu", "chunked_xla"):
+            if implementation == "chunked_xla" and length > 32768:
+                continue  # hundreds of milliseconds
+            forward, both = functions(heads, segment_ids, implementation)
+            row = dict(implementation=implementation, length=length, heads=heads, packed=packed)
+            row["errors"] = errors(both(*arguments), want) if want is not None else None
+            launches = launches_for(length, heads)
+            row["forward_ms"] = median_ms(forward, arguments[:3], jax.block_until_ready, launches)
+            row["both_ms"] = median_ms(both, arguments, jax.block_until_ready, launches)
+            row["forward_of_floor"] = 4 * traffic / row["forward_ms"]
+            row["both_of_floor"] = 11 * traffic / row["both_ms"]
+            rows.append(row)
+            print(describe(row), flush=True)
+    return dict(device=device, jax=jax.__version__, bandwidth=bandwidth, rows=rows)
+
+
+def measure_fla(shapes):
+    """Runs in a process of its own; prints one row of JSON a line."""
+    import fla
+    import torch
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    for length, heads, packed in shapes:
+        if packed:
+            continue
+        torch.manual_seed(0)
+        q, k, v, do = (
+            torch.randn(1, length, heads, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=i < 3)
+            for i in range(4)
+        )
+        gamma = -torch.tensor(slopes_of(heads), device="cuda")
+
+        def forward(q=q, k=k, v=v, gamma=gamma):
+            return chunk_simple_gla(q, k, v, g_gamma=gamma, scale=1.0, output_final_state=True)[0]
+
+        def both(q=q, k=k, v=v, do=do, forward=forward):
+            return torch.autograd.grad(forward(), (q, k, v), do)
+
+        def without_gradient(forward=forward):
+            with torch.no_grad():
+                return forward()
+
+        wait = lambda _: torch.cuda.synchronize()  # noqa: E731
+        launches = launches_for(length, heads)
+        row = dict(implementation=f"fla {fla.__version__}", length=length, heads=heads, packed=packed)
+        row["forward_ms"] = median_ms(without_gradient, (), wait, launches)
+        row["both_ms"] = median_ms(both, (), wait, launches)
+        print(json.dumps(row), flush=True)
+
+
+def peer_rows(shapes):
+    command = [sys.executable, __file__, "--peer", json.dumps(shapes)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    if result.returncode:
+        print(f"fla left out from here on: {result.stderr.strip().splitlines()[-1]}")
+    for row in rows:
+        print(describe(row))
+    return rows
+
+
+def describe(row):
+    floor = f"{row['forward_of_floor']:5.2f} {row['both_of_floor']:5.2f} of floor" if "forward_of_floor" in row else ""
+    worst = f"  worst error {max(row['errors'].values()):.1e}" if row.get("errors") else ""
+    packed = "packed" if row["packed"] else ""
+    return (
+        f"T={row['length']:7} H={row['heads']:3} {packed:6} {row['implementation']:12} "
+        f"forward {row['forward_ms']:8.3f} ms  with backward {row['both_ms']:8.3f} ms  {floor}{worst}"
+    )
+
+
+def plot(found, path):
+    """Time against length, and the fraction of the floor."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    rows = [row for row in found["rows"] if row["heads"] == 64 and not row["packed"]]
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        own = [row for row in rows if row["implementation"] == name]
+        lengths = [row["length"] for row in own]
+        for key, style in (("forward", "-"), ("both", "--")):
+            label = f"{name}, {'forward' if key == 'forward' else 'with backward'}"
+            (line,) = left.loglog(lengths, [row[key + "_ms"] for row in own], style, marker="o", label=label)
+            if key + "_of_floor" in own[0]:
+                values = [row[key + "_of_floor"] for row in own]
+                right.semilogx(lengths, values, style, marker="o", color=line.get_color(), label=label)
+    left.set(xlabel="tokens", ylabel="ms", title=f"64 heads of {DIM}, bfloat16, {found['device']}")
+    right.set(xlabel="tokens", ylabel="fraction of the memory floor", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="2048,8192,32768,131072")
+    parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--plot", help="draw them there")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        return measure_fla(json.loads(arguments.peer))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs room beside
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    shapes = [(length, 64, False) for length in lengths]
+    shapes += [(8192, 64, True), (32768, 8, False)]
+    found = measure_jax(shapes)
+    found["rows"] += peer_rows(shapes)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.plot:
+        plot(found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The Mosaic GPU kernel of lightning attention, interpreted on the CPU and lowered for CUDA.
+
+The interpreter runs the thread groups of a program as callbacks that wait for each other, so it needs more threads
+than a small machine gives; a process with as many of them as NPROC says computes all cases and hands them back.
+"""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import platform
+from pallas_kernels.lightning_attention import lightning_attention, mosaic_gpu
+from tests import oracles
+
+needs_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU interpreter is in jax 0.11")
+
+STEEP = mosaic_gpu.MAX_EXPONENT / (mosaic_gpu.CHUNK / 2)  # the slope from which on the kernel cannot split the decay
+CASES = {
+    "whole": dict(length=192, dim=64),
+    "head_dim_128": dict(length=128, dim=128),
+    "one_chunk": dict(length=64, dim=64),
+    "ragged": dict(length=150, dim=64),
+    "short": dict(length=5, dim=64),
+    "packed": dict(length=200, dim=64, segments=[(0, 3), (1, 37), (2, 60), (0, 5), (2, 25), (0, 5), (3, 55), (0, 10)]),
+    "packed_128": dict(length=130, dim=128, segments=[(1, 64), (2, 1), (3, 65)]),
+    "repeated_id": dict(length=100, dim=64, segments=[(1, 30), (2, 1), (1, 69)]),
+    "padding_only": dict(length=70, dim=64, segments=[(0, 70)]),
+    "below_the_guard": dict(length=128, dim=64, slopes=(0.99 * STEEP, 0.1)),
+    "above_the_guard": dict(length=128, dim=64, slopes=(1.01 * STEEP, 0.1)),
+    "reverse": dict(length=100, dim=64, segments=[(1, 30), (2, 70)], reverse=True),
+}
+NAMES = ("output", "state", "dq", "dk", "dv", "d_initial")
+
+
+def inputs(case):
+    """(q, k, v, d_output bfloat16 [1, T, 2 D], initial state and its final cotangent [1, 2, D, D], slopes, ids)."""
+    rng = np.random.default_rng(len(case))
+    length, dim = CASES[case]["length"], CASES[case]["dim"]
+    tokens = [jnp.asarray(rng.normal(size=(1, length, 2 * dim)), jnp.bfloat16) for _ in range(4)]
+    states = [rng.normal(size=(1, 2, dim, dim)).astype(np.float32) for _ in range(2)]
+    slopes = np.array(CASES[case].get("slopes", (0.917, 0.004)), np.float32)
+    segments = CASES[case].get("segments")
+    ids = None if segments is None else np.concatenate([np.full(n, i, np.int32) for i, n in segments])[None]
+    return *tokens, *states, slopes, ids
+
+
+def results(case, implementation, dtype):
+    q, k, v, do, initial, d_state, slopes, ids = inputs(case)
+
+    def attend(q, k, v, initial):
+        return lightning_attention(
+            q, k, v, jnp.asarray(slopes), segment_ids=ids, initial_state=initial, implementation=implementation,
+            reverse=CASES[case].get("reverse", False),
+        )  # fmt: skip
+
+    @jax.jit
+    def run(q, k, v, initial, do, d_state):
+        outputs, vjp = jax.vjp(attend, q, k, v, initial)
+        return *outputs, *vjp((do, d_state))
+
+    return run(*(x.astype(dtype) for x in (q, k, v)), initial, do.astype(dtype), d_state)
+
+
+def compute_all(path):
+    arrays = {}
+    for case in CASES:
+        for name, x in zip(NAMES, results(case, "mosaic_gpu", jnp.bfloat16), strict=True):
+            arrays[f"{case}/{name}"] = np.asarray(x, np.float32)
+    np.savez(path, **arrays)
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernel") / "results.npz"
+    command = [sys.executable, "-W", "error::DeprecationWarning:pallas_kernels", "-m", "tests.test_lightning_gpu", path]
+    environment = os.environ | {"NPROC": str(mosaic_gpu.INTERPRETER_THREADS), "JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    return dict(np.load(path))
+
+
+def relative_error(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    scale = np.linalg.norm(want)
+    return np.linalg.norm(got - want) / scale if scale else np.linalg.norm(got)
+
+
+@needs_jax
+@pytest.mark.parametrize("case", [case for case in CASES if case != "reverse"])
+def test_matches_the_float64_recurrence(computed, case):
+    q, k, v, _, initial, _, slopes, ids = inputs(case)
+    split = (1, q.shape[1], 2, CASES[case]["dim"])
+    output, state = oracles.lightning_attention(
+        *(np.asarray(x, np.float32).reshape(split) for x in (q, k, v)), slopes, ids, initial
+    )
+    assert relative_error(computed[f"{case}/output"], output.reshape(q.shape)) < 4e-3
+    assert relative_error(computed[f"{case}/state"], state) < 2e-3
+
+
+@needs_jax
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_definition(computed, case):
+    want = dict(zip(NAMES, results(case, "reference", jnp.float32), strict=True))
+    for name in NAMES:
+        assert relative_error(computed[f"{case}/{name}"], want[name]) < 4e-3, name
+
+
+@needs_jax
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_forward_and_backward_lower_for_cuda(dim, segmented):
+    """Layout inference and lowering to the GPU dialect need no GPU; the search for layouts once did not end."""
+    tokens = jax.ShapeDtypeStruct((1, 256, 2 * dim), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32) if segmented else None
+    with platform.target("gpu"):
+
+        def loss(q, k, v, slopes, ids):
+            output, state = lightning_attention(q, k, v, slopes, segment_ids=ids)
+            return jnp.sum(output.astype(jnp.float32)) + jnp.sum(state)
+
+        slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens, slopes, ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") + text.count("@mosaic_gpu") >= 4  # one forward scan, three of the backward
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [((1, 64, 2 * 48), jnp.bfloat16, "head_dim 64 and 128"), ((1, 64, 2 * 64), jnp.float32, "bfloat16")],
+)
+def test_what_is_not_served_names_what_serves_it(monkeypatch, shape, dtype, message):
+    if jax.__version_info__ < (0, 11):
+        message = "jax 0.11"
+    monkeypatch.setenv("NPROC", "8")
+    x = jnp.zeros(shape, dtype)
+    with pytest.raises(NotImplementedError, match=message) as raised:
+        lightning_attention(x, x, x, jnp.ones(2), implementation="mosaic_gpu")
+    assert "chunked_xla" in str(raised.value)
+
+
+@needs_jax
+def test_too_few_threads_for_the_interpreter_are_refused(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    x = jnp.zeros((1, 64, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="NPROC=8"):
+        lightning_attention(x, x, x, jnp.ones(2), implementation="mosaic_gpu")
+
+
+if __name__ == "__main__":
+    compute_all(sys.argv[1])
