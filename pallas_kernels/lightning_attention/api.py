@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, reference
+from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.lightning_attention.segments import document_runs
 
 # A backend is a module with `check`, `forward` and `backward`, as in reference.py.
-IMPLEMENTATIONS = {"reference": reference, "chunked_xla": chunked_xla, "mosaic_gpu": mosaic_gpu}
-_KERNELS = {"gpu": "mosaic_gpu"}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "chunked_xla": chunked_xla,
+    "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
+}
+_KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 
 def default_implementation(q, k, v, slopes, *, segmented, chunk_size) -> str:

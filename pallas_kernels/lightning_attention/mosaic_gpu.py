@@ -253,7 +253,7 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
         vector = plgpu.BlockSpec((CHUNK,), lambda step: (at(step),))
         pipeline = plgpu.emit_pipeline_warp_specialized(
             body, grid=(count,), in_specs=[block(dim), block(dim), block(COLUMNS), *(vector for _ in documents[:-1])],
-            max_concurrent_steps=2, num_compute_wgs=1, memory_registers=40, wg_axis="group", compute_context=around,
+            max_concurrent_steps=3, num_compute_wgs=1, memory_registers=40, wg_axis="group", compute_context=around,
         )  # fmt: skip
         head = pl.ds(h * dim, dim)
         pipeline(
