@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu, tiled_xla
 from tests import oracles
 
 multiply = jax.jit(grouped_matmul, static_argnames="implementation")
@@ -19,6 +19,7 @@ GROUPS = {
     "fewer_rows_than_groups": (2, [0, 1, 0, 1]),
     "no_rows_used": (9, [0, 0, 0, 0]),
     "many_tiles": (700, [1, 300, 0, 399]),
+    "two_sizes_of_tiles": (1100, [130, 600, 0, 333]),
 }
 
 
@@ -43,10 +44,41 @@ def test_matches_the_loop_with_gradients(implementation, case):
         np.testing.assert_allclose(d_rhs[g], lhs[part].astype(np.float64).T @ weight[part], rtol=1e-4, atol=1e-4)
 
 
+def dense_swiglu(x, w_gate, w_up, w_down, sizes):
+    """Every group's expert for every row, and the rows of the group kept."""
+    owner = np.repeat(np.arange(len(sizes) + 1), [*sizes, x.shape[0] - sum(sizes)])
+    output = 0.0
+    for g in range(len(sizes)):
+        expert = (jax.nn.silu(x @ w_gate[g]) * (x @ w_up[g])) @ w_down[g]
+        output += jnp.where((owner == g)[:, None], expert, 0.0)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("implementation", "platform"),
+    [("reference", "cpu"), ("tiled_xla", "cpu"), ("tiled_xla", "gpu")],  # tiles to the exact number, or a static bound
+)
+@pytest.mark.parametrize("case", sorted(GROUPS))
+def test_swiglu_matches_dense_experts_with_gradients(monkeypatch, implementation, case, platform):
+    monkeypatch.setattr(tiled_xla, "platform", lambda: platform)
+    num_rows, sizes = GROUPS[case]
+    rng = np.random.default_rng(3)
+    shapes = (num_rows, 12), (4, 12, 10), (4, 12, 10), (4, 10, 12), (num_rows, 12)
+    *inputs, d_output = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+    def both(expert):
+        return jax.jit(lambda *inputs: (lambda y, vjp: (y, *vjp(d_output)))(*jax.vjp(expert, *inputs)))(*inputs)
+
+    group_sizes = np.array(sizes, np.int32)
+    got = both(lambda *inputs: grouped_swiglu(*inputs, group_sizes, implementation=implementation))
+    with jax.default_matmul_precision("highest"):
+        want = both(lambda *inputs: dense_swiglu(*inputs, sizes))
+    for name, a, b in zip(("output", "x", "w_gate", "w_up", "w_down"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4, err_msg=name)
+
+
 def test_static_tile_count_of_accelerators_covers_every_row(monkeypatch):
     """The bound that GPU and TPU use in place of the actual tile count, on the worst splits."""
-    from pallas_kernels.grouped_matmul import tiled_xla
-
     monkeypatch.setattr(tiled_xla, "platform", lambda: "gpu")
     rng = np.random.default_rng(1)
     for num_rows, groups in [(1, 4), (3, 8), (70, 3), (333, 16), (64, 1)]:
@@ -82,3 +114,22 @@ def test_bad_arguments_are_named(change, message):
     arguments = dict(lhs=jnp.zeros((6, 4)), rhs=jnp.zeros((2, 4, 3)), group_sizes=jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(w_down=jnp.zeros((2, 4, 3))), r"w_down \[G, F, M\]"),
+        (dict(group_sizes=jnp.zeros(3, jnp.int32)), r"group_sizes \[G\]"),
+        (dict(group_sizes=jnp.zeros(2)), "int32"),
+        (dict(w_up=jnp.zeros((2, 4, 3), jnp.bfloat16)), "share a dtype"),
+        (dict(implementation="cutlass"), "'cutlass' is not one of"),
+    ],
+)
+def test_bad_arguments_of_swiglu_are_named(change, message):
+    up = jnp.zeros((2, 4, 3))
+    arguments = dict(
+        x=jnp.zeros((6, 4)), w_gate=up, w_up=up, w_down=jnp.zeros((2, 3, 4)), group_sizes=jnp.zeros(2, jnp.int32)
+    )
+    with pytest.raises(ValueError, match=message):
+        grouped_swiglu(**(arguments | change))
