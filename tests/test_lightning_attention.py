@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import platform
 from pallas_kernels.lightning_attention import (
+    default_implementation,
     document_runs,
     lightning_attention,
     recurrent_step,
@@ -255,3 +257,16 @@ def test_bad_arguments_are_named(change, message):
     )
     with pytest.raises(ValueError, match=message):
         lightning_attention(**(arguments | change))
+
+
+def test_auto_takes_the_kernel_where_it_serves_and_one_device_runs_it():
+    def choice(dim, devices):
+        x, slopes = jnp.zeros((1, 16, 2 * dim), jnp.bfloat16), jnp.ones(2)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((devices,), ("data",))):
+            return default_implementation(x, x, x, slopes, segmented=False, chunk_size=64)
+
+    assert choice(dim=64, devices=1) == "chunked_xla"  # a CPU has no kernel
+    with platform.target("tpu"):
+        assert choice(dim=64, devices=1) == "mosaic_tpu"
+        assert choice(dim=8, devices=1) == "chunked_xla"
+        assert choice(dim=64, devices=2) == "chunked_xla"
