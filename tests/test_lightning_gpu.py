@@ -32,6 +32,7 @@ CASES = {
     "padding_only": dict(length=70, dim=64, segments=[(0, 70)]),
     "below_the_guard": dict(length=128, dim=64, slopes=(0.99 * STEEP, 0.1)),
     "above_the_guard": dict(length=128, dim=64, slopes=(1.01 * STEEP, 0.1)),
+    "far_above_the_guard": dict(length=64, dim=64, slopes=(100.0, 0.1)),
     "reverse": dict(length=100, dim=64, segments=[(1, 30), (2, 70)], reverse=True),
 }
 NAMES = ("output", "state", "dq", "dk", "dv", "d_initial")

@@ -9,9 +9,9 @@ rows of v and of the output (arXiv 2401.04658, algorithm 1, with exp(-s (c_i - c
     S'_out = exp(-s n) (S' + sum_j k_j^T v'_j)
 
 so q and k go from memory to the tensor cores as they are. The split holds while exp(s m) is a float32; beyond that
-the slopes are so steep that `chunked_xla` takes over, chosen on the device (`_guarded`).
+the slopes are so steep that `chunked_xla` takes over, chosen on the device (`_splits`).
 
-Every gradient is the same scan (kernel.reverse runs from the last token to the first):
+Every gradient is the same scan; `reverse` runs from the last token to the first:
 
     dq = scan(do, v, k)      dk = reverse(v, do, q)      dv = reverse(k, q, do)
 """
@@ -49,6 +49,8 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
             f"the interpreter of mosaic_gpu waits for ever on fewer than {INTERPRETER_THREADS} threads; start the "
             f"process with NPROC={INTERPRETER_THREADS}, or use 'chunked_xla'"
         )
+    if platform() == "tpu":
+        raise NotImplementedError("mosaic_gpu is for Hopper, this is a TPU; 'mosaic_tpu' and 'chunked_xla' run on it")
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")  # none where only the target is a GPU
     if capability != "9.0":
         raise NotImplementedError(
@@ -60,40 +62,40 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
-    output, state = _guarded(q, k, v, slopes, runs, initial_state, chunk_size, reverse=False)
-    return output, state, initial_state
+
+    def kernel():
+        return _scan(q, k, v, slopes, runs, initial_state, reverse=False)
+
+    def steep():
+        return chunked_xla.forward(q, k, v, slopes, runs, initial_state, chunk_size=chunk_size)[:2]
+
+    return *lax.cond(_splits(slopes), kernel, steep), initial_state
 
 
 def backward(q, k, v, slopes, runs, initial_state, d_output, d_state, *, chunk_size):
     """Gradients to q, k, v and the initial state."""
     do = d_output.astype(q.dtype)
-    # In the reverse scan a state is one step further from its tokens than the gradient of the final state is.
-    step = jnp.exp(slopes)[:, None, None]
-    d_state = d_state * step
-    transposed = lambda x: x.swapaxes(-1, -2)  # noqa: E731
-    dq, _ = _guarded(do, v, k, slopes, runs, transposed(initial_state), chunk_size, reverse=False)
-    dk, _ = _guarded(v, do, q, slopes, runs, transposed(d_state), chunk_size, reverse=True)
-    dv, d_initial = _guarded(k, q, do, slopes, runs, d_state, chunk_size, reverse=True)
-    return dq, dk, dv, d_initial / step
+
+    def kernel():
+        # In the reverse scan a state is one step further from its tokens than the gradient of the final state is.
+        step = jnp.exp(slopes)[:, None, None]
+        entry = d_state * step
+        dq, _ = _scan(do, v, k, slopes, runs, initial_state.swapaxes(-1, -2), reverse=False)
+        dk, _ = _scan(v, do, q, slopes, runs, entry.swapaxes(-1, -2), reverse=True)
+        dv, d_initial = _scan(k, q, do, slopes, runs, entry, reverse=True)
+        return dq, dk, dv, d_initial / step
+
+    def steep():
+        inputs = q, k, v, slopes, runs
+        _, _, residuals = chunked_xla.forward(*inputs, initial_state, chunk_size=chunk_size)
+        return chunked_xla.backward(*inputs, residuals, do, d_state, chunk_size=chunk_size)
+
+    return lax.cond(_splits(slopes), kernel, steep)
 
 
-def _guarded(q, k, v, slopes, runs, state, chunk_size, *, reverse):
-    """`_scan`, or where a slope is too steep for its exponents the same by `chunked_xla`."""
-
-    def steep(q, k, v, runs, state):
-        flip = lambda x: jnp.flip(x, axis=1) if reverse else x  # noqa: E731
-        if runs is not None and reverse:
-            last = jnp.maximum(jnp.max(runs, axis=1, keepdims=True), 1)
-            runs = jnp.where(runs > 0, last + 1 - runs, 0)
-        output, state, _ = chunked_xla.forward(
-            *map(flip, (q, k, v)), slopes, None if runs is None else flip(runs), state, chunk_size=chunk_size
-        )
-        return flip(output), state
-
-    def kernel(q, k, v, runs, state):
-        return _scan(q, k, v, slopes, runs, state, reverse=reverse)
-
-    return lax.cond(jnp.max(slopes) * CHUNK / 2 < MAX_EXPONENT, kernel, steep, q, k, v, runs, state)
+def _splits(slopes):
+    """bool (): whether the decay of half a chunk and its reciprocal are numbers, for every head."""
+    return jnp.max(slopes) * CHUNK / 2 < MAX_EXPONENT
 
 
 def _scan(q, k, v, slopes, runs, state, *, reverse):
