@@ -150,7 +150,7 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
     rows = plgpu.Layout.WGMMA.reduce(1)  # of a vector along the rows of an accumulator
 
     def tiled(shape):
-        return plgpu.SMEM(shape, dtype, transforms=_swizzled(plgpu, shape[-1]))
+        return plgpu.SMEM(shape, dtype, transforms=_swizzled(plgpu))
 
     def multiply_into(initial, a, b, spill):
         """initial + a @ b. `spill` is where the interpreter, which takes a from shared memory alone, puts it."""
@@ -250,7 +250,7 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
             exit_ref.at[part_of_state][...] = state
 
         def block(width):
-            return plgpu.BlockSpec((CHUNK, width), lambda step: (at(step), 0), transforms=_swizzled(plgpu, width))
+            return plgpu.BlockSpec((CHUNK, width), lambda step: (at(step), 0), transforms=_swizzled(plgpu))
 
         vector = plgpu.BlockSpec((CHUNK,), lambda step: (at(step),))
         pipeline = plgpu.emit_pipeline_warp_specialized(
@@ -267,7 +267,7 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
         out_type=[jax.ShapeDtypeStruct(v.shape, dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
         scratch_types=[
             tiled((dim, COLUMNS)), tiled((CHUNK, COLUMNS)), tiled((CHUNK, COLUMNS)),
-            plgpu.SMEM((2, CHUNK, COLUMNS), dtype, transforms=_swizzled(plgpu, COLUMNS)), tiled((CHUNK, CHUNK)),
+            plgpu.SMEM((2, CHUNK, COLUMNS), dtype, transforms=_swizzled(plgpu)), tiled((CHUNK, CHUNK)),
         ],
         grid=(batch, heads, dim // COLUMNS), grid_names=("batch", "head", "part"),
         num_threads=2, thread_name="group",
@@ -277,7 +277,6 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
     return call(q, k, v, slopes, state, *documents)
 
 
-def _swizzled(plgpu, width):
-    """The layout in shared memory that TMA writes and wgmma reads, for rows of `width` 16-bit numbers."""
-    swizzle = 128 if width % 64 == 0 else 64
-    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+def _swizzled(plgpu):
+    """The layout in shared memory that TMA writes and wgmma reads, for rows of whole 128 bytes."""
+    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
