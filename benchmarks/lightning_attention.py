@@ -12,26 +12,13 @@ same card. fla (flash-linear-attention) runs in a process of its own and is left
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from timing import copy_bandwidth, median_ms
+
 DIM = 128
-ROUNDS = 5
-
-
-def median_ms(run, arguments, wait, launches):
-    wait(run(*arguments))
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(launches):
-            last = run(*arguments)
-        wait(last)
-        seconds.append((time.perf_counter() - start) / launches)
-    return 1e3 * statistics.median(seconds)
 
 
 def launches_for(length, heads):
@@ -78,9 +65,7 @@ def measure_jax(shapes):
         ratio = jax.jit(lambda a, b: jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
         return {name: float(ratio(a.ravel(), b.ravel())) for name, a, b in zip(names, got, want, strict=True)}
 
-    copy = jax.jit(lambda x: x + 1)
-    x = jnp.zeros(2**30, jnp.bfloat16)
-    bandwidth = 2 * x.nbytes / median_ms(copy, (x,), jax.block_until_ready, 20) * 1e3
+    bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, a copy runs at {bandwidth / 1e12:.2f} TB/s", flush=True)
     rows = []

@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.grouped_matmul import reference, tiled_xla
+from pallas_kernels.grouped_matmul import mosaic_gpu, reference, tiled_xla
 
-# A backend is a module with `forward`, `backward`, `swiglu_forward` and `swiglu_backward`, as in reference.py.
-IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla}
+# A backend is a module with `check`, `forward`, `backward`, `swiglu_forward` and `swiglu_backward`, as in reference.py.
+IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla, "mosaic_gpu": mosaic_gpu}
+_KERNELS = {"gpu": "mosaic_gpu"}
 
 
-def default_implementation() -> str:
-    """What `implementation="auto"` stands for on this platform."""
-    platform.announce("grouped matmul", "tiled_xla", f"the default on {platform.platform()}")
-    return "tiled_xla"
+def default_implementation(lhs, rhs) -> str:
+    """What `implementation="auto"` stands for: the kernel of the platform if it serves the shapes, or tiled_xla."""
+    kernel = _KERNELS.get(platform.platform())
+    reason = kernel and platform.why_not(lambda: IMPLEMENTATIONS[kernel].check(lhs, rhs))
+    chosen = kernel if kernel and reason is None else "tiled_xla"
+    platform.announce("grouped matmul", chosen, reason or f"the default on {platform.platform()}")
+    return chosen
 
 
 def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
@@ -32,8 +36,8 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+      NotImplementedError: the chosen backend cannot serve these shapes; the message says which can.
     """
-    implementation = _resolve(implementation)
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
         raise ValueError(
             f"grouped_matmul takes lhs [R, K], rhs [G, K, N], group_sizes [G]; got {lhs.shape}, {rhs.shape}, "
@@ -43,7 +47,7 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
         raise ValueError(
             f"lhs and rhs must share a dtype, group_sizes be int32; got {lhs.dtype}, {rhs.dtype}, {group_sizes.dtype}"
         )
-    return _multiply(implementation, lhs, rhs, group_sizes)
+    return _multiply(_resolve(implementation, lhs, rhs), lhs, rhs, group_sizes)
 
 
 def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto"):
@@ -61,8 +65,8 @@ def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+      NotImplementedError: the chosen backend cannot serve these shapes; the message says which can.
     """
-    implementation = _resolve(implementation)
     weights = w_gate, w_up, w_down
     groups, width = group_sizes.shape[0], x.shape[-1]
     inner = w_gate.shape[-1]
@@ -77,14 +81,15 @@ def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto
             f"x and the weights must share a dtype, group_sizes be int32; got {x.dtype}, "
             f"{', '.join(str(w.dtype) for w in weights)}, {group_sizes.dtype}"
         )
-    return _swiglu(implementation, x, *weights, group_sizes)
+    return _swiglu(_resolve(implementation, x, w_gate), x, *weights, group_sizes)
 
 
-def _resolve(implementation):
+def _resolve(implementation, lhs, rhs):
     if implementation == "auto":
-        return default_implementation()
+        implementation = default_implementation(lhs, rhs)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    IMPLEMENTATIONS[implementation].check(lhs, rhs)
     return implementation
 
 

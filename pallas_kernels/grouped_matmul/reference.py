@@ -7,6 +7,11 @@ from jax import lax
 from pallas_kernels.grouped_matmul import swiglu
 
 
+def check(lhs, rhs):
+    """Serves every shape and dtype."""
+    del lhs, rhs
+
+
 def forward(lhs, rhs, group_sizes):
     """See `api.grouped_matmul`."""
     precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None

@@ -21,24 +21,12 @@ _KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 def default_implementation(q, k, v, slopes, *, segmented, chunk_size) -> str:
     """What `implementation="auto"` stands for: the kernel of the platform if it serves the shapes, or chunked_xla."""
-    chosen, reason = "chunked_xla", f"the default on {platform.platform()}"
+    options = dict(segmented=segmented, chunk_size=chunk_size)
     kernel = _KERNELS.get(platform.platform())
-    if kernel and _divided_by_compiler():
-        reason = "the mesh has several devices, and a kernel is divided among them by jax.shard_map only"
-    elif kernel:
-        try:
-            IMPLEMENTATIONS[kernel].check(q, k, v, slopes, segmented=segmented, chunk_size=chunk_size)
-            chosen = kernel
-        except NotImplementedError as error:
-            reason = str(error)
-    platform.announce("lightning attention", chosen, reason)
+    reason = kernel and platform.why_not(lambda: IMPLEMENTATIONS[kernel].check(q, k, v, slopes, **options))
+    chosen = kernel if kernel and reason is None else "chunked_xla"
+    platform.announce("lightning attention", chosen, reason or f"the default on {platform.platform()}")
     return chosen
-
-
-def _divided_by_compiler() -> bool:
-    """Whether arrays here are global ones of a mesh of several devices, which XLA cannot divide for a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes))
 
 
 def lightning_attention(

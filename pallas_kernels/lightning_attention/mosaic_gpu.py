@@ -16,48 +16,29 @@ Every gradient is the same scan; `reverse` runs from the last token to the first
     dq = scan(do, v, k)      dk = reverse(v, do, q)      dv = reverse(k, q, do)
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import hopper
 from pallas_kernels.lightning_attention import chunked_xla
 from pallas_kernels.platform import cdiv, platform
 
 CHUNK = 64  # tokens: the rows of one wgmma
 COLUMNS = 64  # value columns of a program
-INTERPRETER_THREADS = 8  # a program has two groups of threads, and both have to make progress
 MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bfloat16
 
 
 def check(q, k, v, slopes, *, segmented, chunk_size):
     """Raises NotImplementedError where the kernel cannot serve; any `chunk_size` is taken, the kernel has its own."""
     del k, segmented, chunk_size
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"mosaic_gpu needs jax 0.11 or later, this is {jax.__version__}; 'chunked_xla' runs on it"
-        )
     width = q.shape[-1] // slopes.shape[0]
     if width not in (64, 128) or v.shape != q.shape:
         raise NotImplementedError(
             f"mosaic_gpu serves head_dim 64 and 128, the same for values; got {width} and "
             f"{v.shape[-1] // slopes.shape[0]}; 'chunked_xla' serves every shape"
         )
-    if platform() == "cpu" and int(os.environ.get("NPROC", os.cpu_count())) < INTERPRETER_THREADS:
-        raise NotImplementedError(
-            f"the interpreter of mosaic_gpu waits for ever on fewer than {INTERPRETER_THREADS} threads; start the "
-            f"process with NPROC={INTERPRETER_THREADS}, or use 'chunked_xla'"
-        )
-    if platform() == "tpu":
-        raise NotImplementedError("mosaic_gpu is for Hopper, this is a TPU; 'mosaic_tpu' and 'chunked_xla' run on it")
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")  # none where only the target is a GPU
-    if capability != "9.0":
-        raise NotImplementedError(
-            f"mosaic_gpu is for Hopper, compute capability 9.0, this is {capability}; 'chunked_xla' runs on every GPU"
-        )
-    if q.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"mosaic_gpu serves bfloat16, got {q.dtype}; 'chunked_xla' serves every dtype")
+    hopper.check("lightning_attention", q.dtype, fallback="chunked_xla")
 
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
@@ -150,7 +131,7 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
     rows = plgpu.Layout.WGMMA.reduce(1)  # of a vector along the rows of an accumulator
 
     def tiled(shape):
-        return plgpu.SMEM(shape, dtype, transforms=_swizzled(plgpu))
+        return plgpu.SMEM(shape, dtype, transforms=hopper.swizzled())
 
     def multiply_into(initial, a, b, spill):
         """initial + a @ b. `spill` is where the interpreter, which takes a from shared memory alone, puts it."""
@@ -250,12 +231,13 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
             exit_ref.at[part_of_state][...] = state
 
         def block(width):
-            return plgpu.BlockSpec((CHUNK, width), lambda step: (at(step), 0), transforms=_swizzled(plgpu))
+            return plgpu.BlockSpec((CHUNK, width), lambda step: (at(step), 0), transforms=hopper.swizzled())
 
         vector = plgpu.BlockSpec((CHUNK,), lambda step: (at(step),))
         pipeline = plgpu.emit_pipeline_warp_specialized(
             body, grid=(count,), in_specs=[block(dim), block(dim), block(COLUMNS), *(vector for _ in documents[:-1])],
-            max_concurrent_steps=3, num_compute_wgs=1, memory_registers=40, wg_axis="group", compute_context=around,
+            max_concurrent_steps=3, num_compute_wgs=1, memory_registers=hopper.LOADER_REGISTERS, wg_axis="group",
+            compute_context=around,
         )  # fmt: skip
         head = pl.ds(h * dim, dim)
         pipeline(
@@ -267,7 +249,7 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
         out_type=[jax.ShapeDtypeStruct(v.shape, dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
         scratch_types=[
             tiled((dim, COLUMNS)), tiled((CHUNK, COLUMNS)), tiled((CHUNK, COLUMNS)),
-            plgpu.SMEM((2, CHUNK, COLUMNS), dtype, transforms=_swizzled(plgpu)), tiled((CHUNK, CHUNK)),
+            plgpu.SMEM((2, CHUNK, COLUMNS), dtype, transforms=hopper.swizzled()), tiled((CHUNK, CHUNK)),
         ],
         grid=(batch, heads, dim // COLUMNS), grid_names=("batch", "head", "part"),
         num_threads=2, thread_name="group",
@@ -275,8 +257,3 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip
     return call(q, k, v, slopes, state, *documents)
-
-
-def _swizzled(plgpu):
-    """The layout in shared memory that TMA writes and wgmma reads, for rows of whole 128 bytes."""
-    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)

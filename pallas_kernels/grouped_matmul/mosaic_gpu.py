@@ -1,0 +1,385 @@
+"""Grouped matrix products on NVIDIA Hopper, as two persistent Pallas Mosaic GPU kernels.
+
+Both walk tiles of their output. One group of threads of a program keeps a ring of shared memory filled by TMA, also
+across tiles; the workers multiply on the tensor cores, each 64 rows of a tile, and accumulate in registers.
+
+- `_multiply_rows`: rows of a group times its matrix, for the forward and for the gradient to the rows.
+- `_multiply_columns`: the gradient to the matrices, rows^T @ rows over the rows of each group.
+
+TMA reads and writes swizzled blocks at rows that are multiples of 8, so the first block of a group may begin with
+rows of the group before it, and its last one end with rows of the next: they are left out where a block is written,
+and zeroed where it is summed over.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.grouped_matmul import swiglu
+from pallas_kernels.platform import cdiv, platform
+
+ALIGNMENT = 8  # rows of a swizzled block
+ROWS = 64  # of one worker: the rows of a wgmma
+DEPTH = 64  # of the contraction in one step of the ring; 128 bytes, which is a row of the swizzle
+PIECE = 64  # columns that leave a worker at once
+PANEL = 8  # column tiles that are visited before the next row tile, for the L2 cache
+INTERPRETED_PROGRAMS = 2
+
+
+def check(lhs, rhs):
+    """Raises NotImplementedError where the kernels cannot serve."""
+    hopper.check("grouped_matmul", lhs.dtype, fallback="tiled_xla")
+    if lhs.shape[-1] % DEPTH or rhs.shape[-1] % DEPTH:
+        raise NotImplementedError(
+            f"mosaic_gpu serves widths that are multiples of {DEPTH}, got {lhs.shape[-1]} and {rhs.shape[-1]}; "
+            f"'tiled_xla' serves every width"
+        )
+
+
+def forward(lhs, rhs, group_sizes):
+    """See `api.grouped_matmul`."""
+    return _multiply_rows([lhs], [rhs], group_sizes, transposed=False)
+
+
+def backward(lhs, rhs, group_sizes, d_output):
+    """Gradients to lhs and rhs."""
+    d_output = d_output.astype(lhs.dtype)
+    d_lhs = _multiply_rows([d_output], [rhs], group_sizes, transposed=True)
+    return d_lhs, _multiply_columns(lhs, d_output, group_sizes)
+
+
+def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
+    """See `api.grouped_swiglu`; returns (output, residuals of the backward)."""
+    gate, up = (forward(x, w, group_sizes) for w in (w_gate, w_up))
+    return forward(swiglu.activate(gate, up), w_down, group_sizes), (gate, up)
+
+
+def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
+    """Gradients to x, w_gate, w_up and w_down."""
+    d_hidden = _multiply_rows([d_output.astype(x.dtype)], [w_down], group_sizes, transposed=True)
+    hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
+    d_x = _multiply_rows([d_gate, d_up], [w_gate, w_up], group_sizes, transposed=True)
+    d_weights = (
+        _multiply_columns(rows, d_rows, group_sizes)
+        for rows, d_rows in ((x, d_gate), (x, d_up), (hidden, d_output.astype(x.dtype)))
+    )
+    return d_x, *d_weights
+
+
+class _Tiling(NamedTuple):
+    workers: int
+    columns: int
+    stages: int
+
+
+def _tiling(workers, columns, tiles_of):
+    """The widest tile that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes for its products.
+
+    Args:
+      tiles_of: from (rows, columns) of a tile to the number of tiles.
+    """
+    widths = [width for width in (256, 128, 64) if columns % width == 0]
+    width = next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
+    stage = (workers * ROWS + width) * DEPTH * 2
+    spared = workers * 2 * ROWS * PIECE * 2 + 2048  # outputs on their way, barriers
+    return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
+
+
+def _multiply_rows(lhs, rhs, group_sizes, *, transposed):
+    """sum_i lhs[i] @ rhs[i][g] for the rows of group g, or @ rhs[i][g]^T if `transposed`. Returns [R, N]."""
+    num_rows, depth = lhs[0].shape
+    groups = group_sizes.shape[0]
+    columns = rhs[0].shape[1 if transposed else 2]
+    occupied = min(groups, num_rows)
+    workers = (
+        1 if num_rows <= ROWS * groups else 2
+    )  # few rows, as in decoding, read the matrices once whatever the tile
+    tiling = _tiling(
+        workers, columns, lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width
+    )
+    tile_rows, width = tiling.workers * ROWS, tiling.columns
+    table, used = _row_tiles(group_sizes, num_rows, tile_rows)
+    steps, column_tiles = depth // DEPTH, columns // width
+    pairs = len(lhs)
+
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def kernel(table_ref, used_ref, *refs):
+        lhs_refs, rhs_refs, (out_ref, *scratch) = refs[:pairs], refs[pairs : 2 * pairs], refs[2 * pairs :]
+        lhs_smem, rhs_smem, *_ = scratch
+        worker = lax.axis_index("thread")
+
+        def locate(index):
+            row, column = plgpu.planar_snake(index, (used_ref[0], column_tiles), 1, min(PANEL, column_tiles))
+            group, start, first, last = (table_ref[row, i] for i in range(4))
+            here = jnp.where(group < groups, pairs * steps, 0)  # rows behind the last group are 0
+            own = _inside(first, last, worker)
+            return here, own, (group, pl.multiple_of(start, ALIGNMENT), pl.multiple_of(column * width, PIECE))
+
+        def load(where, step, slot, barrier):
+            group, start, column = where
+            for i in range(pairs):
+
+                @pl.when(step // steps == i)
+                def _(i=i):
+                    inner = pl.ds((step - i * steps) * DEPTH, DEPTH)
+                    outer = pl.ds(column, width)
+                    own = rhs_refs[i].at[(group, outer, inner) if transposed else (group, inner, outer)]
+                    plgpu.copy_gmem_to_smem(lhs_refs[i].at[pl.ds(start, tile_rows), inner], lhs_smem.at[slot], barrier)
+                    plgpu.copy_gmem_to_smem(own, rhs_smem.at[slot], barrier)
+
+        def multiply(acc, where, step, slot):
+            matrix = rhs_smem.at[slot]
+            matrix = matrix.transpose((1, 0)) if transposed else matrix
+            plgpu.wgmma(acc, lhs_smem.at[slot, pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)], matrix)
+
+        def destination(where, piece, first, rows):
+            _, start, column = where
+            return out_ref.at[pl.ds(start + worker * ROWS + first, rows), pl.ds(column + piece * PIECE, PIECE)]
+
+        _walk(tiling, used_ref[0] * column_tiles, scratch, locate, load, multiply, destination)
+
+    return _call(
+        kernel, (table, used, *lhs, *rhs), jax.ShapeDtypeStruct((num_rows, columns), lhs[0].dtype), tiling,
+        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width),
+    )  # fmt: skip
+
+
+def _multiply_columns(lhs, rhs, group_sizes):
+    """lhs[rows of g]^T @ rhs[rows of g] for each group g. lhs: [R, K], rhs: [R, N]; returns [G, K, N]."""
+    depth, columns = lhs.shape[1], rhs.shape[1]
+    groups = group_sizes.shape[0]
+    workers = 1 if depth % (2 * ROWS) else 2
+    tiling = _tiling(workers, columns, lambda rows, width: groups * depth // rows * columns // width)
+    tile_rows, width = tiling.workers * ROWS, tiling.columns
+    row_tiles, column_tiles = depth // tile_rows, columns // width
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    bounds = jnp.stack([ends - group_sizes, ends], axis=1)
+
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def kernel(bounds_ref, lhs_ref, rhs_ref, out_ref, *scratch):
+        lhs_smem, rhs_smem, *_ = scratch
+        worker = lax.axis_index("thread")
+
+        def locate(index):
+            group, inside = index // (row_tiles * column_tiles), index % (row_tiles * column_tiles)
+            row, column = plgpu.planar_snake(inside, (row_tiles, column_tiles), 1, min(PANEL, column_tiles))
+            begin, end = bounds_ref[group, 0], bounds_ref[group, 1]
+            start = pl.multiple_of(lax.div(begin, ALIGNMENT) * ALIGNMENT, ALIGNMENT)
+            steps = lax.div(end - start + DEPTH - 1, DEPTH)
+            corner = pl.multiple_of(row * tile_rows, ROWS), pl.multiple_of(column * width, PIECE)
+            return steps, (0, ROWS), (group, start, begin - start, end - start, *corner)
+
+        def load(where, step, slot, barrier):
+            _, start, _, _, row, column = where
+            inner = pl.ds(start + step * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(lhs_ref.at[inner, pl.ds(row, tile_rows)], lhs_smem.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(rhs_ref.at[inner, pl.ds(column, width)], rhs_smem.at[slot], barrier)
+
+        def multiply(acc, where, step, slot):
+            _, _, first, last, *_ = where
+            own = lhs_smem.at[slot, :, pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)]
+            first, last = _inside(first, last, step)
+
+            @pl.when((first > 0) | (last < DEPTH))
+            def _():
+                # 0 on both sides, for rows of other groups may hold what is not a number. The workers write the same
+                # to the right side.
+                for part in (own, *(rhs_smem.at[slot, :, pl.ds(c, PIECE)] for c in range(0, width, PIECE))):
+                    values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                    row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                    part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
+                plgpu.commit_smem()
+
+            plgpu.wgmma(acc, own.transpose((1, 0)), rhs_smem.at[slot])
+
+        def destination(where, piece, first, rows):
+            group, _, _, _, row, column = where
+            own = pl.ds(row + worker * ROWS + first, rows), pl.ds(column + piece * PIECE, PIECE)
+            return out_ref.at[(group, *own)]
+
+        _walk(tiling, groups * row_tiles * column_tiles, scratch, locate, load, multiply, destination)
+
+    return _call(
+        kernel, (bounds, lhs, rhs), jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype), tiling,
+        lhs_block=(DEPTH, tile_rows), rhs_block=(DEPTH, width),
+    )  # fmt: skip
+
+
+def _row_tiles(group_sizes, num_rows, tile_rows):
+    """Tiles of rows that cover every group and begin at multiples of 8.
+
+    Returns:
+      (int32 [tiles, 4]: group, first row, and the part [first, last) of the tile that is the group's;
+      int32 [1] tiles that are used). The rows behind the last group are a group of their own, number G.
+    """
+    sizes = jnp.append(group_sizes, num_rows - jnp.sum(group_sizes, dtype=jnp.int32))
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    begins = ends - sizes
+    aligned = begins // ALIGNMENT * ALIGNMENT
+    tile_ends = jnp.cumsum(jnp.where(sizes > 0, cdiv(ends - aligned, tile_rows), 0), dtype=jnp.int32)
+    # At most min(G + 1, R) groups have rows; each takes one tile, and more for what it and its alignment fill.
+    occupied = min(sizes.shape[0], num_rows)
+    tile = jnp.arange(occupied + (num_rows + (ALIGNMENT - 2) * occupied) // tile_rows, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32), sizes.shape[0] - 1)
+    start = aligned[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * tile_rows
+    first, last = jnp.maximum(begins[group] - start, 0), jnp.minimum(ends[group] - start, tile_rows)
+    return jnp.stack([group, start, first, last], axis=1), tile_ends[-1:]
+
+
+def _inside(first, last, block):
+    """The part of block number `block` of ROWS rows that lies in [first, last), as offsets in the block."""
+    return tuple(jnp.clip(bound - block * ROWS, 0, ROWS) for bound in (first, last))
+
+
+def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
+    """What a thread of a program does: fill the ring, or multiply and write.
+
+    Args:
+      tiles: int32 (), tiles of all programs together.
+      scratch: as `_call` makes it.
+      locate: from the index of a tile to (steps, (first, last) of this worker's rows that are written, where).
+      load(where, step, slot, barrier): starts the two copies of a step.
+      multiply(acc, where, step, slot): starts the product of a step.
+      destination(where, piece, first, rows): the part of the output for `rows` rows of a piece of this worker.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    _, _, (whole, partial), full, free = scratch
+    thread, program = lax.axis_index("thread"), lax.axis_index("program")
+    stride = lax.axis_size("program")
+    own = lax.div(tiles - program + stride - 1, stride)
+
+    def slot_of(step):
+        return lax.rem(step, tiling.stages)
+
+    def fill():
+        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+
+        def one_tile(i, begun):
+            steps, _, where = locate(program + i * stride)
+
+            def one_step(step, _):
+                slot = slot_of(begun + step)
+
+                @pl.when(begun + step >= tiling.stages)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+
+                load(where, step, slot, full.at[slot])
+
+            lax.fori_loop(0, steps, one_step, None)
+            return begun + steps
+
+        lax.fori_loop(0, own, one_tile, jnp.int32(0))
+
+    def work():
+        plgpu.set_max_registers(hopper.worker_registers(tiling.workers), action="increase")
+
+        def one_tile(i, begun):
+            steps, rows, where = locate(program + i * stride)
+
+            def product(acc):
+                def one_step(step, _):
+                    plgpu.barrier_wait(full.at[slot_of(begun + step)])
+                    multiply(acc, where, step, slot_of(begun + step))
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(step > 0)
+                    def _():
+                        plgpu.barrier_arrive(free.at[slot_of(begun + step - 1)])
+
+                lax.fori_loop(0, steps, one_step, None)
+                plgpu.wgmma_wait(0)
+
+                @pl.when(steps > 0)
+                def _():
+                    plgpu.barrier_arrive(free.at[slot_of(begun + steps - 1)])
+
+                return acc[...]
+
+            def compute():
+                values = pl.run_scoped(product, plgpu.ACC((ROWS, tiling.columns), jnp.float32))
+                write(values.astype(whole.dtype), rows, where)
+
+            def idle():
+                def one_step(step, _):
+                    plgpu.barrier_wait(full.at[slot_of(begun + step)])
+                    plgpu.barrier_arrive(free.at[slot_of(begun + step)])
+
+                lax.fori_loop(0, steps, one_step, None)
+
+            lax.cond(rows[0] < rows[1], compute, idle)
+            return begun + steps
+
+        lax.fori_loop(0, own, one_tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def write(values, rows, where):
+        def pieces():
+            return ((p, values[:, p * PIECE : (p + 1) * PIECE]) for p in range(tiling.columns // PIECE))
+
+        begin, end = rows
+        count = end - begin
+
+        @pl.when(count == ROWS)
+        def _():
+            for p, piece in pieces():
+                slot = whole.at[thread, p % 2]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the piece before the last has left this slot
+                slot[...] = piece
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(slot, destination(where, p, 0, ROWS))
+
+        @pl.when(count < ROWS)
+        def _():
+            for p, piece in pieces():
+                slot = partial.at[thread, 0]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                slot[...] = piece
+                plgpu.commit_smem()
+                # A copy has a fixed number of rows: one copy for each binary digit.
+                for digit in range(ROWS.bit_length() - 2, -1, -1):
+                    first = begin + (count >> (digit + 1) << (digit + 1))
+
+                    @pl.when(count & (1 << digit) != 0)
+                    def _(first=first, length=1 << digit, p=p, slot=slot):
+                        plgpu.copy_smem_to_gmem(slot.at[pl.ds(first, length)], destination(where, p, first, length))
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    lax.cond(thread == tiling.workers, fill, work)
+
+
+def _call(kernel, operands, output, tiling, *, lhs_block, rhs_block):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpreted = platform() == "cpu"
+    dtype = output.dtype
+
+    def ring(block):
+        return plgpu.SMEM((tiling.stages, *block), dtype, transforms=hopper.swizzled())
+
+    leaving = (tiling.workers, 2, ROWS, PIECE)
+    # A piece of fewer rows than 8 cannot be cut out of a swizzled block.
+    leaving = plgpu.SMEM(leaving, dtype, transforms=hopper.swizzled()), plgpu.SMEM(leaving, dtype)
+    call = plgpu.kernel(
+        kernel,
+        out_type=output,
+        scratch_types=[
+            ring(lhs_block), ring(rhs_block), plgpu.RefUnion(*leaving),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+            plgpu.Barrier(num_arrivals=tiling.workers, num_barriers=tiling.stages),
+        ],
+        grid=(INTERPRETED_PROGRAMS if interpreted else hopper.MULTIPROCESSORS,), grid_names=("program",),
+        num_threads=tiling.workers + 1, thread_name="thread",
+        **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
+    )  # fmt: skip
+    return call(*operands)
