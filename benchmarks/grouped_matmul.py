@@ -1,6 +1,6 @@
 """The grouped product of the experts on one GPU: our kernel, plain XLA and tokamax, beside what the card allows.
 
-    python benchmarks/grouped_matmul.py [--json=FILE] [--plot=FILE.png] [--only=NAME,...]
+    python benchmarks/grouped_matmul.py [--json=FILE] [--plot=FILE.png] [--only=CASE,...] [--skip=IMPLEMENTATION,...]
 
 bfloat16. Errors come before times: at each shape the output and both gradients, of every 16th group of those that have
 rows, against float32 products, as a ratio of Frobenius norms. A time is the median of five rounds of launches. Few rows
@@ -95,10 +95,11 @@ def errors(multiply, lhs, rhs, sizes, d_output):
     return worst
 
 
-def measure(names):
+def measure(names, skipped):
     device = jax.devices()[0].device_kind
     bandwidth = copy_bandwidth()
     print(f"{device}, jax {jax.__version__}, a copy runs at {bandwidth / 1e12:.2f} TB/s", flush=True)
+    found = {name: multiply for name, multiply in contenders().items() if name not in skipped}
     rows = []
     for name in names:
         case = CASES[name]
@@ -108,7 +109,7 @@ def measure(names):
         d_output = jax.random.normal(keys[2], (case.rows, case.columns), jnp.bfloat16)
         sizes = jnp.asarray(group_sizes(case))
         occupied = int(jnp.sum(sizes > 0))
-        for implementation, multiply in contenders().items():
+        for implementation, multiply in found.items():
             row = dict(case=name, implementation=implementation)
             try:
                 row["error"] = errors(multiply, lhs, rhs, sizes, d_output)
@@ -164,11 +165,12 @@ def main():
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--plot", help="draw them there")
     parser.add_argument("--only", default=",".join(CASES), help="names of cases")
+    parser.add_argument("--skip", default="", help="implementations")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
+    names, skipped = arguments.only.split(","), arguments.skip.split(",")
     if unknown := set(names) - set(CASES):
         parser.error(f"unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    found = measure(names)
+    found = measure(names, skipped)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot:

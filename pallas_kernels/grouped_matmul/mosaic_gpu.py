@@ -11,6 +11,7 @@ rows of the group before it, and its last one end with rows of the next: they ar
 and zeroed where it is summed over.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ ALIGNMENT = 8  # rows of a swizzled block
 ROWS = 64  # of one worker: the rows of a wgmma
 DEPTH = 64  # of the contraction in one step of the ring; 128 bytes, which is a row of the swizzle
 PIECE = 64  # columns that leave a worker at once
+BANDWIDTH_BOUND_ROWS = 256  # of a group: fewer take longer to read their matrix than to multiply by it
 PANEL = 8  # column tiles that are visited before the next row tile, for the L2 cache
 INTERPRETED_PROGRAMS = 2
 
@@ -41,14 +43,13 @@ def check(lhs, rhs):
 
 def forward(lhs, rhs, group_sizes):
     """See `api.grouped_matmul`."""
-    return _multiply_rows([lhs], [rhs], group_sizes, transposed=False)
+    return _rows([lhs], [rhs], group_sizes, transposed=False)
 
 
 def backward(lhs, rhs, group_sizes, d_output):
     """Gradients to lhs and rhs."""
     d_output = d_output.astype(lhs.dtype)
-    d_lhs = _multiply_rows([d_output], [rhs], group_sizes, transposed=True)
-    return d_lhs, _multiply_columns(lhs, d_output, group_sizes)
+    return _rows([d_output], [rhs], group_sizes, transposed=True), _columns(lhs, d_output, group_sizes)
 
 
 def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
@@ -59,14 +60,20 @@ def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
 
 def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
     """Gradients to x, w_gate, w_up and w_down."""
-    d_hidden = _multiply_rows([d_output.astype(x.dtype)], [w_down], group_sizes, transposed=True)
+    d_output = d_output.astype(x.dtype)
+    d_hidden = _rows([d_output], [w_down], group_sizes, transposed=True)
     hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
-    d_x = _multiply_rows([d_gate, d_up], [w_gate, w_up], group_sizes, transposed=True)
-    d_weights = (
-        _multiply_columns(rows, d_rows, group_sizes)
-        for rows, d_rows in ((x, d_gate), (x, d_up), (hidden, d_output.astype(x.dtype)))
-    )
-    return d_x, *d_weights
+    d_x = _rows([d_gate, d_up], [w_gate, w_up], group_sizes, transposed=True)
+    return d_x, *(_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
+
+
+# Jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
+def _rows(lhs, rhs, group_sizes, *, transposed):
+    return _multiply_rows(lhs, rhs, group_sizes, transposed=transposed, interpreted=platform() == "cpu")
+
+
+def _columns(lhs, rhs, group_sizes):
+    return _multiply_columns(lhs, rhs, group_sizes, interpreted=platform() == "cpu")
 
 
 class _Tiling(NamedTuple):
@@ -88,7 +95,8 @@ def _tiling(workers, columns, tiles_of):
     return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
 
 
-def _multiply_rows(lhs, rhs, group_sizes, *, transposed):
+@functools.partial(jax.jit, static_argnames=("transposed", "interpreted"))
+def _multiply_rows(lhs, rhs, group_sizes, *, transposed, interpreted):
     """sum_i lhs[i] @ rhs[i][g] for the rows of group g, or @ rhs[i][g]^T if `transposed`. Returns [R, N]."""
     num_rows, depth = lhs[0].shape
     groups = group_sizes.shape[0]
@@ -145,11 +153,12 @@ def _multiply_rows(lhs, rhs, group_sizes, *, transposed):
 
     return _call(
         kernel, (table, used, *lhs, *rhs), jax.ShapeDtypeStruct((num_rows, columns), lhs[0].dtype), tiling,
-        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width),
+        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width), interpreted=interpreted,
     )  # fmt: skip
 
 
-def _multiply_columns(lhs, rhs, group_sizes):
+@functools.partial(jax.jit, static_argnames="interpreted")
+def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
     """lhs[rows of g]^T @ rhs[rows of g] for each group g. lhs: [R, K], rhs: [R, N]; returns [G, K, N]."""
     depth, columns = lhs.shape[1], rhs.shape[1]
     groups = group_sizes.shape[0]
@@ -208,7 +217,7 @@ def _multiply_columns(lhs, rhs, group_sizes):
 
     return _call(
         kernel, (bounds, lhs, rhs), jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype), tiling,
-        lhs_block=(DEPTH, tile_rows), rhs_block=(DEPTH, width),
+        lhs_block=(DEPTH, tile_rows), rhs_block=(DEPTH, width), interpreted=interpreted,
     )  # fmt: skip
 
 
@@ -230,7 +239,20 @@ def _row_tiles(group_sizes, num_rows, tile_rows):
     group = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32), sizes.shape[0] - 1)
     start = aligned[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * tile_rows
     first, last = jnp.maximum(begins[group] - start, 0), jnp.minimum(ends[group] - start, tile_rows)
-    return jnp.stack([group, start, first, last], axis=1), tile_ends[-1:]
+    table = jnp.stack([group, start, first, last], axis=1)
+    if tile_rows > ROWS:
+        table = table[_mixed(sizes[group] < BANDWIDTH_BOUND_ROWS, tile < tile_ends[-1])]
+    return table, tile_ends[-1:]
+
+
+def _mixed(small, used):
+    """Order of the tiles, those that are used first, in which small ones are spread evenly among the others.
+
+    Tiles of groups of few rows wait for their matrix, the others for the tensor cores: the card does both at a time.
+    """
+    rank = jnp.where(small, jnp.cumsum(small & used), jnp.cumsum(~small & used)) - 0.5
+    count = jnp.where(small, jnp.sum(small & used), jnp.sum(~small & used))
+    return jnp.argsort(jnp.where(used, rank / jnp.maximum(count, 1), 2.0))
 
 
 def _inside(first, last, block):
@@ -358,10 +380,9 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
     lax.cond(thread == tiling.workers, fill, work)
 
 
-def _call(kernel, operands, output, tiling, *, lhs_block, rhs_block):
+def _call(kernel, operands, output, tiling, *, lhs_block, rhs_block, interpreted):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    interpreted = platform() == "cpu"
     dtype = output.dtype
 
     def ring(block):

@@ -16,6 +16,8 @@ Every gradient is the same scan; `reverse` runs from the last token to the first
     dq = scan(do, v, k)      dk = reverse(v, do, q)      dv = reverse(k, q, do)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -80,6 +82,12 @@ def _splits(slopes):
 
 
 def _scan(q, k, v, slopes, runs, state, *, reverse):
+    # Jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
+    return _jitted_scan(q, k, v, slopes, runs, state, reverse=reverse, interpreted=platform() == "cpu")
+
+
+@functools.partial(jax.jit, static_argnames=("reverse", "interpreted"))
+def _jitted_scan(q, k, v, slopes, runs, state, *, reverse, interpreted):
     """o [B, T, H*D] and the exit state float32 [B, H, D, D], from the entry state at the end where the scan starts."""
     batch, length, _ = q.shape
     padding = cdiv(length, CHUNK) * CHUNK - length
@@ -89,7 +97,7 @@ def _scan(q, k, v, slopes, runs, state, *, reverse):
         runs = jnp.pad(runs, ((0, 0), (0, padding)))
     documents = () if runs is None else _documents(runs, reverse)
     frame = jnp.exp(-slopes * (CHUNK / 2))[:, None, None]
-    output, state = _call(q, k, v, slopes, state * frame, documents, reverse=reverse)
+    output, state = _call(q, k, v, slopes, state * frame, documents, reverse=reverse, interpreted=interpreted)
     return output[:, :length], state / frame
 
 
@@ -119,7 +127,7 @@ def _documents(runs, reverse):
     return *(x.reshape(batch, -1).astype(jnp.float32) for x in (count, chunks, reach)), table
 
 
-def _call(q, k, v, slopes, state, documents, *, reverse):
+def _call(q, k, v, slopes, state, documents, *, reverse, interpreted):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -127,7 +135,6 @@ def _call(q, k, v, slopes, state, documents, *, reverse):
     heads, dim = slopes.shape[0], state.shape[-1]
     count = length // CHUNK
     dtype = q.dtype
-    interpreted = platform() == "cpu"
     rows = plgpu.Layout.WGMMA.reduce(1)  # of a vector along the rows of an accumulator
 
     def tiled(shape):
