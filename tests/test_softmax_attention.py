@@ -1,13 +1,16 @@
 """Softmax attention as functions: against float64 loops, and in its use of memory."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx_jax.layers import attention_ops
 from mmx_jax.layers.attention_ops import cached_attention, causal_attention
+from pallas_kernels.lightning_attention import document_runs
 from tests import oracles
 
 BLOCK = 8
@@ -145,5 +148,48 @@ def test_bad_arguments_are_named():
     q, k, v = random_qkv(9)
     with pytest.raises(ValueError, match="'flash' is not one of blockwise, cudnn, auto"):
         causal_attention(q, k, v, implementation="flash")
-    with pytest.raises(NotImplementedError, match="segment_ids"):
-        causal_attention(q, k, v, np.ones((2, 9), int), implementation="cudnn")
+
+
+class CudnnByItsContract:
+    """Attention over ragged sequences, as cuDNN's packed layout is documented; what belongs to no sequence is NaN."""
+
+    class MaskType:
+        PADDING_CAUSAL = "padding causal"
+
+    @staticmethod
+    def dot_product_attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert mask_type == "padding causal" and q_offsets is kv_offsets and q_seqlen is kv_seqlen
+        assert q_offsets.shape[1] == q_seqlen.shape[1] + 1
+        groups, output = q.shape[2] // k.shape[2], jnp.full(q.shape, jnp.nan, q.dtype)
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+        at = jnp.arange(q.shape[1])
+        for document in range(q_seqlen.shape[1]):
+            start, length = q_offsets[:, document, None], q_seqlen[:, document, None]
+            inside = (at >= start) & (at < start + length) & (start >= 0)
+            seen = (inside[:, :, None] & inside[:, None, :] & (at[:, None] >= at))[:, None]
+            scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * scale
+            weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1), 0.0)
+            own = jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest")
+            output = jnp.where(inside[:, :, None, None], own, output)
+        return output
+
+
+@pytest.mark.parametrize("documents", [4, 2])  # as many as cuDNN is compiled for, and more than that: blockwise
+@pytest.mark.parametrize("segments", sorted(SEGMENTS))
+def test_packed_rows_on_cudnn_by_its_contract(monkeypatch, segments, documents):
+    monkeypatch.setitem(sys.modules, "jax._src.cudnn.fused_attention_stablehlo", CudnnByItsContract)
+    monkeypatch.setattr(attention_ops, "_CUDNN_DOCUMENTS", documents)
+    runs = jax.jit(document_runs)(jnp.asarray(SEGMENTS[segments]))
+    q, k, v = random_qkv(33)
+    cotangent = random_qkv(33, seed=1)[0]
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def both(q, k, v, implementation):
+        output, vjp = jax.vjp(
+            lambda *x: causal_attention(*x, runs, implementation=implementation, block=BLOCK), q, k, v
+        )
+        return output, *vjp(cotangent)
+
+    got, want = both(q, k, v, "cudnn"), both(q, k, v, "blockwise")
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)

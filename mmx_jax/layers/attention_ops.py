@@ -15,49 +15,89 @@ from pallas_kernels import platform
 from pallas_kernels.platform import cdiv
 
 IMPLEMENTATIONS = ("blockwise", "cudnn")
+# What packed cuDNN attention is compiled for: documents a row, and elements of the queries (its offsets are int32).
+_CUDNN_DOCUMENTS, _CUDNN_ELEMENTS = 64, 2**31 - 1
 # Both finite, so that a block in which a query sees no key makes no NaN. The running maximum starts far above the
 # masked scores: their exponentials are 0 even then.
 _MASKED, _LOWEST_MAXIMUM = -1e30, -1e29
 
 
-def causal_attention(q, k, v, segment_ids=None, *, implementation="auto", block=512):
+def causal_attention(q, k, v, runs=None, *, implementation="auto", block=512):
     """Causal grouped-query attention inside documents; query head h reads key head h // (H / K).
 
     Args:
       q: [B, T, H, D]; k, v: [B, T, K, D].
-      segment_ids: int [B, T]; a token sees earlier tokens of the same positive id. None: one document.
-      implementation: "blockwise" (any platform, memory linear in T), "cudnn" (NVIDIA GPU, bfloat16, no
-        segment_ids), or "auto".
+      runs: int32 [B, T], the number of a token's document in its row, counted from 1, and 0 at padding
+        (`document_runs`). None: one document.
+      implementation: "blockwise" (any platform, memory linear in T), "cudnn" (NVIDIA GPU, bfloat16; packed rows
+        on Hopper and later), or "auto".
       block: query and key tokens that "blockwise" holds scores for at once.
 
     Returns:
-      [B, T, H, D] in the dtype of `v`; 0 at padding ("blockwise").
+      [B, T, H, D] in the dtype of `v`; 0 at padding.
     """
     if implementation == "auto":
-        implementation = _default(q.dtype, segment_ids is not None)
-    if implementation == "cudnn":
-        if segment_ids is not None:
-            raise NotImplementedError("softmax attention: cudnn does not serve segment_ids here; use 'blockwise'")
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    if implementation != "blockwise":
+        implementation = _default(q, runs is not None)
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"softmax implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}, auto")
+    if implementation == "cudnn":
+        if runs is None:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return _cudnn_packed(q, k, v, runs, block)
+    if runs is None:
+        runs = jnp.ones(q.shape[:2], jnp.int32)
+    return _padded_blockwise(q, k, v, runs, block)
+
+
+def _default(q, segmented):
+    chosen, reason = "blockwise", f"the default on {platform.platform()}"
+    if platform.platform() == "gpu" and q.dtype == jnp.bfloat16 and not (segmented and q.size > _CUDNN_ELEMENTS):
+        chosen, reason = "cudnn", "bfloat16 on GPU"
+    elif platform.platform() == "gpu":
+        reason = (
+            f"cudnn serves bfloat16, and packed batches of up to {_CUDNN_ELEMENTS} elements; got {q.dtype} {q.shape}"
+        )
+    platform.announce("packed softmax attention" if segmented else "softmax attention", chosen, reason)
+    return chosen
+
+
+def _padded_blockwise(q, k, v, runs, block):
     length = q.shape[1]
     block = min(block, length)
     padding = cdiv(length, block) * block - length
-    if segment_ids is None:
-        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    return _blockwise(block, q, k, v, segment_ids)[:, :length]
+    return _blockwise(block, q, k, v, jnp.pad(runs, ((0, 0), (0, padding))))[:, :length]
 
 
-def _default(dtype, segmented):
-    if platform.platform() == "gpu" and dtype == jnp.bfloat16 and not segmented:
-        platform.announce("softmax attention", "cudnn", "bfloat16 rows without packing on GPU")
-        return "cudnn"
-    reason = "packed or float32 rows" if platform.platform() == "gpu" else f"the default on {platform.platform()}"
-    platform.announce("softmax attention", "blockwise", reason)
-    return "blockwise"
+def _cudnn_packed(q, k, v, runs, block):
+    """Packed rows as cuDNN's ragged sequences; rows of more documents than it is compiled for go blockwise."""
+    # The packed layout has no public name in jax.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    real = (runs > 0)[:, :, None, None]
+    # Where there is no document cuDNN writes nothing, neither outputs nor gradients.
+    q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+    starts, lengths = _document_table(runs, _CUDNN_DOCUMENTS)
+
+    def packed(q, k, v):
+        output = dot_product_attention(
+            q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
+            scale=1 / np.sqrt(q.shape[-1]), mask_type=MaskType.PADDING_CAUSAL,
+        )  # fmt: skip
+        return jnp.where(real, output, 0)
+
+    return lax.cond(
+        jnp.max(runs) <= _CUDNN_DOCUMENTS, packed, lambda *qkv: _padded_blockwise(*qkv, runs, block), q, k, v
+    )
+
+
+def _document_table(runs, count):
+    """(first tokens int32 [B, count + 1], lengths [B, count]) of the documents of each row; -1 where there is none."""
+    number = 1 + jnp.arange(count)
+    own = runs[:, :, None] == number
+    lengths = jnp.sum(own, axis=1, dtype=jnp.int32)
+    starts = jnp.where(lengths > 0, jnp.argmax(own, axis=1).astype(jnp.int32), -1)
+    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(lengths > 0, lengths, -1)
 
 
 def cached_attention(q, key, value, cursor, real, *, block=512):

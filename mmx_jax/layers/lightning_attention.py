@@ -48,8 +48,8 @@ class LightningAttention(nn.Module):
 
         # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
         qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))
-        parts = jnp.split(silu(qkv), 3, axis=2)  # the gradient of a split is one concatenation
-        q, k, v = (constrain(part.squeeze(2), "batch", "length", "heads_act") for part in parts)
+        parts = jnp.split(qkv, 3, axis=2)  # the gradient of a split is one concatenation
+        q, k, v = (constrain(silu(part.squeeze(2)), "batch", "length", "heads_act") for part in parts)
         if state is not None and x.shape[1] == 1:
             real = None if segment_ids is None else segment_ids[:, 0] > 0
             output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, real)

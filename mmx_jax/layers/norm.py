@@ -8,7 +8,12 @@ from flax import linen as nn
 from jax import lax
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)  # keeps `x` and `scale` alone for the backward
+# They keep their inputs alone for the backward. The forward lies in another loop, or in the same one where what XLA
+# finds twice may be computed once; the barriers of `prevent_cse` would cost passes over memory.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_recomputed, static_argnums=2)
 def rms_norm(x, scale, eps):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x` (spec C.0)."""
     x32 = x.astype(jnp.float32)
@@ -16,7 +21,7 @@ def rms_norm(x, scale, eps):
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=3)
+@functools.partial(_recomputed, static_argnums=3)
 def gated_rms_norm(x, gate, scale, eps):
     """sigmoid(gate) * rms_norm(x) in float32, returned in the dtype of `gate` (spec C.3, steps 6 and 7)."""
     normed = rms_norm(x.astype(jnp.float32), scale, eps)

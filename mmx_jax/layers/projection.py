@@ -28,7 +28,8 @@ def einsum(equation, x, w):
 
 
 def _einsum_forward(equation, x, w):
-    return einsum(equation, x, w), (x, w)
+    # Not by `einsum` itself: the policies of `jax.checkpoint` see the product only outside a custom_vjp.
+    return product(equation, x, w.astype(x.dtype), x.dtype), (x, w)
 
 
 def _einsum_backward(equation, saved, dy):
@@ -43,7 +44,7 @@ def _einsum_backward(equation, saved, dy):
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-@jax.checkpoint  # keeps `x` alone for the backward
+@functools.partial(jax.checkpoint, prevent_cse=False)  # keeps `x` alone for the backward
 def silu(x):
     """x sigmoid(x) in float32, returned in the dtype of `x`."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)

@@ -40,10 +40,15 @@ def _attend_softmax(config, x, shared, slopes, state):
 # Kind of layer -> (config, x, LayerInputs, slopes [H], state) -> (output, state).
 LAYER_KINDS = {"lightning": _attend_lightning, "softmax": _attend_softmax}
 
+_POLICIES = jax.checkpoint_policies
 _REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "full": _POLICIES.nothing_saveable,
+    # Everything that took a product is kept: projections, and what the kernels give.
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable,
+        _POLICIES.save_only_these_names("grouped_swiglu", "lightning_attention"),
+    ),
+    "attention_out": _POLICIES.save_only_these_names("attention_out"),
 }
 
 
@@ -86,7 +91,9 @@ class HybridBlock(nn.Module):
         index, slopes = scanned  # int32 (), float32 [P, H]
         layer_class = DecoderLayer
         if c.remat != "none":
-            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not c.scan_blocks)
+            # A loop of one trip is none: XLA would find the repeated layer beside the first one, and keep that.
+            looped = c.scan_blocks and c.num_blocks > 1
+            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not looped)
         stats = []
         for i, kind in enumerate(c.layer_pattern):
             name = f"layer_{i}"

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference, tiled_xla
@@ -32,7 +33,8 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the default of the platform.
 
     Returns:
-      [R, N] in the dtype of `lhs`, accumulated in float32. Rows behind the last group are 0.
+      [R, N] in the dtype of `lhs`, accumulated in float32. Rows behind the last group are 0. It is named
+      "grouped_matmul" for the policies of `jax.checkpoint`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
@@ -60,7 +62,8 @@ def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the default of the platform.
 
     Returns:
-      [R, M] in the dtype of `x`. Products accumulate in float32 and are rounded to the dtype of `x`; the activation
+      [R, M] in the dtype of `x`, named "grouped_swiglu" for the policies of `jax.checkpoint` together with what the
+      backward needs. Products accumulate in float32 and are rounded to the dtype of `x`; the activation
       is float32. Rows behind the last group are 0.
 
     Raises:
@@ -99,7 +102,8 @@ def _multiply(implementation, lhs, rhs, group_sizes):
 
 
 def _multiply_forward(implementation, lhs, rhs, group_sizes):
-    return _multiply(implementation, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    output = checkpoint_name(IMPLEMENTATIONS[implementation].forward(lhs, rhs, group_sizes), "grouped_matmul")
+    return output, (lhs, rhs, group_sizes)
 
 
 def _multiply_backward(implementation, saved, d_output):
@@ -116,7 +120,7 @@ def _swiglu(implementation, x, w_gate, w_up, w_down, group_sizes):
 
 
 def _swiglu_forward(implementation, *inputs):
-    output, residuals = IMPLEMENTATIONS[implementation].swiglu_forward(*inputs)
+    output, residuals = checkpoint_name(IMPLEMENTATIONS[implementation].swiglu_forward(*inputs), "grouped_swiglu")
     return output, (inputs, residuals)
 
 

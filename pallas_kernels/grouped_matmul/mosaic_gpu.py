@@ -153,7 +153,8 @@ def _multiply_rows(lhs, rhs, group_sizes, *, transposed, interpreted):
 
     return _call(
         kernel, (table, used, *lhs, *rhs), jax.ShapeDtypeStruct((num_rows, columns), lhs[0].dtype), tiling,
-        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width), interpreted=interpreted,
+        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width),
+        interpreted=interpreted,
     )  # fmt: skip
 
 

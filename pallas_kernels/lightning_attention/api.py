@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_tpu, reference
@@ -40,7 +41,7 @@ def lightning_attention(
 
     so position j contributes to t >= j with weight exp(-s (t - j)), 1 on the diagonal. Padding neither
     contributes nor counts as distance, and a document starts from a zero state, wherever it starts. The
-    initial state is continued by the first document of its row and the final state is the last document's.
+    initial state is continued by the first document of its row and the final state is the last document's. Both are named "lightning_attention" for the policies of `jax.checkpoint`.
 
     Args:
       q, k: [B, T, H*D], v: [B, T, H*E], heads merged head-major, one floating dtype.
@@ -111,7 +112,8 @@ def _attend_forward(implementation, chunk_size, q, k, v, slopes, runs, initial_s
     output, state, residuals = IMPLEMENTATIONS[implementation].forward(
         q, k, v, slopes, runs, initial_state, chunk_size=chunk_size
     )
-    return (output.astype(v.dtype), state), (q, k, v, slopes, runs, residuals)
+    output, state = checkpoint_name((output.astype(v.dtype), state), "lightning_attention")
+    return (output, state), (q, k, v, slopes, runs, residuals)
 
 
 def _attend_backward(implementation, chunk_size, saved, cotangents):
