@@ -98,3 +98,10 @@ def mixture_of_experts(x, router, w_gate, w_up, w_down, k, *, capacity=None, rea
                 inner = gate / (1 + np.exp(-gate)) * (x[r] @ w_up[e])
                 output[r] += probability[r, e] / total * (inner @ w_down[e])
     return output, chosen, kept, probability
+
+
+def relative_error(got, want):
+    """Ratio of Frobenius norms; the norm of `got` where `want` is 0."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    scale = np.linalg.norm(want)
+    return np.linalg.norm(got - want) / scale if scale else np.linalg.norm(got)

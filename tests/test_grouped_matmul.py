@@ -23,7 +23,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"mosaic_gpu"}))  # a file of its own
 @pytest.mark.parametrize("case", sorted(GROUPS))
 def test_matches_the_loop_with_gradients(implementation, case):
     num_rows, sizes = GROUPS[case]

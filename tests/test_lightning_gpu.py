@@ -1,11 +1,5 @@
-"""The Mosaic GPU kernel of lightning attention, interpreted on the CPU and lowered for CUDA.
+"""The Mosaic GPU kernel of lightning attention, interpreted on the CPU and lowered for CUDA."""
 
-The interpreter runs the thread groups of a program as callbacks that wait for each other, so it needs more threads
-than a small machine gives; a process with as many of them as NPROC says computes all cases and hands them back.
-"""
-
-import os
-import subprocess
 import sys
 
 import jax
@@ -15,9 +9,7 @@ import pytest
 
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import lightning_attention, mosaic_gpu
-from tests import oracles
-
-needs_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU interpreter is in jax 0.11")
+from tests import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / (mosaic_gpu.CHUNK / 2)  # the slope from which on the kernel cannot split the decay
 CASES = {
@@ -77,21 +69,10 @@ def compute_all(path):
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("kernel") / "results.npz"
-    command = [sys.executable, "-W", "error::DeprecationWarning:pallas_kernels", "-m", "tests.test_lightning_gpu", path]
-    environment = os.environ | {"NPROC": str(mosaic_gpu.INTERPRETER_THREADS), "JAX_PLATFORMS": "cpu"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stderr
-    return dict(np.load(path))
+    return interpreter.arrays_of("tests.test_lightning_gpu", tmp_path_factory.mktemp("kernel"))
 
 
-def relative_error(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    scale = np.linalg.norm(want)
-    return np.linalg.norm(got - want) / scale if scale else np.linalg.norm(got)
-
-
-@needs_jax
+@interpreter.needed
 @pytest.mark.parametrize("case", [case for case in CASES if case != "reverse"])
 def test_matches_the_float64_recurrence(computed, case):
     q, k, v, _, initial, _, slopes, ids = inputs(case)
@@ -99,19 +80,19 @@ def test_matches_the_float64_recurrence(computed, case):
     output, state = oracles.lightning_attention(
         *(np.asarray(x, np.float32).reshape(split) for x in (q, k, v)), slopes, ids, initial
     )
-    assert relative_error(computed[f"{case}/output"], output.reshape(q.shape)) < 4e-3
-    assert relative_error(computed[f"{case}/state"], state) < 2e-3
+    assert oracles.relative_error(computed[f"{case}/output"], output.reshape(q.shape)) < 4e-3
+    assert oracles.relative_error(computed[f"{case}/state"], state) < 2e-3
 
 
-@needs_jax
+@interpreter.needed
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_definition(computed, case):
     want = dict(zip(NAMES, results(case, "reference", jnp.float32), strict=True))
     for name in NAMES:
-        assert relative_error(computed[f"{case}/{name}"], want[name]) < 4e-3, name
+        assert oracles.relative_error(computed[f"{case}/{name}"], want[name]) < 4e-3, name
 
 
-@needs_jax
+@interpreter.needed
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_forward_and_backward_lower_for_cuda(dim, segmented):
@@ -144,7 +125,7 @@ def test_what_is_not_served_names_what_serves_it(monkeypatch, shape, dtype, mess
     assert "chunked_xla" in str(raised.value)
 
 
-@needs_jax
+@interpreter.needed
 def test_too_few_threads_for_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("NPROC", "2")
     x = jnp.zeros((1, 64, 128), jnp.bfloat16)

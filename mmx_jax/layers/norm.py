@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-
 # They keep their inputs alone for the backward. The forward lies in another loop, or in the same one where what XLA
 # finds twice may be computed once; the barriers of `prevent_cse` would cost passes over memory.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)

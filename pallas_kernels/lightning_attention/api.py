@@ -41,7 +41,8 @@ def lightning_attention(
 
     so position j contributes to t >= j with weight exp(-s (t - j)), 1 on the diagonal. Padding neither
     contributes nor counts as distance, and a document starts from a zero state, wherever it starts. The
-    initial state is continued by the first document of its row and the final state is the last document's. Both are named "lightning_attention" for the policies of `jax.checkpoint`.
+    initial state is continued by the first document of its row and the final state is the last document's.
+    The results are named "lightning_attention" for the policies of `jax.checkpoint`.
 
     Args:
       q, k: [B, T, H*D], v: [B, T, H*E], heads merged head-major, one floating dtype.

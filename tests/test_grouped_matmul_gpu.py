@@ -1,0 +1,182 @@
+"""The Mosaic GPU kernels of the grouped product, interpreted on the CPU and lowered for CUDA."""
+
+import collections
+import dataclasses
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.models import decoder
+from pallas_kernels import platform
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, mosaic_gpu
+from tests import interpreter, oracles
+
+# Name -> rows, width, columns, sizes of the groups.
+CASES = {
+    "even": (256, 128, 128, [64, 64, 64, 64]),
+    "unaligned": (200, 128, 64, [16, 0, 121, 30]),  # and rows behind the last group
+    "smaller_than_a_block": (61, 64, 128, [3, 0, 57, 1]),
+    "one_holds_all": (300, 64, 64, [0, 300]),
+    "several_tiles": (400, 64, 64, [131, 269]),
+    "fewer_rows_than_groups": (2, 64, 64, [0, 1, 0, 1]),
+    "no_rows_used": (9, 64, 64, [0, 0, 0, 0]),
+    "wide": (130, 64, 256, [7, 123]),
+    "deep": (70, 640, 64, [70]),  # more steps than the ring has stages
+}
+NAMES = ("output", "d_lhs", "d_rhs")
+SWIGLU_NAMES = ("output", "x", "w_gate", "w_up", "w_down")
+SWIGLU = (150, 64, 128, [40, 0, 90])
+
+
+def inputs(case):
+    """(lhs, rhs, group sizes, cotangent), bfloat16. Rows of no group are NaN: they may not reach any result."""
+    num_rows, width, columns, sizes = CASES[case]
+    rng = np.random.default_rng(len(case))
+    shapes = (num_rows, width), (len(sizes), width, columns), (num_rows, columns)
+    lhs, rhs, d_output = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    lhs[sum(sizes) :] = np.nan
+    d_output[sum(sizes) :] = np.nan
+    return (
+        *(jnp.asarray(x, jnp.bfloat16) for x in (lhs, rhs)),
+        np.array(sizes, np.int32),
+        jnp.asarray(d_output, "bfloat16"),
+    )
+
+
+def swiglu_inputs():
+    num_rows, width, inner, sizes = SWIGLU
+    rng = np.random.default_rng(5)
+    up, down = (len(sizes), width, inner), (len(sizes), inner, width)
+    shapes = (num_rows, width), up, up, down, (num_rows, width)
+    *arrays, d_output = (jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    return arrays, np.array(sizes, np.int32), d_output
+
+
+def swiglu_results(implementation, dtype):
+    arrays, sizes, d_output = swiglu_inputs()
+
+    def expert(*arrays):
+        return grouped_swiglu(*arrays, sizes, implementation=implementation)
+
+    @jax.jit
+    def both(arrays, d_output):
+        output, vjp = jax.vjp(expert, *arrays)
+        return output, *vjp(d_output)
+
+    return both([x.astype(dtype) for x in arrays], d_output.astype(dtype))
+
+
+def compute_all(path):
+    arrays = {}
+    for case in CASES:
+        lhs, rhs, sizes, d_output = inputs(case)
+
+        @jax.jit
+        def both(lhs, rhs, d_output, sizes=sizes):
+            multiply = lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, implementation="mosaic_gpu")  # noqa: E731
+            output, vjp = jax.vjp(multiply, lhs, rhs)
+            return output, *vjp(d_output)
+
+        for name, x in zip(NAMES, both(lhs, rhs, d_output), strict=True):
+            arrays[f"{case}/{name}"] = np.asarray(x, np.float32)
+    for name, x in zip(SWIGLU_NAMES, swiglu_results("mosaic_gpu", jnp.bfloat16), strict=True):
+        arrays[f"swiglu/{name}"] = np.asarray(x, np.float32)
+    np.savez(path, **arrays)
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    return interpreter.arrays_of("tests.test_grouped_matmul_gpu", tmp_path_factory.mktemp("kernel"))
+
+
+@interpreter.needed
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_loop_with_gradients(computed, case):
+    lhs, rhs, sizes, d_output = (np.asarray(x, np.float64) for x in inputs(case))
+    sizes = sizes.astype(int)
+    bounds = np.cumsum([0, *sizes])
+    d_rhs = [lhs[a:b].T @ d_output[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    want = (
+        oracles.grouped_matmul(lhs, rhs, sizes),
+        oracles.grouped_matmul(d_output, rhs.swapaxes(1, 2), sizes),
+        np.stack(d_rhs),
+    )
+    for name, x in zip(NAMES, want, strict=True):
+        assert oracles.relative_error(computed[f"{case}/{name}"], x) < 3e-3, name  # one rounding to bfloat16
+
+
+@interpreter.needed
+def test_swiglu_is_the_experts_with_gradients(computed):
+    want = dict(zip(SWIGLU_NAMES, swiglu_results("reference", jnp.float32), strict=True))
+    for name in SWIGLU_NAMES:
+        # Gate, up and hidden are rounded to bfloat16 on the way.
+        assert oracles.relative_error(computed[f"swiglu/{name}"], want[name]) < 8e-3, name
+
+
+def test_tiles_cover_every_row_once():
+    rng = np.random.default_rng(1)
+    for num_rows, groups in [(1, 4), (3, 8), (70, 3), (333, 16), (1000, 2), (1024, 8)]:
+        for tile_rows in (64, 128):
+            cuts = np.sort(rng.integers(0, num_rows + 1, groups))
+            sizes = np.diff([0, *cuts]).astype(np.int32)  # some rows are behind the last group
+            table, used = mosaic_gpu._row_tiles(jnp.asarray(sizes), num_rows, tile_rows)
+            owner = np.repeat(np.arange(groups + 1), [*sizes, num_rows - sizes.sum()])
+            seen = np.zeros(num_rows, int)
+            for group, start, first, last in np.asarray(table)[: int(used[0])]:
+                assert start % mosaic_gpu.ALIGNMENT == 0 and 0 <= first < last <= tile_rows
+                assert np.all(owner[start + first : start + last] == group)
+                seen[start + first : start + last] += 1
+            assert np.all(seen == 1)
+
+
+@interpreter.needed
+def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
+    """Lowering needs no GPU. "dots" repeats no product of the experts in the backward, "full" three a layer."""
+    layers = 2
+    config = ModelConfig(
+        vocab_size=64, hidden_size=128, num_layers=layers, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
+        head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=4, max_position_embeddings=1024, dtype="bfloat16",
+        scan_blocks=False,
+    )  # fmt: skip
+
+    def lowered(remat):
+        variant = dataclasses.replace(config, remat=remat)
+
+        def loss(params, tokens):
+            return jnp.sum(decoder.Decoder(variant).apply({"params": params}, tokens).logits)
+
+        with platform.target("gpu"):
+            arguments = decoder.abstract_params(variant), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+            text = jax.jit(jax.grad(loss)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        calls = collections.Counter(re.findall(r"call @(_multiply_rows|_multiply_columns|_jitted_scan)", text))
+        return calls, text.count("custom_call @mosaic_gpu")
+
+    calls, kernels = lowered("none")
+    assert calls["_multiply_columns"] == 3 * layers
+    assert kernels < sum(calls.values()) / 2  # the layers share them
+    assert lowered("dots")[0] == calls
+    full = lowered("full")[0]
+    assert full - calls == collections.Counter(_multiply_rows=3 * layers, _jitted_scan=layers)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [((6, 60), jnp.bfloat16, "multiples of 64"), ((6, 64), jnp.float32, "bfloat16")],
+)
+def test_what_is_not_served_names_what_serves_it(monkeypatch, shape, dtype, message):
+    if jax.__version_info__ < (0, 11):
+        message = "jax 0.11"
+    monkeypatch.setenv("NPROC", "8")
+    rhs = jnp.zeros((2, shape[1], 64), dtype)
+    with pytest.raises(NotImplementedError, match=message) as raised:
+        grouped_matmul(jnp.zeros(shape, dtype), rhs, jnp.zeros(2, jnp.int32), implementation="mosaic_gpu")
+    assert "tiled_xla" in str(raised.value)
+
+
+if __name__ == "__main__":
+    compute_all(sys.argv[1])
