@@ -47,8 +47,8 @@ def random_tokens(model, rows, length):
 
 
 def check_numerics(model):
-    """Relative error (root mean square) of the logits of one block in the compute dtype, against float32."""
-    model = dataclasses.replace(model, num_layers=len(model.layer_pattern), param_dtype="float32")
+    """Relative error (root mean square) of the logits of 8 layers in the compute dtype, against float32."""
+    model = dataclasses.replace(model, num_layers=8, layer_pattern=model.layer_pattern[:8], param_dtype="float32")
     params, tokens = random_params(model), random_tokens(model, 1, 1024)
 
     def logits(dtype):

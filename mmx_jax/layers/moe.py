@@ -83,7 +83,8 @@ def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
     assignment = routing.experts.reshape(-1)  # [R * k]
     order = jnp.argsort(assignment, stable=True)
     inverse = jnp.argsort(order)
-    group_sizes = jnp.bincount(assignment, length=config.num_experts).astype(jnp.int32)
+    # Not `bincount`, whose scatter adds to few addresses from many threads.
+    group_sizes = jnp.sum(assignment[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
     rows = _permute(jnp.repeat(x, k, axis=0), order, inverse)
     weights = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     rows = grouped_swiglu(rows, *weights, group_sizes, implementation=config.moe_implementation)

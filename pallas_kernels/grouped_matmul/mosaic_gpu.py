@@ -237,7 +237,8 @@ def _row_tiles(group_sizes, num_rows, tile_rows):
     # At most min(G + 1, R) groups have rows; each takes one tile, and more for what it and its alignment fill.
     occupied = min(sizes.shape[0], num_rows)
     tile = jnp.arange(occupied + (num_rows + (ALIGNMENT - 2) * occupied) // tile_rows, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32), sizes.shape[0] - 1)
+    # Which of few intervals each tile is in: a comparison with all is one kernel, a binary search dozens.
+    group = jnp.minimum(jnp.sum(tile[:, None] >= tile_ends, axis=1, dtype=jnp.int32), sizes.shape[0] - 1)
     start = aligned[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * tile_rows
     first, last = jnp.maximum(begins[group] - start, 0), jnp.minimum(ends[group] - start, tile_rows)
     table = jnp.stack([group, start, first, last], axis=1)

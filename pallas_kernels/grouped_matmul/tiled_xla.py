@@ -171,7 +171,7 @@ def _tiles(num_rows, begins, ends, rows, *, whole):
     # At most min(G, R) groups have rows, and each leaves at most one tile partly filled.
     occupied = min(groups, num_rows)
     tile = jnp.arange(occupied + (num_rows - occupied) // rows, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right").astype(jnp.int32), groups - 1)
+    group = jnp.minimum(jnp.sum(tile[:, None] >= tile_ends, axis=1, dtype=jnp.int32), groups - 1)
     first = begins[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * rows  # of a surplus tile: behind its group
     # Dynamic slices clamp their start; clamping it here keeps the mask and the rows together.
     return _Tiles(rows, whole, tile_ends[-1], (group, jnp.minimum(first, num_rows - rows), first, ends[group]))
