@@ -26,7 +26,6 @@ ALIGNMENT = 8  # rows of a swizzled block
 ROWS = 64  # of one worker: the rows of a wgmma
 DEPTH = 64  # of the contraction in one step of the ring; 128 bytes, which is a row of the swizzle
 PIECE = 64  # columns that leave a worker at once
-BANDWIDTH_BOUND_ROWS = 256  # of a group: fewer take longer to read their matrix than to multiply by it
 PANEL = 8  # column tiles that are visited before the next row tile, for the L2 cache
 INTERPRETED_PROGRAMS = 2
 
@@ -241,20 +240,7 @@ def _row_tiles(group_sizes, num_rows, tile_rows):
     group = jnp.minimum(jnp.sum(tile[:, None] >= tile_ends, axis=1, dtype=jnp.int32), sizes.shape[0] - 1)
     start = aligned[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * tile_rows
     first, last = jnp.maximum(begins[group] - start, 0), jnp.minimum(ends[group] - start, tile_rows)
-    table = jnp.stack([group, start, first, last], axis=1)
-    if tile_rows > ROWS:
-        table = table[_mixed(sizes[group] < BANDWIDTH_BOUND_ROWS, tile < tile_ends[-1])]
-    return table, tile_ends[-1:]
-
-
-def _mixed(small, used):
-    """Order of the tiles, those that are used first, in which small ones are spread evenly among the others.
-
-    Tiles of groups of few rows wait for their matrix, the others for the tensor cores: the card does both at a time.
-    """
-    rank = jnp.where(small, jnp.cumsum(small & used), jnp.cumsum(~small & used)) - 0.5
-    count = jnp.where(small, jnp.sum(small & used), jnp.sum(~small & used))
-    return jnp.argsort(jnp.where(used, rank / jnp.maximum(count, 1), 2.0))
+    return jnp.stack([group, start, first, last], axis=1), tile_ends[-1:]
 
 
 def _inside(first, last, block):
@@ -364,9 +350,10 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
 
         @pl.when(count < ROWS)
         def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the other kind of slot lies in the same memory
             for p, piece in pieces():
-                slot = partial.at[thread, 0]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                slot = partial.at[thread, p % 2]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 slot[...] = piece
                 plgpu.commit_smem()
                 # A copy has a fixed number of rows: one copy for each binary digit.
@@ -375,7 +362,10 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
 
                     @pl.when(count & (1 << digit) != 0)
                     def _(first=first, length=1 << digit, p=p, slot=slot):
-                        plgpu.copy_smem_to_gmem(slot.at[pl.ds(first, length)], destination(where, p, first, length))
+                        source, target = slot.at[pl.ds(first, length)], destination(where, p, first, length)
+                        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+                plgpu.commit_smem_to_gmem_group()
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
