@@ -34,13 +34,13 @@ MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bf
 def check(q, k, v, slopes, *, segmented, chunk_size):
     """Raises NotImplementedError where the kernel cannot serve; any `chunk_size` is taken, the kernel has its own."""
     del k, segmented, chunk_size
+    hopper.check("lightning_attention", q.dtype, fallback="chunked_xla")
     width = q.shape[-1] // slopes.shape[0]
     if width not in (64, 128) or v.shape != q.shape:
         raise NotImplementedError(
             f"mosaic_gpu serves head_dim 64 and 128, the same for values; got {width} and "
             f"{v.shape[-1] // slopes.shape[0]}; 'chunked_xla' serves every shape"
         )
-    hopper.check("lightning_attention", q.dtype, fallback="chunked_xla")
 
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
