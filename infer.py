@@ -167,9 +167,12 @@ def main(argv):
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
         if FLAGS["verbosity"].present:
             raise
-        say(f"infer.py: {error}")
         sys.stdout.flush()
-        os._exit(1)  # at an orderly exit, orbax's unfinished reads of a damaged checkpoint bury the line under pages
+        # Orbax's unfinished reads of a damaged checkpoint bury the line under pages, at an orderly exit and before it.
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(stderr, f"infer.py: {error}\n".encode())
+        os._exit(1)
 
 
 if __name__ == "__main__":
