@@ -1,15 +1,11 @@
 """The Mosaic TPU kernel of lightning attention: interpreted against the float64 recurrence, compiled for real chips.
 
-No TPU is needed: libtpu compiles for a named topology on any host, in a process of its own because libtpu reads
-its environment when it is loaded. That shows that the kernels compile, fit and move no more bytes than they
-have to; that they compute the right thing is shown by interpretation.
+No TPU is needed: libtpu compiles for a named topology on any host. That shows that the kernels compile, fit and move
+no more bytes than they have to; that they compute the right thing is shown by interpretation.
 """
 
-import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 
 import jax
@@ -22,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import lightning_attention, mosaic_tpu
-from tests import oracles
+from tests import ahead_of_time, oracles
 
 BATCH = 2
 SLOPES = np.array([0.917, 0.25, 0.004], np.float32)
@@ -262,24 +258,9 @@ def compile_all(topology):
     }
 
 
-def compile_in_a_process(topology):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: nothing compiles for TPU here")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask which chips this host has
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # nothing but a chip can load a cached program
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.test_lightning_tpu", topology]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_compiled_kernels_move_each_tensor_once(topology):
-    programs = compile_in_a_process(topology)
+    programs = ahead_of_time.answer_of("tests.test_lightning_tpu", topology)
     forward, both, packed = (programs[name] for name in ("forward", "both", "packed"))
     assert forward["bytes"] <= 4 * TENSOR_BYTES * 1.05
     assert both["bytes"] - forward["bytes"] <= 10 * TENSOR_BYTES * 1.1
@@ -291,7 +272,7 @@ def test_compiled_kernels_move_each_tensor_once(topology):
 
 
 def test_all_that_is_served_compiles():
-    programs = compile_in_a_process(SMALL)
+    programs = ahead_of_time.answer_of("tests.test_lightning_tpu", SMALL)
     assert all(program["bytes"] > 0 for program in programs.values())
 
 

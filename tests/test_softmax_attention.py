@@ -1,17 +1,20 @@
 """Softmax attention as functions: against float64 loops, and in its use of memory."""
 
 import functools
+import json
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from mmx_jax.layers import attention_ops
 from mmx_jax.layers.attention_ops import cached_attention, causal_attention
+from pallas_kernels import platform
 from pallas_kernels.lightning_attention import document_runs
-from tests import oracles
+from tests import ahead_of_time, oracles
 
 BLOCK = 8
 HEADS, KV_HEADS, DIM = 4, 2, 6
@@ -146,8 +149,59 @@ def test_memory_of_prefill_into_a_cache_is_far_below_the_score_matrix():
 
 def test_bad_arguments_are_named():
     q, k, v = random_qkv(9)
-    with pytest.raises(ValueError, match="'flash' is not one of blockwise, cudnn, auto"):
+    with pytest.raises(ValueError, match="'flash' is not one of blockwise, cudnn, splash, auto"):
         causal_attention(q, k, v, implementation="flash")
+
+
+@pytest.mark.parametrize("segments", [None, *sorted(SEGMENTS)])
+def test_splash_is_blockwise_with_gradients(segments):
+    """jax's kernel for TPU, interpreted."""
+    runs = None if segments is None else document_runs(jnp.asarray(SEGMENTS[segments]))
+    rng = np.random.default_rng(2)
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=(2, 33, n, 128)), jnp.float32) for n in (4, 2, 2, 4))
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def both(q, k, v, implementation):
+        output, vjp = jax.vjp(
+            lambda *x: causal_attention(*x, runs, implementation=implementation, block=BLOCK), q, k, v
+        )
+        return output, *vjp(cotangent)
+
+    got, want = both(q, k, v, "splash"), both(q, k, v, "blockwise")
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+LENGTH = 32768  # a dq of every key block would take 64 tensors of the size of q, a [T, T] matrix more
+
+
+def compile_splash(topology):
+    """Temporaries of packed attention and its gradients as `auto` compiles them for a chip, in tensors like q."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def both(q, k, v, runs, cotangent):
+        output, vjp = jax.vjp(lambda *x: causal_attention(*x, runs), q, k, v)
+        return output, *vjp(cotangent)
+
+    q, k, runs = array(1, LENGTH, 8, 128), array(1, LENGTH, 2, 128), array(1, LENGTH, dtype=jnp.int32)
+    with platform.target("tpu"):
+        program = jax.jit(both).lower(q, k, k, runs, q).compile()
+    assert "tpu_custom_call" in program.as_text()
+    return program.memory_analysis().temp_size_in_bytes / (2 * q.size)
+
+
+def test_splash_compiles_for_tpu_in_memory_linear_in_length():
+    assert ahead_of_time.answer_of("tests.test_softmax_attention", "v5e:2x2") < 8
+
+
+def test_splash_refuses_other_head_dims():
+    q = jnp.zeros((1, 8, 2, 64))
+    with pytest.raises(NotImplementedError, match="multiple of 128"):
+        causal_attention(q, q, q, implementation="splash")
 
 
 class CudnnByItsContract:
@@ -193,3 +247,7 @@ def test_packed_rows_on_cudnn_by_its_contract(monkeypatch, segments, documents):
     got, want = both(q, k, v, "cudnn"), both(q, k, v, "blockwise")
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_splash(sys.argv[1])))

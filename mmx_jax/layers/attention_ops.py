@@ -14,9 +14,10 @@ from mmx_jax.layers.projection import product
 from pallas_kernels import platform
 from pallas_kernels.platform import cdiv
 
-IMPLEMENTATIONS = ("blockwise", "cudnn")
+IMPLEMENTATIONS = ("blockwise", "cudnn", "splash")
 # What packed cuDNN attention is compiled for: documents a row, and elements of the queries (its offsets are int32).
 _CUDNN_DOCUMENTS, _CUDNN_ELEMENTS = 64, 2**31 - 1
+_SPLASH_BLOCK = 512  # query and key tokens; a multiple of 128
 # Both finite, so that a block in which a query sees no key makes no NaN. The running maximum starts far above the
 # masked scores: their exponentials are 0 even then.
 _MASKED, _LOWEST_MAXIMUM = -1e30, -1e29
@@ -30,7 +31,7 @@ def causal_attention(q, k, v, runs=None, *, implementation="auto", block=512):
       runs: int32 [B, T], the number of a token's document in its row, counted from 1, and 0 at padding
         (`document_runs`). None: one document.
       implementation: "blockwise" (any platform, memory linear in T), "cudnn" (NVIDIA GPU, bfloat16; packed rows
-        on Hopper and later), or "auto".
+        on Hopper and later), "splash" (TPU, head_dim a multiple of 128; interpreted on CPU), or "auto".
       block: query and key tokens that "blockwise" holds scores for at once.
 
     Returns:
@@ -46,19 +47,60 @@ def causal_attention(q, k, v, runs=None, *, implementation="auto", block=512):
         return _cudnn_packed(q, k, v, runs, block)
     if runs is None:
         runs = jnp.ones(q.shape[:2], jnp.int32)
+    if implementation == "splash":
+        return _splash(q, k, v, runs)
     return _padded_blockwise(q, k, v, runs, block)
 
 
 def _default(q, segmented):
     chosen, reason = "blockwise", f"the default on {platform.platform()}"
-    if platform.platform() == "gpu" and q.dtype == jnp.bfloat16 and not (segmented and q.size > _CUDNN_ELEMENTS):
-        chosen, reason = "cudnn", "bfloat16 on GPU"
-    elif platform.platform() == "gpu":
+    if platform.platform() == "gpu":
         reason = (
             f"cudnn serves bfloat16, and packed batches of up to {_CUDNN_ELEMENTS} elements; got {q.dtype} {q.shape}"
         )
+        if q.dtype == jnp.bfloat16 and not (segmented and q.size > _CUDNN_ELEMENTS):
+            chosen, reason = "cudnn", "bfloat16 on GPU"
+    elif platform.platform() == "tpu":
+        reason = platform.why_not(lambda: _check_splash(q))
+        chosen, reason = ("blockwise", reason) if reason else ("splash", "the default on tpu")
     platform.announce("packed softmax attention" if segmented else "softmax attention", chosen, reason)
     return chosen
+
+
+def _check_splash(q):
+    if q.shape[-1] % 128:
+        raise NotImplementedError(
+            f"softmax attention: splash serves head_dim that is a multiple of 128, got {q.shape[-1]}; use 'blockwise'"
+        )
+
+
+def _splash(q, k, v, runs):
+    """jax's own attention kernel for TPU: one call a row and key head, over the query heads that read it."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _check_splash(q)
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    block = min(_SPLASH_BLOCK, cdiv(length, 128) * 128)
+    padded = cdiv(length, block) * block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for x in (q, k, v))
+    ids = jnp.pad(runs, ((0, 0), (0, padded - length)))
+    causal = masks.MultiHeadMask([masks.CausalMask((padded, padded))] * (heads // kv_heads))
+    # Not its fused backward, which keeps a dq of every key block: memory that grows with the square of T.
+    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    kernel = splash.make_splash_mqa_single_device(
+        causal,
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        interpret=platform.platform() == "cpu",
+    )
+    q = (q / np.sqrt(dim)).astype(q.dtype).reshape(batch, padded, kv_heads, heads // kv_heads, dim)
+    over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    output = jax.vmap(lambda q, k, v, ids: over_heads(q, k, v, splash.SegmentIds(ids, ids)))(
+        q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), ids
+    )
+    output = output.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, dim)[:, :length]
+    return jnp.where((runs > 0)[:, :, None, None], output, 0).astype(v.dtype)
 
 
 def _padded_blockwise(q, k, v, runs, block):
