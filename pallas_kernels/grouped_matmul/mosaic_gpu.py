@@ -101,9 +101,8 @@ def _multiply_rows(lhs, rhs, group_sizes, *, transposed, interpreted):
     groups = group_sizes.shape[0]
     columns = rhs[0].shape[1 if transposed else 2]
     occupied = min(groups, num_rows)
-    workers = (
-        1 if num_rows <= ROWS * groups else 2
-    )  # few rows, as in decoding, read the matrices once whatever the tile
+    # Few rows, as in decoding, read the matrices once whatever the tile.
+    workers = 1 if num_rows <= ROWS * groups else 2
     tiling = _tiling(
         workers, columns, lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width
     )
