@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul import swiglu
-from pallas_kernels.platform import cdiv, platform
+from pallas_kernels.grouped_matmul import row_tiles, swiglu
+from pallas_kernels.platform import platform
 
 ALIGNMENT = 8  # rows of a swizzled block
 ROWS = 64  # of one worker: the rows of a wgmma
@@ -228,18 +228,10 @@ def _row_tiles(group_sizes, num_rows, tile_rows):
       int32 [1] tiles that are used). The rows behind the last group are a group of their own, number G.
     """
     sizes = jnp.append(group_sizes, num_rows - jnp.sum(group_sizes, dtype=jnp.int32))
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    begins = ends - sizes
-    aligned = begins // ALIGNMENT * ALIGNMENT
-    tile_ends = jnp.cumsum(jnp.where(sizes > 0, cdiv(ends - aligned, tile_rows), 0), dtype=jnp.int32)
-    # At most min(G + 1, R) groups have rows; each takes one tile, and more for what it and its alignment fill.
-    occupied = min(sizes.shape[0], num_rows)
-    tile = jnp.arange(occupied + (num_rows + (ALIGNMENT - 2) * occupied) // tile_rows, dtype=jnp.int32)
-    # Which of few intervals each tile is in: a comparison with all is one kernel, a binary search dozens.
-    group = jnp.minimum(jnp.sum(tile[:, None] >= tile_ends, axis=1, dtype=jnp.int32), sizes.shape[0] - 1)
-    start = aligned[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * tile_rows
-    first, last = jnp.maximum(begins[group] - start, 0), jnp.minimum(ends[group] - start, tile_rows)
-    return jnp.stack([group, start, first, last], axis=1), tile_ends[-1:]
+    tiles = row_tiles.cover(sizes, num_rows, tile_rows, alignment=ALIGNMENT)
+    first = jnp.maximum(tiles.begin - tiles.start, 0)
+    last = jnp.minimum(tiles.end - tiles.start, tile_rows)
+    return jnp.stack([tiles.group, tiles.start, first, last], axis=1), tiles.used[None]
 
 
 def _inside(first, last, block):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import swiglu
+from pallas_kernels.grouped_matmul import row_tiles, swiglu
 from pallas_kernels.platform import cdiv, platform
 
 
@@ -132,18 +132,21 @@ def _fold(body, group_sizes, num_rows, arrays, weights, *, summed=False):
       (arrays, sums [G, K, N]).
     """
     sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights) if summed else ()
+    rows = min(num_rows, _tile_rows(num_rows, group_sizes.shape[0]))
+    fold = _fold_groups if platform() == "cpu" and rows >= 128 else _fold_table
+    return fold(body, group_sizes, rows, num_rows, arrays, weights, sums)
+
+
+# Tiles of a group in `_fold_groups`: the size as a divisor of the largest, and whether the group fills all of them.
+# What is left goes into smaller ones, which have fewer rows that are computed in vain.
+_FALLING = ((1, True), (2, True), (8, False))
+
+
+def _fold_groups(body, group_sizes, rows, num_rows, arrays, weights, sums):
+    """One group after the other, so that its matrices and sums stay in the cache, in tiles of falling sizes."""
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     begins = ends - group_sizes
-    rows = min(num_rows, _tile_rows(num_rows, group_sizes.shape[0]))
-    if platform() == "cpu" and rows >= 128:
-        return _fold_groups(body, begins, ends, rows, num_rows, arrays, weights, sums)
-    return _fold_table(body, begins, ends, rows, num_rows, arrays, weights, sums)
-
-
-def _fold_groups(body, begins, ends, rows, num_rows, arrays, weights, sums):
-    """One group after the other, so that its matrices and sums stay in the cache, in tiles of falling sizes."""
-    sizes = ends - begins
-    occupied = jnp.argsort(sizes == 0, stable=True)
+    occupied = jnp.argsort(group_sizes == 0, stable=True)
 
     def visit_group(index, carry):
         arrays, sums = carry
@@ -151,9 +154,8 @@ def _fold_groups(body, begins, ends, rows, num_rows, arrays, weights, sums):
         own_weights = _own(weights, group)
         carry = arrays, tuple(jnp.zeros_like(s) for s in _own(sums, group))
         first, end = begins[group], ends[group]
-        # What is left of a group goes into smaller tiles, which have fewer rows that are computed in vain.
-        for size, whole in _TAILS:
-            size = rows // size
+        for divisor, whole in _FALLING:
+            size = rows // divisor
             count = (end - first) // size if whole else cdiv(end - first, size)
 
             def visit(t, carry, first=first, size=size, whole=whole):
@@ -164,22 +166,13 @@ def _fold_groups(body, begins, ends, rows, num_rows, arrays, weights, sums):
         arrays, own_sums = carry
         return arrays, _put(sums, own_sums, group)
 
-    return lax.fori_loop(0, jnp.sum(sizes > 0), visit_group, (arrays, sums))
+    return lax.fori_loop(0, jnp.sum(group_sizes > 0), visit_group, (arrays, sums))
 
 
-_TAILS = ((1, True), (2, True), (8, False))
-
-
-def _fold_table(body, begins, ends, rows, num_rows, arrays, weights, sums):
-    """Tile after tile, from a table that is as long as the worst split needs."""
-    groups = begins.shape[0]
-    tile_ends = jnp.cumsum((ends - begins + rows - 1) // rows, dtype=jnp.int32)
-    # At most min(G, R) groups have rows, and each leaves at most one tile partly filled.
-    occupied = min(groups, num_rows)
-    tile = jnp.arange(occupied + (num_rows - occupied) // rows, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(tile[:, None] >= tile_ends, axis=1, dtype=jnp.int32), groups - 1)
-    first = begins[group] + (tile - jnp.pad(tile_ends, (1, 0))[group]) * rows  # of a surplus tile: behind its group
-    table = group, first, ends[group]
+def _fold_table(body, group_sizes, rows, num_rows, arrays, weights, sums):
+    """Tile after tile, from a table."""
+    tiles = row_tiles.cover(group_sizes, num_rows, rows)
+    table = tiles.group, tiles.start, tiles.end
 
     def visit(carry, columns):
         arrays, sums = carry
@@ -190,8 +183,8 @@ def _fold_table(body, begins, ends, rows, num_rows, arrays, weights, sums):
 
     carry = arrays, sums
     if platform() == "cpu":
-        used = tile_ends[-1]
-        return lax.fori_loop(0, used, lambda t, carry: visit(carry, tuple(column[t] for column in table))[0], carry)
+        step = lambda t, carry: visit(carry, tuple(column[t] for column in table))[0]  # noqa: E731
+        return lax.fori_loop(0, tiles.used, step, carry)
     # A trip count known when compiling spares the accelerator a round trip to the host for each tile.
     return lax.scan(visit, carry, table)[0]
 
