@@ -153,23 +153,27 @@ def test_bad_arguments_are_named():
         causal_attention(q, k, v, implementation="flash")
 
 
+def assert_same_with_gradients(implementation, q, k, v, runs, cotangent, tolerance):
+    """Against "blockwise", which the tests above hold against float64."""
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def both(q, k, v, implementation):
+        attend = lambda *x: causal_attention(*x, runs, implementation=implementation, block=BLOCK)  # noqa: E731
+        output, vjp = jax.vjp(attend, q, k, v)
+        return output, *vjp(cotangent)
+
+    got, want = both(q, k, v, implementation), both(q, k, v, "blockwise")
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
 @pytest.mark.parametrize("segments", [None, *sorted(SEGMENTS)])
 def test_splash_is_blockwise_with_gradients(segments):
     """jax's kernel for TPU, interpreted."""
     runs = None if segments is None else document_runs(jnp.asarray(SEGMENTS[segments]))
     rng = np.random.default_rng(2)
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=(2, 33, n, 128)), jnp.float32) for n in (4, 2, 2, 4))
-
-    @functools.partial(jax.jit, static_argnames="implementation")
-    def both(q, k, v, implementation):
-        output, vjp = jax.vjp(
-            lambda *x: causal_attention(*x, runs, implementation=implementation, block=BLOCK), q, k, v
-        )
-        return output, *vjp(cotangent)
-
-    got, want = both(q, k, v, "splash"), both(q, k, v, "blockwise")
-    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+    assert_same_with_gradients("splash", q, k, v, runs, cotangent, 2e-5)
 
 
 LENGTH = 32768  # a dq of every key block would take 64 tensors of the size of q, a [T, T] matrix more
@@ -236,17 +240,7 @@ def test_packed_rows_on_cudnn_by_its_contract(monkeypatch, segments, documents):
     runs = jax.jit(document_runs)(jnp.asarray(SEGMENTS[segments]))
     q, k, v = random_qkv(33)
     cotangent = random_qkv(33, seed=1)[0]
-
-    @functools.partial(jax.jit, static_argnames="implementation")
-    def both(q, k, v, implementation):
-        output, vjp = jax.vjp(
-            lambda *x: causal_attention(*x, runs, implementation=implementation, block=BLOCK), q, k, v
-        )
-        return output, *vjp(cotangent)
-
-    got, want = both(q, k, v, "cudnn"), both(q, k, v, "blockwise")
-    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert_same_with_gradients("cudnn", q, k, v, runs, cotangent, 1e-5)
 
 
 if __name__ == "__main__":
