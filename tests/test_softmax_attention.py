@@ -208,8 +208,22 @@ def test_splash_refuses_other_head_dims():
         causal_attention(q, q, q, implementation="splash")
 
 
+@jax.custom_vjp
+def gradient_written_inside(x, inside):
+    """x, whose gradient is NaN where not `inside`."""
+    return x
+
+
+gradient_written_inside.defvjp(
+    lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside[:, :, None, None], g, jnp.nan), None)
+)
+
+
 class CudnnByItsContract:
-    """Attention over ragged sequences, as cuDNN's packed layout is documented; what belongs to no sequence is NaN."""
+    """Attention over ragged sequences, as cuDNN's packed layout is documented.
+
+    Outputs and gradients of what belongs to no sequence are never written: NaN here.
+    """
 
     class MaskType:
         PADDING_CAUSAL = "padding causal"
@@ -219,8 +233,11 @@ class CudnnByItsContract:
         assert mask_type == "padding causal" and q_offsets is kv_offsets and q_seqlen is kv_seqlen
         assert q_offsets.shape[1] == q_seqlen.shape[1] + 1
         groups, output = q.shape[2] // k.shape[2], jnp.full(q.shape, jnp.nan, q.dtype)
-        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
         at = jnp.arange(q.shape[1])
+        starts, lengths = q_offsets[:, :-1, None], q_seqlen[:, :, None]
+        served = jnp.any((at >= starts) & (at < starts + lengths) & (starts >= 0), axis=1)
+        q, k, v = (gradient_written_inside(x, served) for x in (q, k, v))
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
         for document in range(q_seqlen.shape[1]):
             start, length = q_offsets[:, document, None], q_seqlen[:, document, None]
             inside = (at >= start) & (at < start + length) & (start >= 0)
