@@ -10,7 +10,30 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_JOIN_SECONDS = 300
 _CHUNK_BYTES = 4096  # texts are padded to a multiple, so that few sizes are compiled
+
+
+def join(address: str):
+    """Joins the processes of one run, before anything else asks jax for devices.
+
+    Args:
+      address: "auto", or "HOST:PORT,COUNT,INDEX".
+
+    Raises:
+      RuntimeError: the processes do not find each other, or nothing says how many there are.
+    """
+    settings = {}
+    if address != "auto":
+        coordinator, count, index = address.rsplit(",", 2)
+        settings = dict(coordinator_address=coordinator, num_processes=int(count), process_id=int(index))
+    try:
+        jax.distributed.initialize(**settings, initialization_timeout=_JOIN_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeError(
+            f"--distributed={address}: the processes of the run did not join within {_JOIN_SECONDS} s; start all of "
+            f"them, with one address that all can reach ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def is_first() -> bool:
