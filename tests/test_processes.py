@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from mmx_jax import metrics
 from mmx_jax.config_io import config_from_json
+from mmx_jax.training import processes
 from tests.processes_worker import TINY
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -276,3 +277,16 @@ def test_train_py_joins_processes(folder):
     assert "512 tokens" in outputs[0][0]  # 2 steps of 256
     assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
     assert len(list((folder / "flag/checkpoints").iterdir())) == 1
+
+
+def test_a_process_that_waits_in_vain_says_for_whom(monkeypatch):
+    monkeypatch.setattr(processes, "_JOIN_SECONDS", 0)
+    with pytest.raises(RuntimeError, match=r"process 0 does not answer at 127\.0\.0\.1:1 after 0 s"):
+        processes.join("127.0.0.1:1,2,1")
+
+
+@pytest.mark.parametrize("value", ["host", "host:1,2", "host:1,2,2", "host:x,2,1"])
+def test_bad_addresses_are_refused(value):
+    command = [sys.executable, "train.py", "--config=configs/debug.py", f"--distributed={value}"]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert finished.returncode and "give auto, or HOST:PORT,COUNT,INDEX" in finished.stderr
