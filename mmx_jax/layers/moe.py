@@ -1,6 +1,5 @@
 """The mixture of SwiGLU experts: router, dropless and capacity dispatch, statistics for the balancing loss."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -14,10 +13,9 @@ from mmx_jax.layers.projection import deepnorm_gain, product, weight
 from mmx_jax.sharding import constrain
 from pallas_kernels.grouped_matmul import grouped_swiglu, swiglu
 
-
-# Up to so many assignments their order comes from comparing all with all: it fuses with what is around it, where a sort
-# is one to three GPU kernels of its own. The time of a decoding step is that of its kernels, each of a few microseconds.
-_FEW_ROWS = 256
+# Up to so many assignments are sorted by comparing all with all. On a GPU that is two kernels, where two sorts and the
+# sizes of the groups are six; a decoding step is as long as its kernels are many.
+FEW_ASSIGNMENTS = 256
 
 
 class RouterStats(NamedTuple):
@@ -46,28 +44,8 @@ def route(x, router, experts_per_token) -> Routing:
     """
     logits = jnp.einsum("rm,me->re", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
     probability = jax.nn.softmax(logits, axis=-1)
-    if experts_per_token * x.shape[0] > _FEW_ROWS:
-        chosen, experts = lax.top_k(probability, experts_per_token)
-        return Routing(experts, chosen / jnp.sum(chosen, axis=-1, keepdims=True), probability)
-    experts = _top_experts(lax.stop_gradient(probability), experts_per_token)
-    chosen = [jnp.take_along_axis(probability, e[:, None], axis=1)[:, 0] for e in experts]
-    total = functools.reduce(jnp.add, chosen)
-    return Routing(jnp.stack(experts, axis=1), jnp.stack([c / total for c in chosen], axis=1), probability)
-
-
-def _top_experts(probability, k):
-    """The indices of `lax.top_k` of [R, E] as k arrays int32 [R]: k rounds over the columns, all elementwise."""
-    experts = []
-    for _ in range(k):
-        best, index = jnp.full_like(probability[:, 0], -1), jnp.zeros(probability.shape[0], jnp.int32)
-        for e in range(probability.shape[1]):
-            column = probability[:, e]
-            better = column > best
-            for taken in experts:
-                better &= taken != e
-            best, index = jnp.where(better, column, best), jnp.where(better, e, index)
-        experts.append(index)
-    return experts
+    chosen, experts = lax.top_k(probability, experts_per_token)
+    return Routing(experts, chosen / jnp.sum(chosen, axis=-1, keepdims=True), probability)
 
 
 def router_stats(routing: Routing, real, kept) -> RouterStats:
@@ -103,10 +81,17 @@ _permute.defvjp(
 )
 
 
-def _sort_by_expert(assignment, num_experts):
-    """(the permutation that sorts int32 [n], equals in place; its inverse; how often each expert occurs)."""
+def sort_by_expert(assignment, num_experts):
+    """The stable order of assignments by expert.
+
+    Args:
+      assignment: int32 [n], experts.
+
+    Returns:
+      (the permutation that sorts them int32 [n], its inverse int32 [n], how often each expert occurs int32 [E]).
+    """
     count = assignment.shape[0]
-    if count > _FEW_ROWS:
+    if count > FEW_ASSIGNMENTS:
         order = jnp.argsort(assignment, stable=True)
         # Not `bincount`, whose scatter adds to few addresses from many threads.
         group_sizes = jnp.sum(assignment[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
@@ -125,8 +110,10 @@ def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
     """Every token through its k experts, rows sorted by expert. x: [R, M]; returns [R, M]."""
     k = config.experts_per_token
     assignment = routing.experts.reshape(-1)  # [R * k]
-    order, inverse, group_sizes = _sort_by_expert(assignment, config.num_experts)
-    rows = _permute(jnp.repeat(x, k, axis=0), order, inverse)
+    order, inverse, group_sizes = sort_by_expert(assignment, config.num_experts)
+    rows = jnp.repeat(x, k, axis=0)
+    if x.shape[0] > 1:  # the rows of one token are the same in every order
+        rows = _permute(rows, order, inverse)
     weights = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     rows = grouped_swiglu(rows, *weights, group_sizes, implementation=config.moe_implementation)
     rows = _permute(rows, inverse, order).reshape(x.shape[0], k, -1)
