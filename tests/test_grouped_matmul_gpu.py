@@ -186,6 +186,21 @@ def test_any_number_of_rows_lowers_for_cuda(num_rows):
 
 
 @interpreter.needed
+@pytest.mark.parametrize(("columns", "counters"), [(64 * 20, 0), (64 * 300, 1)])
+def test_programs_share_many_tiles_by_a_counter_of_their_own(columns, counters):
+    """The interpreter has no counter, so this looks at the operands of the lowered kernel."""
+    shapes = ((128, 64), jnp.bfloat16), ((2, 64, columns), jnp.bfloat16), ((2,), jnp.int32)
+    with platform.target("gpu"):
+        traced = jax.jit(lambda *operands: grouped_matmul(*operands, implementation="mosaic_gpu")).trace(
+            *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+    operands = re.search(r": \((.*)\) -> ", call)[1]
+    assert operands.count("tensor<1xi32>") == 1 + counters  # the number of row tiles, and the counter
+
+
+@interpreter.needed
 @pytest.mark.parametrize(("differentiated", "written"), [(False, 1), (True, 3)])
 def test_gate_and_up_are_written_only_if_a_backward_follows(differentiated, written):
     operands, sizes, _ = swiglu_inputs("unaligned")

@@ -336,7 +336,7 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
       multiply(sums, where, step, slot): starts the products of a step.
       destination(result, where, p, first, rows): the part of a result for `rows` rows of piece p of this worker.
       finish: from a piece of the sums, and of what is beside them, to a tuple of results.
-      shared: whether programs take tiles from a counter, or every so manieth.
+      shared: whether programs take tiles from a counter, or in turns.
       beside: (load(where, p, slot, barrier), read(slot)) for the rows beside piece p, which follow the steps of a tile.
     """
     from jax.experimental import pallas as pl
