@@ -1,6 +1,7 @@
 """Trains a model: python train.py --config=configs/debug.py --workdir=runs/debug --set training.learning_rate=3e-4."""
 
 import dataclasses
+import re
 import sys
 
 from absl import app, flags, logging
@@ -18,6 +19,12 @@ flags.DEFINE_string(
     "a number: go back to that step and discard the later ones.",
 )
 flags.DEFINE_string("profile_steps", None, "FIRST:LAST optimizer steps to trace into WORKDIR/profile.")
+flags.DEFINE_string(
+    "distributed",
+    None,
+    "This process is one of several: auto, where SLURM, GKE, Open MPI or a TPU pod says which; elsewhere "
+    "HOST:PORT,COUNT,INDEX with an address of process 0, the number of processes and the number of this one.",
+)
 flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
 
 
@@ -34,6 +41,14 @@ def _check_resume(value):
     return value in ("auto", "no") or value.isdigit()
 
 
+@flags.validator("distributed", "give auto, or HOST:PORT,COUNT,INDEX with 0 <= INDEX < COUNT")
+def _check_distributed(value):
+    if value in (None, "auto"):
+        return True
+    match = re.fullmatch(r".+:\d+,(\d+),(\d+)", value)
+    return match is not None and int(match[2]) < int(match[1])
+
+
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"train.py: {argv[1]!r} is not a flag; overrides are written --set {argv[1]}")
@@ -42,9 +57,11 @@ def main(argv):
     # Imported late, so that --help and a mistyped flag answer at once.
     from mmx_jax import config_io
     from mmx_jax.config import SourceConfig
-    from mmx_jax.training import loop
+    from mmx_jax.training import loop, processes
 
     try:
+        if FLAGS.distributed is not None:
+            processes.join(FLAGS.distributed)
         config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
         if FLAGS.data:
             data = dataclasses.replace(config.data, sources=(SourceConfig(path=FLAGS.data),))

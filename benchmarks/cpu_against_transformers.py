@@ -30,7 +30,7 @@ import transformers
 from mmx_jax import config_io
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig, deepnorm_alpha
 from mmx_jax.convert.weights import save_huggingface
-from mmx_jax.models.decoder import Decoder, head_logits, init_params
+from mmx_jax.models.decoder import Decoder, init_params
 from mmx_jax.models.state import init_state
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training import step as training_step
@@ -164,8 +164,9 @@ def our_inference(model, params, prompt):
     @functools.partial(jax.jit, compiler_options=platform.compiler_options())
     def prefill(params, tokens):
         state = init_state(model, 1, PREFILL + 64)
-        out = Decoder(model).apply({"params": params}, tokens, state=state, logits=False)
-        return jnp.argmax(head_logits(out.hidden[:, -1], params["lm_head"]["kernel"]), -1), out.state
+        last = jnp.full(1, PREFILL - 1)
+        out = Decoder(model).apply({"params": params}, tokens, state=state, last=last)
+        return jnp.argmax(out.logits[:, 0], -1), out.state
 
     def decode(params, token, state):
         def one(carry, _):

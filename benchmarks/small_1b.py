@@ -19,7 +19,7 @@ import numpy as np
 
 from mmx_jax import config_io
 from mmx_jax.config import MeshConfig
-from mmx_jax.models.decoder import Decoder, head_logits, init_params
+from mmx_jax.models.decoder import Decoder, init_params
 from mmx_jax.models.state import init_state
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training import flops
@@ -95,8 +95,9 @@ def time_prefill(model, params, length, chunk):
     tokens = random_tokens(model, 1, length)
 
     def forward(params, tokens, state):
-        out = Decoder(model).apply({"params": params}, tokens, state=state, logits=False)
-        return head_logits(out.hidden[:, -1], params["lm_head"]["kernel"]), out.state
+        last = jnp.full(tokens.shape[0], tokens.shape[1] - 1)
+        out = Decoder(model).apply({"params": params}, tokens, state=state, last=last)
+        return out.logits[:, 0], out.state
 
     forward = jax.jit(forward, donate_argnums=2)
     empty = jax.jit(lambda: init_state(model, 1, length))

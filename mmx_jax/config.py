@@ -154,12 +154,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    The dense part and the experts lay themselves out apart over the same devices: what `expert` and `expert_tensor`
+    divide for experts is more data parallelism for the dense part, and what `tensor` divides for the dense part holds
+    different experts.
+    """
+
+    data: int = -1  # copies
+    fsdp: int = 1  # parameters and optimizer state in slices, gathered where they are used
+    expert: int = 1  # different experts
+    expert_tensor: int = 1  # slices of the width of each expert
+    tensor: int = 1  # heads and vocabulary; different experts
+    seq: int = 1  # tokens of a row
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)

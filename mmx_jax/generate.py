@@ -137,19 +137,22 @@ def with_slots(state: DecodeState, slots: int) -> DecodeState:
     return state.replace(layers=layers, real=jnp.pad(state.real, ((0, 0), (0, extra))))
 
 
-def _advance(config, params, tokens, mask, state):
-    """(hidden [B, T, M], state) of one piece, without slots for the columns at its right that are all padding."""
-    out = Decoder(config).apply({"params": params}, tokens, mask.astype(jnp.int32), state=state, logits=False)
+def _advance(config, params, tokens, mask, state, last=None):
+    """(hidden [B, T, M], state) of one piece, without slots for the columns at its right that are all padding.
+
+    `last` as the decoder takes it.
+    """
+    ids = mask.astype(jnp.int32)
+    out = Decoder(config).apply({"params": params}, tokens, ids, state=state, last=last, logits=False)
     used = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]) + 1, 0))
     return out.hidden, out.state.replace(cursor=state.cursor + used)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("last", "state"))
 def _prefill_piece(config, params, tokens, mask, last, state):
-    hidden, state = _advance(config, params, tokens, mask, state)
     index = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), -1), axis=1)  # of the last real token, or -1
-    found = jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((index >= 0)[:, None], found, last), state
+    hidden, state = _advance(config, params, tokens, mask, state, jnp.maximum(index, 0))
+    return jnp.where((index >= 0)[:, None], hidden[:, 0], last), state
 
 
 @jax.jit

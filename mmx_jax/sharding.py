@@ -7,12 +7,12 @@ from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ConfigError, MeshConfig
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "expert_tensor", "tensor", "seq")
 
 # Logical axis -> mesh axes. Activations name batch, length and *_act axes; parameters the others.
 RULES = {
-    "batch": ("data", "fsdp", "expert"),
-    "length": None,
+    "batch": ("data", "fsdp", "expert", "expert_tensor"),
+    "length": "seq",
     "embed_act": None,
     "heads_act": "tensor",
     "block": None,  # the scanned axis
@@ -22,9 +22,10 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
-    "experts": "expert",
+    "experts": ("expert", "tensor"),
     "router_experts": None,
-    "mlp": "tensor",
+    "mlp": "expert_tensor",
+    "dense_mlp": "tensor",  # where there is but one expert
     "norm": None,
 }
 

@@ -66,6 +66,27 @@ def grouped_matmul(lhs, rhs, group_sizes):
     return output
 
 
+def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, d_output):
+    """(output, gradients to x, w_gate, w_up and w_down) of (silu(x @ w_gate[g]) * (x @ w_up[g])) @ w_down[g]."""
+    x, w_gate, w_up, w_down, d_output = (np.asarray(a, np.float64) for a in (x, w_gate, w_up, w_down, d_output))
+    output, d_x = np.zeros_like(x), np.zeros_like(x)
+    d_w_gate, d_w_up, d_w_down = (np.zeros_like(w) for w in (w_gate, w_up, w_down))
+    row = 0
+    for g, size in enumerate(group_sizes):
+        own = slice(row, row + size)
+        row += size
+        gate, up = x[own] @ w_gate[g], x[own] @ w_up[g]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        hidden = gate * sigmoid * up
+        output[own] = hidden @ w_down[g]
+        d_hidden = d_output[own] @ w_down[g].T
+        d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_up = d_hidden * gate * sigmoid
+        d_x[own] = d_gate @ w_gate[g].T + d_up @ w_up[g].T
+        d_w_gate[g], d_w_up[g], d_w_down[g] = x[own].T @ d_gate, x[own].T @ d_up, hidden.T @ d_output[own]
+    return output, d_x, d_w_gate, d_w_up, d_w_down
+
+
 def mixture_of_experts(x, router, w_gate, w_up, w_down, k, *, capacity=None, real=None):
     """Token by token; x [R, M]. Returns (output [R, M], experts [R, k], kept bool [R, k], probability [R, E]).
 

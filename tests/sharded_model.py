@@ -19,6 +19,8 @@ MESHES = {
     "data=8": dict(data=8),
     "fsdp=8": dict(data=1, fsdp=8),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
+    "expert_tensor=4 tensor=2": dict(data=1, expert_tensor=4, tensor=2),
+    "fsdp=2 seq=4": dict(data=1, fsdp=2, seq=4),
     "data=2 expert=4": dict(data=2, expert=4),
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.models import decoder
-from pallas_kernels import platform
+from pallas_kernels import hopper, platform
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, mosaic_gpu
 from tests import interpreter, oracles
 
@@ -30,7 +30,13 @@ CASES = {
 }
 NAMES = ("output", "d_lhs", "d_rhs")
 SWIGLU_NAMES = ("output", "x", "w_gate", "w_up", "w_down")
-SWIGLU = (150, 64, 128, [40, 0, 90])
+# Name -> rows, width, inner width, sizes of the groups.
+SWIGLU = {
+    "unaligned": (150, 64, 128, [40, 0, 90]),  # and rows behind the last group
+    "several_pieces": (290, 64, 256, [3, 0, 287]),  # of the columns of a tile, and several tiles
+    "decoding": (3, 128, 64, [1, 0, 0, 2]),
+    "no_rows_used": (9, 64, 64, [0, 0]),
+}
 
 
 def inputs(case):
@@ -48,30 +54,19 @@ def inputs(case):
     )
 
 
-def swiglu_inputs():
-    num_rows, width, inner, sizes = SWIGLU
-    rng = np.random.default_rng(5)
+def swiglu_inputs(case):
+    """(x and weights, group sizes, cotangent), bfloat16. Rows of no group are NaN."""
+    num_rows, width, inner, sizes = SWIGLU[case]
+    rng = np.random.default_rng(len(case))
     up, down = (len(sizes), width, inner), (len(sizes), inner, width)
     shapes = (num_rows, width), up, up, down, (num_rows, width)
-    *arrays, d_output = (jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
-    return arrays, np.array(sizes, np.int32), d_output
-
-
-def swiglu_results(implementation, dtype):
-    arrays, sizes, d_output = swiglu_inputs()
-
-    def expert(*arrays):
-        return grouped_swiglu(*arrays, sizes, implementation=implementation)
-
-    @jax.jit
-    def both(arrays, d_output):
-        output, vjp = jax.vjp(expert, *arrays)
-        return output, *vjp(d_output)
-
-    return both([x.astype(dtype) for x in arrays], d_output.astype(dtype))
+    x, *weights, d_output = (jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    x, d_output = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, d_output))
+    return (x, *weights), np.array(sizes, np.int32), d_output
 
 
 def compute_all(path):
+    hopper.MULTIPROCESSORS = 1  # so that tiles are as wide as those of large products
     arrays = {}
     for case in CASES:
         lhs, rhs, sizes, d_output = inputs(case)
@@ -84,8 +79,18 @@ def compute_all(path):
 
         for name, x in zip(NAMES, both(lhs, rhs, d_output), strict=True):
             arrays[f"{case}/{name}"] = np.asarray(x, np.float32)
-    for name, x in zip(SWIGLU_NAMES, swiglu_results("mosaic_gpu", jnp.bfloat16), strict=True):
-        arrays[f"swiglu/{name}"] = np.asarray(x, np.float32)
+    for case in SWIGLU:
+        operands, sizes, d_output = swiglu_inputs(case)
+
+        @jax.jit
+        def both(operands, d_output, sizes=sizes):
+            expert = lambda *operands: grouped_swiglu(*operands, sizes, implementation="mosaic_gpu")  # noqa: E731
+            output, vjp = jax.vjp(expert, *operands)
+            return expert(*operands), output, *vjp(d_output)
+
+        names = ("without_gradients", *SWIGLU_NAMES)
+        for name, x in zip(names, both(operands, d_output), strict=True):
+            arrays[f"swiglu/{case}/{name}"] = np.asarray(x, np.float32)
     np.savez(path, **arrays)
 
 
@@ -111,11 +116,15 @@ def test_matches_the_loop_with_gradients(computed, case):
 
 
 @interpreter.needed
-def test_swiglu_is_the_experts_with_gradients(computed):
-    want = dict(zip(SWIGLU_NAMES, swiglu_results("reference", jnp.float32), strict=True))
-    for name in SWIGLU_NAMES:
+@pytest.mark.parametrize("case", SWIGLU)
+def test_swiglu_is_the_experts_with_gradients(computed, case):
+    operands, sizes, d_output = swiglu_inputs(case)
+    want = oracles.grouped_swiglu(*operands, sizes, d_output)
+    for name, x in zip(SWIGLU_NAMES, want, strict=True):
         # Gate, up and hidden are rounded to bfloat16 on the way.
-        assert oracles.relative_error(computed[f"swiglu/{name}"], want[name]) < 8e-3, name
+        assert oracles.relative_error(computed[f"swiglu/{case}/{name}"], x) < 8e-3, name
+    # The same products, but that neither gate nor up is written.
+    np.testing.assert_array_equal(computed[f"swiglu/{case}/without_gradients"], computed[f"swiglu/{case}/output"])
 
 
 def test_tiles_cover_every_row_once():
@@ -136,7 +145,7 @@ def test_tiles_cover_every_row_once():
 
 @interpreter.needed
 def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
-    """Lowering needs no GPU. "dots" repeats no product of the experts in the backward, "full" three a layer."""
+    """Lowering needs no GPU. "dots" repeats no kernel of the experts in the backward, "full" two a layer."""
     layers = 2
     config = ModelConfig(
         vocab_size=64, hidden_size=128, num_layers=layers, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
@@ -161,7 +170,36 @@ def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
     assert kernels < sum(calls.values()) / 2  # the layers share them
     assert lowered("dots")[0] == calls
     full = lowered("full")[0]
-    assert full - calls == collections.Counter(_multiply_rows=3 * layers, _jitted_scan=layers)
+    assert full - calls == collections.Counter(_multiply_rows=2 * layers, _jitted_scan=layers)
+
+
+@interpreter.needed
+@pytest.mark.parametrize("num_rows", [2, 8, 10, 133])
+def test_any_number_of_rows_lowers_for_cuda(num_rows):
+    def both(lhs, rhs, sizes):
+        return jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, implementation="mosaic_gpu"), lhs, rhs)[1](lhs)
+
+    shapes = ((num_rows, 64), jnp.bfloat16), ((3, 64, 64), jnp.bfloat16), ((3,), jnp.int32)
+    with platform.target("gpu"):
+        traced = jax.jit(both).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        assert "custom_call @mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@interpreter.needed
+@pytest.mark.parametrize(("differentiated", "written"), [(False, 1), (True, 3)])
+def test_gate_and_up_are_written_only_if_a_backward_follows(differentiated, written):
+    operands, sizes, _ = swiglu_inputs("unaligned")
+
+    def expert(*operands):
+        return grouped_swiglu(*operands, sizes, implementation="mosaic_gpu")
+
+    compute = (lambda *operands: jax.vjp(expert, *operands)) if differentiated else expert
+    with platform.target("gpu"):
+        text = jax.jit(compute).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    results = [line.split("->")[-1] for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    inner = SWIGLU["unaligned"][2]
+    assert len(results) == 2  # gate, up and hidden; the output
+    assert sum(line.count(f"x{inner}xbf16>") for line in results) == written
 
 
 @pytest.mark.parametrize(

@@ -456,6 +456,24 @@ def test_chunked_continuation_equals_whole():
     assert_close(np.asarray(stateless.logits)[mask], np.asarray(whole.logits)[mask])
 
 
+@pytest.mark.parametrize("pattern", [("lightning", "softmax"), ("lightning",) * 3 + ("softmax",), ("lightning",) * 4])
+def test_last_positions_alone_are_those_of_all(pattern):
+    """Scanned and single blocks, with either kind of layer last; a ragged second piece behind a ragged first one."""
+    config = small_config(layer_pattern=pattern)
+    params, tokens = small_params(config), random_tokens(2, 25)
+    real = np.ones((2, 25), np.int32)
+    real[0, 20:], real[1, 5:9], real[1, 23:] = 0, 0, 0
+    state = forward(config, params, tokens[:, :9], real[:, :9], init_state(config, 2, 32)).state
+    whole = forward(config, params, tokens[:, 9:], real[:, 9:], state)
+    last = np.array([10, 13])
+    alone = jit(
+        lambda config, *inputs: Decoder(config).apply({"params": inputs[0]}, *inputs[1:3], state=state, last=last)
+    )(config, params, tokens[:, 9:], real[:, 9:])
+    assert alone.logits.shape == (2, 1, config.vocab_size)
+    assert_close(alone.logits[:, 0], np.asarray(whole.logits)[np.arange(2), last], 2e-6)
+    assert_trees_close(alone.state, whole.state, 1e-6)
+
+
 def masked_slots(leaf, real):
     """Key-value caches [N, B, K, S, D] at real slots alone: what lies in the others is never read."""
     if leaf.ndim != 5 or leaf.shape[3] != 40:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from mmx_jax import metrics
 from mmx_jax.config_io import config_from_json
+from mmx_jax.training import processes
 from tests.processes_worker import TINY
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -251,3 +252,41 @@ def test_import_onto_a_mesh_reads_in_each_process_what_its_shards_need(two, mesh
     if mesh == "expert":
         assert not any(".experts.2." in name or ".experts.3." in name for name in first)  # not even opened
         assert not any(".experts.0." in name or ".experts.1." in name for name in second)
+
+
+def test_train_py_joins_processes(folder):
+    """The flag alone: what the runs do together is tested above."""
+    (folder / "flag.py").write_text(
+        "import pathlib\nfrom tests.processes_worker import config_of_run\n"
+        f"get_config = lambda: config_of_run(pathlib.Path({str(folder)!r}), data=2)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "train.py", f"--config={folder}/flag.py", f"--workdir={folder}/flag", "--steps=2"]
+    runs = [
+        subprocess.Popen(
+            [*command, f"--distributed={address},2,{index}"],
+            cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [run.communicate(timeout=150) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert "512 tokens" in outputs[0][0]  # 2 steps of 256
+    assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
+    assert len(list((folder / "flag/checkpoints").iterdir())) == 1
+
+
+def test_a_process_that_waits_in_vain_says_for_whom(monkeypatch):
+    monkeypatch.setattr(processes, "_JOIN_SECONDS", 0)
+    with pytest.raises(RuntimeError, match=r"process 0 does not answer at 127\.0\.0\.1:1 after 0 s"):
+        processes.join("127.0.0.1:1,2,1")
+
+
+@pytest.mark.parametrize("value", ["host", "host:1,2", "host:1,2,2", "host:x,2,1"])
+def test_bad_addresses_are_refused(value):
+    command = [sys.executable, "train.py", "--config=configs/debug.py", f"--distributed={value}"]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert finished.returncode and "give auto, or HOST:PORT,COUNT,INDEX" in finished.stderr

@@ -42,6 +42,8 @@ def report():
         ("data=8", 1, False),
         ("fsdp=8", 1, True),
         ("data=2 fsdp=2 tensor=2", 2, True),
+        ("expert_tensor=4 tensor=2", 2, True),
+        ("fsdp=2 seq=4", 4, True),
         ("data=2 expert=4", 1, True),
         ("data=2 expert=4 with capacity", 1, True),
     ],
@@ -58,7 +60,7 @@ def test_sharded_equals_unsharded(report, mesh, rows_per_device, sharded):
 
 def test_rules_give_mesh_axes():
     assert logical_to_spec(("embed", "qkv", "heads", "head_dim")) == P("fsdp", None, "tensor", None)
-    assert logical_to_spec(("batch", None)) == P(("data", "fsdp", "expert"), None)
+    assert logical_to_spec(("batch", None)) == P(("data", "fsdp", "expert", "expert_tensor"), None)
 
 
 def test_unknown_logical_axis_is_an_error():
@@ -78,13 +80,13 @@ def test_shapes_that_do_not_divide_are_an_error():
         vocab_size=60, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=8,
         num_kv_heads=2, head_dim=8, rotary_dim=4, mlp_dim=48, num_experts=4,
     )  # fmt: skip
-    many_kv_heads = dataclasses.replace(config, num_kv_heads=8)
+    many_kv_heads = dataclasses.replace(config, num_kv_heads=8, num_experts=8)
     with pytest.raises(ConfigError, match=r"embed/embedding \(60, 32\): axis 'vocab' of size 60 .* 8 devices"):
-        param_shardings(many_kv_heads, AbstractMesh((1, 1, 1, 8), MESH_AXES))
+        param_shardings(many_kv_heads, AbstractMesh((1, 1, 1, 1, 8, 1), MESH_AXES))
     with pytest.raises(ConfigError, match=r"attention/key .*: axis 'kv_heads' of size 2 .* 4 devices"):
-        param_shardings(config, AbstractMesh((1, 1, 1, 4), MESH_AXES))
-    with pytest.raises(ConfigError, match=r"axis 'experts' of size 4 .* 3 devices of mesh axis expert"):
-        param_shardings(config, AbstractMesh((1, 1, 3, 1), MESH_AXES))
+        param_shardings(config, AbstractMesh((1, 1, 1, 1, 4, 1), MESH_AXES))
+    with pytest.raises(ConfigError, match=r"axis .experts. of size 4 .* 3 devices of mesh axis .*expert"):
+        param_shardings(config, AbstractMesh((1, 1, 3, 1, 1, 1), MESH_AXES))
 
 
 def test_wrong_number_of_devices_is_an_error():

@@ -219,6 +219,59 @@ gradient_written_inside.defvjp(
 )
 
 
+class PaddedCudnnByItsContract:
+    """Attention over the first keys of each row, or causal attention, in cuDNN's layout [B, H, T, D]."""
+
+    class MaskType:
+        CAUSAL, PADDING = "causal", "padding"
+
+    @staticmethod
+    def dot_product_attention(
+        q, k, v, *, scale, mask_type, qkv_layout, return_residual, q_seqlen=None, kv_seqlen=None
+    ):  # fmt: skip
+        assert qkv_layout == "BNTH" and return_residual and (mask_type == "causal") == (kv_seqlen is None)
+        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, precision="highest") * scale
+        if mask_type == "causal":
+            assert q.shape[2] == k.shape[2]
+            seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+        else:
+            assert q_seqlen.tolist() == [q.shape[2]] * q.shape[0] and bool(jnp.all(kv_seqlen > 0))
+            seen = (jnp.arange(k.shape[2]) < kv_seqlen[:, None])[:, None, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        output = jnp.einsum("bhts,bhsd->bhtd", jax.nn.softmax(scores, axis=-1), v, precision="highest")
+        return output, jax.nn.logsumexp(scores, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("cursor", "padding", "on_cudnn"),
+    [
+        (0, (), True),
+        (16, (), True),
+        (16, [(0, 11, 16), (1, 30, 33)], True),  # (row, start, stop): behind the tokens of either part
+        (16, [(1, 0, 16)], True),
+        (16, [(1, 3, 5)], False),  # between tokens of the cache
+        (16, [(0, 16, 20)], False),  # before the new tokens
+    ],
+)
+def test_cache_on_cudnn_by_its_contract(monkeypatch, cursor, padding, on_cudnn):
+    monkeypatch.setitem(sys.modules, "jax._src.cudnn.fused_attention_stablehlo", PaddedCudnnByItsContract)
+    length, slots = 17, 40
+    q = random_qkv(length)[0]
+    key, value = (x.swapaxes(1, 2) for x in random_qkv(slots, seed=1)[1:])
+    real = np.broadcast_to(np.arange(slots) < cursor + length, (2, slots)).copy()
+    for row, start, stop in padding:
+        real[row, start:stop] = False
+    blockwise = attention_ops._blockwise_over_cache
+    want = blockwise(q, key, value, cursor, real, BLOCK)
+    poison = jnp.nan if on_cudnn else 1.0
+    monkeypatch.setattr(attention_ops, "_blockwise_over_cache", lambda *inputs: blockwise(*inputs) * poison)
+    with jax.disable_jit():
+        got = cached_attention(q, key, value, cursor, real, implementation="cudnn", block=BLOCK)
+    queries = real[:, cursor : cursor + length]
+    np.testing.assert_allclose(np.asarray(got)[queries], np.asarray(want)[queries], rtol=2e-5, atol=2e-6)
+
+
 class CudnnByItsContract:
     """Attention over ragged sequences, as cuDNN's packed layout is documented.
 

@@ -142,7 +142,7 @@ def _document_table(runs, count):
     return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(lengths > 0, lengths, -1)
 
 
-def cached_attention(q, key, value, cursor, real, *, block=512):
+def cached_attention(q, key, value, cursor, real, *, implementation="auto", block=512):
     """Attention of new tokens over a cache that already holds them.
 
     Args:
@@ -150,10 +150,53 @@ def cached_attention(q, key, value, cursor, real, *, block=512):
       key, value: [B, K, S, D].
       cursor: int32 (), slot of the first query.
       real: bool [B, S], slots that hold a token.
+      implementation: "cudnn" (NVIDIA GPU, bfloat16), or "auto", which takes it for several tokens where it can.
+        The others of `IMPLEMENTATIONS` mean blocks of `block` slots.
 
     Returns:
-      [B, T, H, D] in the dtype of `q`.
+      [B, T, H, D] in the dtype of `q`; any number at padding.
     """
+    length = q.shape[1]
+    bfloat16 = q.dtype == key.dtype == jnp.bfloat16
+    if implementation == "cudnn" or (implementation == "auto" and platform.platform() == "gpu" and bfloat16):
+        if length > 1:
+            return _cudnn_over_cache(q, key, value, cursor, real, block)
+    return _blockwise_over_cache(q, key, value, cursor, real, block)
+
+
+def _cudnn_over_cache(q, key, value, cursor, real, block):
+    """Two calls, over the slots before `cursor` and over the new ones, merged by their sums of exponentials.
+
+    They know how many tokens a row has, not where: rows whose padding is not all behind their tokens, in either part,
+    go blockwise.
+    """
+    # jax's public function rounds the logarithms of the sums to bfloat16.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    batch, length, _, dim = q.shape
+    own_slots = functools.partial(lax.dynamic_slice_in_dim, start_index=cursor, slice_size=length)
+    past = real & (jnp.arange(real.shape[1]) < cursor)
+    past_lengths = jnp.sum(past, axis=1, dtype=jnp.int32)
+    in_order = jnp.array([jnp.all(x[:, 1:] <= x[:, :-1]) for x in (past, own_slots(real, axis=1))])
+
+    def attend(q, key, value):
+        call = functools.partial(
+            dot_product_attention, q.swapaxes(1, 2), scale=1 / np.sqrt(dim), qkv_layout="BNTH", return_residual=True
+        )
+        own, own_log_sum = call(own_slots(key, axis=2), own_slots(value, axis=2), mask_type=MaskType.CAUSAL)
+        before, before_log_sum = call(
+            key, value, q_seqlen=jnp.full(batch, length, jnp.int32), kv_seqlen=jnp.maximum(past_lengths, 1),
+            mask_type=MaskType.PADDING,
+        )  # fmt: skip
+        share = jnp.where(past_lengths[:, None, None] > 0, jax.nn.sigmoid(before_log_sum - own_log_sum), 0)[..., None]
+        return (own * (1 - share) + before * share).astype(q.dtype).swapaxes(1, 2)
+
+    return lax.cond(
+        jnp.all(in_order), attend, lambda *qkv: _blockwise_over_cache(*qkv, cursor, real, block), q, key, value
+    )
+
+
+def _blockwise_over_cache(q, key, value, cursor, real, block):
     length = q.shape[1]
     # Blocks of queries too: each reads the cache only up to its own last slot, and its scores stay small. On
     # accelerators a trip round the loop over key blocks costs more than the scores that are masked. On the CPU larger

@@ -5,7 +5,7 @@ from jax import lax
 
 from pallas_kernels.lightning_attention import document_runs
 
-__all__ = ["document_positions", "document_runs"]
+__all__ = ["at_positions", "document_positions", "document_runs"]
 
 
 def document_positions(runs):
@@ -21,3 +21,10 @@ def document_positions(runs):
     seen = jnp.pad(lax.cummax(runs, axis=1), ((0, 0), (1, 0)))[:, :-1]
     start = lax.cummax(jnp.where(runs > seen, count, 0), axis=1)
     return jnp.maximum(count - start, 0).astype(jnp.int32)
+
+
+def at_positions(x, index):
+    """[B, 1, ...]: of each row of x [B, T, ...] the position that index, int32 [B], names. None: x itself."""
+    if x is None or index is None:
+        return x
+    return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)

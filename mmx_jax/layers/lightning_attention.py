@@ -5,6 +5,7 @@ import numpy as np
 from flax import linen as nn
 
 from mmx_jax.config import ModelConfig
+from mmx_jax.layers.documents import at_positions
 from mmx_jax.layers.norm import gated_rms_norm
 from mmx_jax.layers.projection import deepnorm_gain, einsum, silu, weight
 from mmx_jax.sharding import constrain
@@ -24,12 +25,15 @@ def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
 
 
 class LightningAttention(nn.Module):
-    """Spec C.3. Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one."""
+    """Spec C.3. Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one.
+
+    `last`: int32 [B], the only position of each row whose output is wanted; it is [B, 1, M] then.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, slopes, segment_ids, state=None):
+    def __call__(self, x, slopes, segment_ids, state=None, last=None):
         c = self.config
         heads, dim, embed = c.num_heads, c.head_dim, c.hidden_size
         inner = heads * dim
@@ -60,6 +64,7 @@ class LightningAttention(nn.Module):
                 chunk_size=c.lightning_chunk, implementation=c.lightning_implementation,
             )  # fmt: skip
             state = None if state is None else next_state
+        x, output = at_positions(x, last), at_positions(output, last)
         gate = einsum("btm,mf->btf", x, w_gate.reshape(embed, inner))
         output = gated_rms_norm(output, gate, scale.reshape(inner), c.lightning_norm_eps)
         output = constrain(output, "batch", "length", "heads_act")

@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.documents import document_positions, document_runs
+from mmx_jax.layers.documents import at_positions, document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
 from mmx_jax.layers.moe import MixtureOfExperts, RouterStats
 from mmx_jax.layers.norm import RMSNorm
@@ -26,15 +26,17 @@ class LayerInputs(NamedTuple):
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array | None  # int32 [B, T], 0 at padding
     view: CacheView | None  # of the key-value caches, when decoding
+    last: jax.Array | None = None  # int32 [B], the only position of each row that is wanted behind this layer
 
 
 def _attend_lightning(config, x, shared, slopes, state):
-    return LightningAttention(config, name="attention")(x, slopes, shared.segment_ids, state)
+    return LightningAttention(config, name="attention")(x, slopes, shared.segment_ids, state, shared.last)
 
 
 def _attend_softmax(config, x, shared, slopes, state):
     del slopes
-    return SoftmaxAttention(config, name="attention")(x, shared.positions, shared.segment_ids, state, shared.view)
+    attention = SoftmaxAttention(config, name="attention")
+    return attention(x, shared.positions, shared.segment_ids, state, shared.view, shared.last)
 
 
 # Kind of layer -> (config, x, LayerInputs, slopes [H], state) -> (output, state).
@@ -73,9 +75,10 @@ class DecoderLayer(nn.Module):
         r = normed("attention_norm", x)
         update, state = LAYER_KINDS[self.kind](c, r, shared, slopes, state)
         update = checkpoint_name(update, "attention_out")
+        x, r, segment_ids = (at_positions(y, shared.last) for y in (x, r, shared.segment_ids))
         x = residual(x, r, update, alpha, beta)
         r = normed("mlp_norm", x)
-        update, stats = MixtureOfExperts(c, name="mlp")(r, shared.segment_ids)
+        update, stats = MixtureOfExperts(c, name="mlp")(r, segment_ids)
         return residual(x, r, update, c.mlp_alpha, c.mlp_beta), state, stats
 
 
@@ -97,16 +100,22 @@ class HybridBlock(nn.Module):
         stats = []
         for i, kind in enumerate(c.layer_pattern):
             name = f"layer_{i}"
+            # The blocks of a scan are one program, so that its last layer cannot do less than the layers before it.
+            final = c.num_blocks == 1 and i == len(c.layer_pattern) - 1
+            own = shared if final else shared._replace(last=None)
             state = None
             if states is not None:
                 # The stacked states ride in the carry: as scan inputs and outputs they would be copied whole.
                 state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, index, keepdims=False), states[name])
-            x, state, layer_stats = layer_class(c, kind, name=name)(x, shared, slopes[i], state)
+            x, state, layer_stats = layer_class(c, kind, name=name)(x, own, slopes[i], state)
             if states is not None:
                 put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
                 states = {**states, name: jax.tree.map(lambda s, new, put=put: put(s, new), states[name], state)}
             stats.append(layer_stats)
-        return (x, states), jax.tree.map(lambda *s: jnp.stack(s), *stats)
+        stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
+        if x.shape == carry[0].shape:
+            return (x, states), (stats, None)
+        return (carry[0], states), (stats, x)  # picked positions, in a shape that a scan cannot carry
 
 
 class VocabularyMatrix(nn.Module):
@@ -137,7 +146,9 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, segment_ids=None, positions=None, *, state: DecodeState | None = None, logits=True):
+    def __call__(
+        self, tokens, segment_ids=None, positions=None, *, state: DecodeState | None = None, last=None, logits=True
+    ):
         """Runs the model over whole rows, or over the next tokens of the sequences in `state`.
 
         Args:
@@ -146,12 +157,15 @@ class Decoder(nn.Module):
             row. With `state` a row is one sequence, and only padding is read from it.
           positions: int32 [B, T] for RoPE; None counts the real tokens of each document from 0.
           state: continue from it; its slots must hold T more tokens.
+          last: with `state`, int32 [B]: the last real position of each row, where it alone is wanted. Hidden and
+            logits are then [B, 1, ...], and the last layer leaves out what only other positions need.
           logits: False leaves the head out.
         """
         c = self.config
         table = VocabularyMatrix(c, "embedding", name="embed")()
         head = VocabularyMatrix(c, "kernel", name="lm_head")()
         shared, state = _layer_inputs(tokens, segment_ids, positions, state)
+        shared = shared._replace(last=last)
         x = constrain(jnp.take(table, tokens, axis=0).astype(c.dtype), "batch", "length", "embed_act")
 
         blocks = nn.scan(
@@ -165,8 +179,9 @@ class Decoder(nn.Module):
         )(c, name="blocks")
         slopes = decay_slopes(c.num_layers, c.num_heads).reshape(c.num_blocks, len(c.layer_pattern), c.num_heads)
         scanned = jnp.arange(c.num_blocks), jnp.asarray(slopes)
-        (x, layers), stats = blocks((x, state.layers if state is not None else None), scanned, shared)
+        (x, layers), (stats, picked) = blocks((x, state.layers if state is not None else None), scanned, shared)
 
+        x = at_positions(x, last) if picked is None else picked[0]
         hidden = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
         stats = jax.tree.map(lambda s: s.reshape(c.num_layers, *s.shape[2:]), stats)
         state = None if state is None else state.replace(layers=layers)

@@ -5,12 +5,55 @@ Every process must come to each of these calls, in the same order.
 
 import contextlib
 import json
+import socket
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_JOIN_SECONDS = 300
 _CHUNK_BYTES = 4096  # texts are padded to a multiple, so that few sizes are compiled
+
+
+def join(address: str):
+    """Joins the processes of one run, before anything else asks jax for devices.
+
+    Args:
+      address: "auto", or "HOST:PORT,COUNT,INDEX".
+
+    Raises:
+      RuntimeError: process 0 is not reached, or nothing says how many processes there are.
+    """
+    settings = {}
+    if address != "auto":
+        coordinator, count, index = address.rsplit(",", 2)
+        if int(index) > 0:
+            _await(coordinator)
+        settings = dict(coordinator_address=coordinator, num_processes=int(count), process_id=int(index))
+    try:
+        jax.distributed.initialize(**settings, initialization_timeout=_JOIN_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeError(
+            f"--distributed={address}: {str(error).splitlines()[0]} Nothing on this machine says which processes "
+            "make up the run? Give HOST:PORT,COUNT,INDEX"
+        ) from error
+
+
+def _await(coordinator):
+    """Returns once process 0 listens: jax itself ends a process that waits in vain with no more than a stack."""
+    host, port = coordinator.rsplit(":", 1)
+    deadline = time.monotonic() + _JOIN_SECONDS
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"--distributed: process 0 does not answer at {coordinator} after {_JOIN_SECONDS} s ({error}); "
+                    "start it too, at an address that this machine reaches"
+                ) from error
+            time.sleep(0.5)
 
 
 def is_first() -> bool:

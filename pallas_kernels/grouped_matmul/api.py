@@ -116,11 +116,12 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(implementation, x, w_gate, w_up, w_down, group_sizes):
-    return IMPLEMENTATIONS[implementation].swiglu_forward(x, w_gate, w_up, w_down, group_sizes)[0]
+    return IMPLEMENTATIONS[implementation].swiglu_forward(x, w_gate, w_up, w_down, group_sizes, differentiated=False)[0]
 
 
 def _swiglu_forward(implementation, *inputs):
-    output, residuals = checkpoint_name(IMPLEMENTATIONS[implementation].swiglu_forward(*inputs), "grouped_swiglu")
+    results = IMPLEMENTATIONS[implementation].swiglu_forward(*inputs, differentiated=True)
+    output, residuals = checkpoint_name(results, "grouped_swiglu")
     return output, (inputs, residuals)
 
 

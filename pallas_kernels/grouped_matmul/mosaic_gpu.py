@@ -3,7 +3,8 @@
 Both walk tiles of their output. One group of threads of a program keeps a ring of shared memory filled by TMA, also
 across tiles; the workers multiply on the tensor cores, each 64 rows of a tile, and accumulate in registers.
 
-- `_multiply_rows`: rows of a group times its matrix, for the forward and for the gradient to the rows.
+- `_multiply_rows`: rows of a group times its matrix, for the forward and for the gradient to the rows. The activation
+  of an expert is computed where its product leaves the registers: gate and up are two products of one kernel.
 - `_multiply_columns`: the gradient to the matrices, rows^T @ rows over the rows of each group.
 
 TMA reads and writes swizzled blocks at rows that are multiples of 8, so the first block of a group may begin with
@@ -42,33 +43,55 @@ def check(lhs, rhs):
 
 def forward(lhs, rhs, group_sizes):
     """See `api.grouped_matmul`."""
-    return _rows([lhs], [rhs], group_sizes, transposed=False)
+    return _rows([(lhs, [rhs])], group_sizes)[0]
 
 
 def backward(lhs, rhs, group_sizes, d_output):
     """Gradients to lhs and rhs."""
     d_output = d_output.astype(lhs.dtype)
-    return _rows([d_output], [rhs], group_sizes, transposed=True), _columns(lhs, d_output, group_sizes)
+    (d_lhs,) = _rows([(d_output, [rhs])], group_sizes, transposed=True)
+    return d_lhs, _columns(lhs, d_output, group_sizes)
 
 
-def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
+def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
     """See `api.grouped_swiglu`; returns (output, residuals of the backward)."""
-    gate, up = (forward(x, w, group_sizes) for w in (w_gate, w_up))
-    return forward(swiglu.activate(gate, up), w_down, group_sizes), (gate, up)
+    finish = _activate_and_keep if differentiated else _activate
+    hidden, *residuals = _rows([(x, [w_gate, w_up])], group_sizes, finish=finish)
+    return forward(hidden, w_down, group_sizes), residuals
 
 
 def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
     """Gradients to x, w_gate, w_up and w_down."""
     d_output = d_output.astype(x.dtype)
-    d_hidden = _rows([d_output], [w_down], group_sizes, transposed=True)
-    hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
-    d_x = _rows([d_gate, d_up], [w_gate, w_up], group_sizes, transposed=True)
+    hidden, d_gate, d_up = _rows(
+        [(d_output, [w_down])], group_sizes, transposed=True, beside=residuals, finish=_activate_backward
+    )
+    (d_x,) = _rows([(d_gate, [w_gate]), (d_up, [w_up])], group_sizes, transposed=True)
     return d_x, *(_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
 
 
+# What becomes of the sums of a piece of rows, float32, before they are rounded and written.
+def _as_it_is(total):
+    return (total,)
+
+
+def _activate(gate, up):
+    return (swiglu.activate(gate, up),)
+
+
+def _activate_and_keep(gate, up):
+    return swiglu.activate(gate, up), gate, up
+
+
+def _activate_backward(d_hidden, gate, up):
+    return swiglu.activate_backward(gate, up, d_hidden)
+
+
 # Jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
-def _rows(lhs, rhs, group_sizes, *, transposed):
-    return _multiply_rows(lhs, rhs, group_sizes, transposed=transposed, interpreted=platform() == "cpu")
+def _rows(terms, group_sizes, *, transposed=False, beside=(), finish=_as_it_is):
+    return _multiply_rows(
+        terms, beside, group_sizes, transposed=transposed, finish=finish, interpreted=platform() == "cpu"
+    )
 
 
 def _columns(lhs, rhs, group_sizes):
@@ -81,84 +104,127 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(workers, columns, tiles_of):
+def _tiling(workers, columns, tiles_of, *, matrices=1, beside=False):
     """The widest tile that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes for its products.
 
     Args:
       tiles_of: from (rows, columns) of a tile to the number of tiles.
+      matrices: how many products a tile is of, side by side in the registers of a worker.
+      beside: whether the ring brings rows beside the products, too.
     """
-    widths = [width for width in (256, 128, 64) if columns % width == 0]
+    widths = [width for width in (256, 128, 64) if width * matrices <= 256 and columns % width == 0]
     width = next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
-    stage = (workers * ROWS + width) * DEPTH * 2
+    block = max(width, workers * ROWS) if beside else width
+    stage = (workers * ROWS + matrices * block) * DEPTH * 2
     spared = workers * 2 * ROWS * PIECE * 2 + 2048  # outputs on their way, barriers
     return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "interpreted"))
-def _multiply_rows(lhs, rhs, group_sizes, *, transposed, interpreted):
-    """sum_i lhs[i] @ rhs[i][g] for the rows of group g, or @ rhs[i][g]^T if `transposed`. Returns [R, N]."""
-    num_rows, depth = lhs[0].shape
+@functools.partial(jax.jit, static_argnames=("transposed", "finish", "interpreted"))
+def _multiply_rows(terms, beside, group_sizes, *, transposed, finish, interpreted):
+    """finish(sum_i lhs_i @ rhs_i[0][g], sum_i lhs_i @ rhs_i[1][g], ..., *beside) for the rows of group g.
+
+    Args:
+      terms: pairs (lhs_i [R, K], rhs_i: matrices [G, K, N], or [G, N, K] if `transposed`).
+      beside: none or two arrays [R, N].
+      finish: from float32 sums and rows of `beside` to a tuple of results. 0 gives 0.
+
+    Returns:
+      [R, N] for each result.
+    """
+    real_rows = terms[0][0].shape[0]
+    terms, beside = [(_whole_blocks(lhs), rhs) for lhs, rhs in terms], [_whole_blocks(x) for x in beside]
+    num_rows, depth = terms[0][0].shape
+    dtype = terms[0][0].dtype
     groups = group_sizes.shape[0]
-    columns = rhs[0].shape[1 if transposed else 2]
+    matrices = len(terms[0][1])
+    columns = terms[0][1][0].shape[1 if transposed else 2]
     occupied = min(groups, num_rows)
     # Few rows, as in decoding, read the matrices once whatever the tile.
     workers = 1 if num_rows <= ROWS * groups else 2
     tiling = _tiling(
-        workers, columns, lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width
-    )
+        workers, columns, lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width,
+        matrices=matrices, beside=bool(beside),
+    )  # fmt: skip
     tile_rows, width = tiling.workers * ROWS, tiling.columns
     table, used = _row_tiles(group_sizes, num_rows, tile_rows)
     steps, column_tiles = depth // DEPTH, columns // width
-    pairs = len(lhs)
+    arrays, structure = jax.tree.flatten((terms, beside))
 
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    piece = jax.ShapeDtypeStruct((ROWS, PIECE), jnp.float32)
+    results = len(jax.eval_shape(finish, *[piece] * (matrices + len(beside))))
+
     def kernel(table_ref, used_ref, *refs):
-        lhs_refs, rhs_refs, (out_ref, *scratch) = refs[:pairs], refs[pairs : 2 * pairs], refs[2 * pairs :]
+        term_refs, beside_refs = structure.unflatten(refs[: len(arrays)])
+        out_refs, scratch = refs[len(arrays) :][:results], refs[len(arrays) + results :]
         lhs_smem, rhs_smem, *_ = scratch
         worker = lax.axis_index("thread")
+        own_rows = pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)
 
         def locate(index):
             row, column = plgpu.planar_snake(index, (used_ref[0], column_tiles), 1, min(PANEL, column_tiles))
             group, start, first, last = (table_ref[row, i] for i in range(4))
-            here = jnp.where(group < groups, pairs * steps, 0)  # rows behind the last group are 0
+            here = jnp.where(group < groups, len(terms) * steps, 0)  # rows behind the last group are 0
             own = _inside(first, last, worker)
             return here, own, (group, pl.multiple_of(start, ALIGNMENT), pl.multiple_of(column * width, PIECE))
 
         def load(where, step, slot, barrier):
             group, start, column = where
-            for i in range(pairs):
+            for i, (lhs_ref, rhs_refs) in enumerate(term_refs):
 
                 @pl.when(step // steps == i)
-                def _(i=i):
+                def _(i=i, lhs_ref=lhs_ref, rhs_refs=rhs_refs):
                     inner = pl.ds((step - i * steps) * DEPTH, DEPTH)
                     outer = pl.ds(column, width)
-                    own = rhs_refs[i].at[(group, outer, inner) if transposed else (group, inner, outer)]
-                    plgpu.copy_gmem_to_smem(lhs_refs[i].at[pl.ds(start, tile_rows), inner], lhs_smem.at[slot], barrier)
-                    plgpu.copy_gmem_to_smem(own, rhs_smem.at[slot], barrier)
+                    plgpu.copy_gmem_to_smem(lhs_ref.at[pl.ds(start, tile_rows), inner], lhs_smem.at[slot], barrier)
+                    for ref, smem in zip(rhs_refs, rhs_smem, strict=True):
+                        own = ref.at[(group, outer, inner) if transposed else (group, inner, outer)]
+                        plgpu.copy_gmem_to_smem(own, matrix(smem, slot), barrier)
 
-        def multiply(acc, where, step, slot):
-            matrix = rhs_smem.at[slot]
-            matrix = matrix.transpose((1, 0)) if transposed else matrix
-            plgpu.wgmma(acc, lhs_smem.at[slot, pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)], matrix)
-
-        def destination(where, piece, first, rows):
+        def load_beside(where, p, slot, barrier):
             _, start, column = where
-            return out_ref.at[pl.ds(start + worker * ROWS + first, rows), pl.ds(column + piece * PIECE, PIECE)]
+            own = pl.ds(start, tile_rows), pl.ds(column + p * PIECE, PIECE)
+            for ref, smem in zip(beside_refs, (lhs_smem, rhs_smem[0]), strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[own], smem.at[slot, pl.ds(0, tile_rows)], barrier)
 
-        _walk(tiling, used_ref[0] * column_tiles, scratch, locate, load, multiply, destination)
+        def read_beside(slot):
+            blocks = (smem.at[slot, own_rows] for smem in (lhs_smem, rhs_smem[0]))
+            return [plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for block in blocks]
 
-    return _call(
-        kernel, (table, used, *lhs, *rhs), jax.ShapeDtypeStruct((num_rows, columns), lhs[0].dtype), tiling,
-        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width),
+        def matrix(smem, slot):
+            return smem.at[slot, pl.ds(0, width)] if transposed else smem.at[slot]
+
+        def multiply(sums, where, step, slot):
+            for total, smem in zip(sums, rhs_smem, strict=True):
+                own = matrix(smem, slot)
+                plgpu.wgmma(total, lhs_smem.at[slot, own_rows], own.transpose((1, 0)) if transposed else own)
+
+        def destination(result, where, p, first, rows):
+            _, start, column = where
+            own = pl.ds(start + worker * ROWS + first, rows), pl.ds(column + p * PIECE, PIECE)
+            return out_refs[result].at[own]
+
+        _walk(
+            tiling, used_ref[0] * column_tiles, scratch, locate, load, multiply, destination, finish,
+            beside=(load_beside, read_beside) if beside else None,
+        )  # fmt: skip
+
+    block = max(width, tile_rows) if beside else width
+    outputs = _call(
+        kernel, (table, used, *arrays), [jax.ShapeDtypeStruct((num_rows, columns), dtype)] * results, tiling,
+        lhs_block=(tile_rows, DEPTH), rhs_block=(block, DEPTH) if transposed else (DEPTH, width), matrices=matrices,
         interpreted=interpreted,
     )  # fmt: skip
+    return [x[:real_rows] for x in outputs]
 
 
 @functools.partial(jax.jit, static_argnames="interpreted")
 def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
     """lhs[rows of g]^T @ rhs[rows of g] for each group g. lhs: [R, K], rhs: [R, N]; returns [G, K, N]."""
+    lhs, rhs = _whole_blocks(lhs), _whole_blocks(rhs)
     depth, columns = lhs.shape[1], rhs.shape[1]
     groups = group_sizes.shape[0]
     workers = 1 if depth % (2 * ROWS) else 2
@@ -172,7 +238,7 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def kernel(bounds_ref, lhs_ref, rhs_ref, out_ref, *scratch):
-        lhs_smem, rhs_smem, *_ = scratch
+        lhs_smem, (rhs_smem,), *_ = scratch
         worker = lax.axis_index("thread")
 
         def locate(index):
@@ -190,7 +256,7 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
             plgpu.copy_gmem_to_smem(lhs_ref.at[inner, pl.ds(row, tile_rows)], lhs_smem.at[slot], barrier)
             plgpu.copy_gmem_to_smem(rhs_ref.at[inner, pl.ds(column, width)], rhs_smem.at[slot], barrier)
 
-        def multiply(acc, where, step, slot):
+        def multiply(sums, where, step, slot):
             _, _, first, last, *_ = where
             own = lhs_smem.at[slot, :, pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)]
             first, last = _inside(first, last, step)
@@ -205,19 +271,26 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
                     part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-            plgpu.wgmma(acc, own.transpose((1, 0)), rhs_smem.at[slot])
+            plgpu.wgmma(sums[0], own.transpose((1, 0)), rhs_smem.at[slot])
 
-        def destination(where, piece, first, rows):
+        def destination(_, where, p, first, rows):
             group, _, _, _, row, column = where
-            own = pl.ds(row + worker * ROWS + first, rows), pl.ds(column + piece * PIECE, PIECE)
+            own = pl.ds(row + worker * ROWS + first, rows), pl.ds(column + p * PIECE, PIECE)
             return out_ref.at[(group, *own)]
 
-        _walk(tiling, groups * row_tiles * column_tiles, scratch, locate, load, multiply, destination)
+        _walk(tiling, groups * row_tiles * column_tiles, scratch, locate, load, multiply, destination, _as_it_is)
 
-    return _call(
-        kernel, (bounds, lhs, rhs), jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype), tiling,
+    (output,) = _call(
+        kernel, (bounds, lhs, rhs), [jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype)], tiling,
         lhs_block=(DEPTH, tile_rows), rhs_block=(DEPTH, width), interpreted=interpreted,
     )  # fmt: skip
+    return output
+
+
+def _whole_blocks(rows):
+    """[R, N] with rows of no group behind it: TMA divides an array in whole swizzled blocks, or into a part of one."""
+    missing = -rows.shape[0] % ALIGNMENT if rows.shape[0] > ALIGNMENT else 0
+    return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
 
 
 def _row_tiles(group_sizes, num_rows, tile_rows):
@@ -239,27 +312,34 @@ def _inside(first, last, block):
     return tuple(jnp.clip(bound - block * ROWS, 0, ROWS) for bound in (first, last))
 
 
-def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
+def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *, beside=None):
     """What a thread of a program does: fill the ring, or multiply and write.
 
     Args:
       tiles: int32 (), tiles of all programs together.
       scratch: as `_call` makes it.
       locate: from the index of a tile to (steps, (first, last) of this worker's rows that are written, where).
-      load(where, step, slot, barrier): starts the two copies of a step.
-      multiply(acc, where, step, slot): starts the product of a step.
-      destination(where, piece, first, rows): the part of the output for `rows` rows of a piece of this worker.
+      load(where, step, slot, barrier): starts the copies of a step.
+      multiply(sums, where, step, slot): starts the products of a step.
+      destination(result, where, p, first, rows): the part of a result for `rows` rows of piece p of this worker.
+      finish: from a piece of the sums, and of what is beside them, to a tuple of results.
+      beside: (load(where, p, slot, barrier), read(slot)) for the rows beside piece p, which follow the steps of a tile.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    _, _, (whole, partial), full, free = scratch
+    _, rings, (whole, partial), full, free = scratch
     thread, program = lax.axis_index("thread"), lax.axis_index("program")
     stride = lax.axis_size("program")
     own = lax.div(tiles - program + stride - 1, stride)
+    pieces = tiling.columns // PIECE
+    after = pieces if beside else 0  # slots of the ring that follow the steps of a tile
 
     def slot_of(step):
         return lax.rem(step, tiling.stages)
+
+    def release(step):
+        plgpu.barrier_arrive(free.at[slot_of(step)])
 
     def fill():
         plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
@@ -274,10 +354,18 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                load(where, step, slot, full.at[slot])
+                @pl.when(step < steps)
+                def _():
+                    load(where, step, slot, full.at[slot])
 
-            lax.fori_loop(0, steps, one_step, None)
-            return begun + steps
+                if beside:
+
+                    @pl.when(step >= steps)
+                    def _():
+                        beside[0](where, step - steps, slot, full.at[slot])
+
+            lax.fori_loop(0, steps + after, one_step, None)
+            return begun + steps + after
 
         lax.fori_loop(0, own, one_tile, jnp.int32(0))
 
@@ -287,86 +375,101 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination):
         def one_tile(i, begun):
             steps, rows, where = locate(program + i * stride)
 
-            def product(acc):
+            def products(*sums):
                 def one_step(step, _):
                     plgpu.barrier_wait(full.at[slot_of(begun + step)])
-                    multiply(acc, where, step, slot_of(begun + step))
-                    plgpu.wgmma_wait(1)
+                    multiply(sums, where, step, slot_of(begun + step))
+                    plgpu.wgmma_wait(len(sums))  # those of this step go on
 
                     @pl.when(step > 0)
                     def _():
-                        plgpu.barrier_arrive(free.at[slot_of(begun + step - 1)])
+                        release(begun + step - 1)
 
                 lax.fori_loop(0, steps, one_step, None)
                 plgpu.wgmma_wait(0)
 
                 @pl.when(steps > 0)
                 def _():
-                    plgpu.barrier_arrive(free.at[slot_of(begun + steps - 1)])
+                    release(begun + steps - 1)
 
-                return acc[...]
+                return [total[...] for total in sums]
 
             def compute():
-                values = pl.run_scoped(product, plgpu.ACC((ROWS, tiling.columns), jnp.float32))
-                write(values.astype(whole.dtype), rows, where)
+                accumulator = plgpu.ACC((ROWS, tiling.columns), jnp.float32)
+                write(pl.run_scoped(products, *[accumulator] * len(rings)), rows, where, begun + steps)
 
             def idle():
                 def one_step(step, _):
                     plgpu.barrier_wait(full.at[slot_of(begun + step)])
-                    plgpu.barrier_arrive(free.at[slot_of(begun + step)])
+                    release(begun + step)
 
-                lax.fori_loop(0, steps, one_step, None)
+                lax.fori_loop(0, steps + after, one_step, None)
 
             lax.cond(rows[0] < rows[1], compute, idle)
-            return begun + steps
+            return begun + steps + after
 
         lax.fori_loop(0, own, one_tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def write(values, rows, where):
-        def pieces():
-            return ((p, values[:, p * PIECE : (p + 1) * PIECE]) for p in range(tiling.columns // PIECE))
+    def write(sums, rows, where, step):
+        """Step is the number of the first slot after the sums."""
 
+        def results():
+            """(result, piece, its values), which leave by the two slots in turns."""
+            for p in range(pieces):
+                columns = slice(p * PIECE, (p + 1) * PIECE)
+                neighbours = ()
+                if beside:
+                    plgpu.barrier_wait(full.at[slot_of(step + p)])
+                    neighbours = beside[1](slot_of(step + p))
+                    release(step + p)
+                for result, values in enumerate(finish(*(total[:, columns] for total in sums), *neighbours)):
+                    yield result, p, values.astype(whole.dtype)
+
+        if beside:
+            sums = [total.astype(whole.dtype) for total in sums]  # half the registers, which the rows beside them need
         begin, end = rows
         count = end - begin
 
-        @pl.when(count == ROWS)
-        def _():
-            for p, piece in pieces():
-                slot = whole.at[thread, p % 2]
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the piece before the last has left this slot
-                slot[...] = piece
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(slot, destination(where, p, 0, ROWS))
+        def let_all_leave():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(count < ROWS)
-        def _():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the other kind of slot lies in the same memory
-            for p, piece in pieces():
-                slot = partial.at[thread, p % 2]
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                slot[...] = piece
+        pl.when(count < ROWS)(let_all_leave)  # the two kinds of slots lie in the same memory
+        for i, (result, p, values) in enumerate(results()):
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # what was in this slot has left
+
+            @pl.when(count == ROWS)
+            def _(i=i, result=result, p=p, values=values):
+                slot = whole.at[thread, i % 2]
+                slot[...] = values
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(slot, destination(result, where, p, 0, ROWS))
+
+            @pl.when(count < ROWS)
+            def _(i=i, result=result, p=p, values=values):
+                slot = partial.at[thread, i % 2]
+                slot[...] = values
                 plgpu.commit_smem()
                 # A copy has a fixed number of rows: one copy for each binary digit.
                 for digit in range(ROWS.bit_length() - 2, -1, -1):
                     first = begin + (count >> (digit + 1) << (digit + 1))
 
                     @pl.when(count & (1 << digit) != 0)
-                    def _(first=first, length=1 << digit, p=p, slot=slot):
-                        source, target = slot.at[pl.ds(first, length)], destination(where, p, first, length)
+                    def _(first=first, length=1 << digit):
+                        source, target = slot.at[pl.ds(first, length)], destination(result, where, p, first, length)
                         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
                 plgpu.commit_smem_to_gmem_group()
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when(count < ROWS)(let_all_leave)
 
     lax.cond(thread == tiling.workers, fill, work)
 
 
-def _call(kernel, operands, output, tiling, *, lhs_block, rhs_block, interpreted):
+def _call(kernel, operands, outputs, tiling, *, lhs_block, rhs_block, matrices=1, interpreted):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    dtype = output.dtype
+    dtype = outputs[0].dtype
 
     def ring(block):
         return plgpu.SMEM((tiling.stages, *block), dtype, transforms=hopper.swizzled())
@@ -376,10 +479,10 @@ def _call(kernel, operands, output, tiling, *, lhs_block, rhs_block, interpreted
     leaving = plgpu.SMEM(leaving, dtype, transforms=hopper.swizzled()), plgpu.SMEM(leaving, dtype)
     call = plgpu.kernel(
         kernel,
-        out_type=output,
+        out_type=outputs,
         scratch_types=[
-            ring(lhs_block), ring(rhs_block), plgpu.RefUnion(*leaving),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+            ring(lhs_block), [ring(rhs_block)] * matrices, plgpu.RefUnion(*leaving),
+            plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=tiling.workers, num_barriers=tiling.stages),
         ],
         grid=(INTERPRETED_PROGRAMS if interpreted else hopper.MULTIPROCESSORS,), grid_names=("program",),

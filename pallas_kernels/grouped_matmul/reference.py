@@ -25,8 +25,9 @@ def backward(lhs, rhs, group_sizes, d_output):
     return vjp(d_output)
 
 
-def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
-    """See `api.grouped_swiglu`."""
+def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
+    """See `api.grouped_swiglu`; returns (output, residuals of `swiglu_backward`), which may be () if none follows."""
+    del differentiated
     hidden = swiglu.activate(forward(x, w_gate, group_sizes), forward(x, w_up, group_sizes))
     return forward(hidden, w_down, group_sizes), ()
 
@@ -34,5 +35,7 @@ def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
 def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
     """Gradients to x, w_gate, w_up and w_down."""
     del residuals
-    _, vjp = jax.vjp(lambda *inputs: swiglu_forward(*inputs, group_sizes)[0], x, w_gate, w_up, w_down)
+    _, vjp = jax.vjp(
+        lambda *inputs: swiglu_forward(*inputs, group_sizes, differentiated=True)[0], x, w_gate, w_up, w_down
+    )
     return vjp(d_output)

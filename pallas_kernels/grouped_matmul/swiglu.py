@@ -10,6 +10,10 @@ def activate(gate, up):
 
 
 def activate_backward(gate, up, d_hidden):
-    """(activate(gate, up), gradient to gate, gradient to up)."""
-    hidden, vjp = jax.vjp(activate, gate, up)
-    return hidden, *vjp(d_hidden)
+    """(activate(gate, up), gradient to gate, gradient to up), in the dtype of `gate`."""
+    dtype = gate.dtype
+    gate, up, d_hidden = (x.astype(jnp.float32) for x in (gate, up, d_hidden))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = d_hidden * up * (sigmoid + silu * (1 - sigmoid))
+    return tuple(x.astype(dtype) for x in (silu * up, d_gate, d_hidden * silu))
