@@ -53,11 +53,12 @@ def backward(lhs, rhs, group_sizes, d_output):
     return _zero_surplus(d_lhs, group_sizes), _columns(lhs, d_output, group_sizes)
 
 
-def swiglu_forward(x, w_gate, w_up, w_down, group_sizes):
+def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
     """See `api.grouped_swiglu`; returns (output, residuals of the backward).
 
     Surplus rows of the residuals hold anything: they reach no row but themselves, and no gradient of a matrix.
     """
+    del differentiated  # the residuals are arrays on the way
     gate, up = (_rows(x, w, group_sizes) for w in (w_gate, w_up))
     return forward(swiglu.activate(gate, up), w_down, group_sizes), (gate, up)
 
