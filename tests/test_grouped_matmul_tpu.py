@@ -27,6 +27,14 @@ CASES = {
 }
 
 
+def rows_tile(*shape):
+    return megablox._rows_tiles(*shape, 2, megablox._VMEM_BYTES)[0]
+
+
+def columns_tile(*shape):
+    return megablox._columns_tiles(*shape, 2, megablox._VMEM_BYTES)[0]
+
+
 def with_gradients(operation):
     def both(inputs, sizes, d_output):
         output, vjp = jax.vjp(lambda *inputs: operation(*inputs, sizes), *inputs)
@@ -41,8 +49,8 @@ def test_bfloat16_in_many_tiles_with_gradients(monkeypatch, case):
     monkeypatch.setattr(megablox, "_VMEM_BYTES", 600_000)  # several tiles along every axis
     num_rows, sizes = CASES[case]
     if num_rows >= 128:
-        assert megablox._rows_tile(num_rows, 384, 512, 3, 2, 2).depth < 384
-        assert megablox._columns_tile(num_rows, 384, 512, 3, 2).depth < 384
+        assert rows_tile(num_rows, 384, 512, 3).depth < 384
+        assert columns_tile(num_rows, 384, 512, 3).depth < 384
     rng = np.random.default_rng(0)
     lhs, rhs, d_output = (
         rng.normal(size=s).astype(np.float32) for s in ((num_rows, 384), (3, 384, 512), (num_rows, 512))
@@ -132,12 +140,12 @@ def test_tiles_are_read_little_more_than_once(shape, limit, back):
     depth, columns = (shape["inner"], shape["width"]) if back else (shape["width"], shape["inner"])
     once = 2 * (rows * depth + groups * depth * columns + rows * columns)
 
-    m, k, n = megablox._rows_tile(rows, depth, columns, groups, 2, 2)
+    m, k, n = rows_tile(rows, depth, columns, groups)
     grid = itertools.product(range(columns // n), visits(rows, groups, m), range(depth // k))
     steps = [((i, p, 0), (g, p, j), (i, j, 0)) for j, (g, i), p in grid]
     assert fetched(steps, [2 * m * k, 2 * k * n, 2 * m * n]) < limit * once
 
-    m, k, n = megablox._columns_tile(rows, depth, columns, groups, 2)
+    m, k, n = columns_tile(rows, depth, columns, groups)
     grid = itertools.product(range(columns // n), range(depth // k), visits(rows, groups, m))
     steps = [((i, p, 0), (i, j, 0), (g, p, j)) for j, p, (g, i) in grid]
     assert fetched(steps, [2 * m * k, 2 * m * n, 2 * k * n]) < limit * once

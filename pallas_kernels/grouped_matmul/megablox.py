@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import swiglu
 from pallas_kernels.platform import cdiv, platform
 
@@ -23,6 +24,7 @@ _SUBLANES = 16  # rows of a packed bfloat16 tile
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _TILE_ROWS = (128, 256, 512)  # fewer than 128 rows take the matrix unit as long as 128
 _VMEM_BYTES = 31 << 19  # of the 16 MiB that a kernel gets by default on the chip that gives least
+_CANDIDATES = 24  # that tuning measures
 _FLOPS_PER_BYTE = 240  # of TPU v5e; v5p has 166, v6e 560, tpu7x 310
 
 
@@ -78,28 +80,25 @@ def _zero_surplus(x, group_sizes):
     return jnp.where(used[:, None], x, 0)
 
 
-def _rows(lhs, rhs, group_sizes, *, transposed=False, dtype=None):
-    """Rows of group g times rhs[g], or its transpose: [R, N] in `dtype` (that of lhs), anything in surplus rows."""
+def _rows(lhs, rhs, group_sizes, *, transposed=False):
+    """Rows of group g times rhs[g], or its transpose: [R, N] in the dtype of lhs, anything in surplus rows."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    dtype = dtype or lhs.dtype
-    num_rows, depth = lhs.shape
     columns = rhs.shape[1 if transposed else 2]
-    tile = _rows_tile(num_rows, depth, columns, group_sizes.shape[0], lhs.dtype.itemsize, jnp.dtype(dtype).itemsize)
+    tile = _choose("rows transposed" if transposed else "rows", _rows_tiles, lhs, columns, group_sizes)
     with _precision(lhs.dtype):
         output = gmm(
-            _pad_rows(lhs, tile.rows), rhs, group_sizes, dtype, tuple(tile), transpose_rhs=transposed,
+            _pad_rows(lhs, tile.rows), rhs, group_sizes, lhs.dtype, tuple(tile), transpose_rhs=transposed,
             interpret=platform() == "cpu",
         )  # fmt: skip
-    return output[:num_rows]
+    return output[: lhs.shape[0]]
 
 
 def _columns(lhs, rhs, group_sizes):
     """lhs[rows of g]^T @ rhs[rows of g] for each group g: [G, K, N]."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    num_rows, depth = lhs.shape
-    tile = _columns_tile(num_rows, depth, rhs.shape[1], group_sizes.shape[0], lhs.dtype.itemsize)
+    tile = _choose("columns", _columns_tiles, lhs, rhs.shape[1], group_sizes)
     lhs, rhs = (_pad_rows(x, tile.rows) for x in (lhs, rhs))
     with _precision(lhs.dtype):
         return tgmm(lhs.T, rhs, group_sizes, lhs.dtype, tuple(tile), interpret=platform() == "cpu")
@@ -122,13 +121,31 @@ class Tile(NamedTuple):
     columns: int
 
 
-def _rows_tile(num_rows, depth, columns, groups, itemsize, out_itemsize) -> Tile:
-    """The tile with the least bytes and products that fits."""
+def _choose(kernel, tiles_of, lhs, columns, group_sizes) -> Tile:
+    """The tile that was measured, or the first of `tiles_of`."""
+    num_rows, depth = lhs.shape
+    groups = group_sizes.shape[0]
+    shape = dict(rows=num_rows, depth=depth, columns=columns, groups=groups, dtype=lhs.dtype.name)
+
+    def tiles(vmem_bytes):
+        return [tile._asdict() for tile in tiles_of(num_rows, depth, columns, groups, lhs.dtype.itemsize, vmem_bytes)]
+
+    return Tile(
+        **tuning.choose(
+            "grouped_matmul", "megablox", kernel, shape,
+            candidates=lambda: tiles(2 * _VMEM_BYTES)[:_CANDIDATES],  # some chips give a kernel 32 MiB
+            heuristic=lambda: tiles(_VMEM_BYTES)[0],
+        )
+    )  # fmt: skip
+
+
+def _rows_tiles(num_rows, depth, columns, groups, itemsize, vmem_bytes) -> list[Tile]:
+    """The tiles of `gmm` that fit, those with the least bytes and products first."""
     occupied = min(groups, num_rows)
 
     def fits(tile):
         areas = tile.rows * tile.depth, tile.depth * tile.columns, tile.rows * tile.columns
-        return _vmem_bytes(tile, *areas, itemsize, out_itemsize) <= _VMEM_BYTES
+        return _vmem_bytes(tile, *areas, itemsize) <= vmem_bytes
 
     def cost(tile):
         visits = _visits(num_rows, tile.rows, occupied)
@@ -137,31 +154,31 @@ def _rows_tile(num_rows, depth, columns, groups, itemsize, out_itemsize) -> Tile
         rhs = (occupied if whole else visits) * depth * columns
         return itemsize * (lhs + rhs) + _product_cost(visits, tile.rows, depth, columns)
 
-    return min(filter(fits, _tiles(num_rows, depth, columns)), key=cost)
+    return sorted(filter(fits, _tiles(num_rows, depth, columns)), key=cost)
 
 
-def _columns_tile(num_rows, depth, columns, groups, itemsize) -> Tile:
-    """The tile with the least bytes and products that fits."""
+def _columns_tiles(num_rows, depth, columns, groups, itemsize, vmem_bytes) -> list[Tile]:
+    """The tiles of `tgmm` that fit, those with the least bytes and products first."""
 
     def fits(tile):
         areas = tile.rows * tile.depth, tile.rows * tile.columns, tile.depth * tile.columns
-        return _vmem_bytes(tile, *areas, itemsize, itemsize) <= _VMEM_BYTES
+        return _vmem_bytes(tile, *areas, itemsize) <= vmem_bytes
 
     def cost(tile):
         read = num_rows * depth * (columns // tile.columns) + num_rows * columns * (depth // tile.depth)
         return itemsize * read + _product_cost(_visits(num_rows, tile.rows, groups), tile.rows, depth, columns)
 
-    return min(filter(fits, _tiles(num_rows, depth, columns)), key=cost)
+    return sorted(filter(fits, _tiles(num_rows, depth, columns)), key=cost)
 
 
-def _vmem_bytes(tile, lhs, rhs, result, itemsize, out_itemsize):
+def _vmem_bytes(tile, lhs, rhs, result, itemsize):
     """At least what the compiler allots, found by compiling: arrays in two buffers, float32 sums, and copies.
 
     Args:
       lhs, rhs, result: numbers in the blocks of these.
     """
     copies = 1 if itemsize == 2 else 5  # float32 is multiplied in bfloat16 parts
-    blocks = 2 * itemsize * (lhs + rhs) + (2 * out_itemsize + 4) * result
+    blocks = 2 * itemsize * (lhs + rhs + result) + 4 * result
     return blocks + itemsize * (copies * lhs + tile.rows * tile.columns)
 
 
