@@ -93,7 +93,7 @@ class ModelConfig:
     scan_blocks: bool = True
     remat: str = "none"
     lightning_implementation: str = "auto"
-    lightning_chunk: int = 256
+    lightning_chunk: int | None = None  # None: chosen from shape and device, see pallas_kernels/tuning.py
     softmax_implementation: str = "auto"
     softmax_block: int = 512
     moe_implementation: str = "auto"
@@ -103,8 +103,12 @@ class ModelConfig:
         _require_positive(
             self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
             "mlp_dim", "num_experts", "experts_per_token", "rope_theta", "max_position_embeddings",
-            "rms_norm_eps", "lightning_norm_eps", "lightning_chunk", "softmax_block",
+            "rms_norm_eps", "lightning_norm_eps", "softmax_block",
         )  # fmt: skip
+        _require(
+            self.lightning_chunk is None or self.lightning_chunk > 0,
+            f"lightning_chunk={self.lightning_chunk} must be positive, or None for one chosen from shape and device",
+        )
         _require(bool(self.layer_pattern), "layer_pattern is empty: name at least one layer kind")
         for kind in self.layer_pattern:
             _require(kind in LAYER_KINDS, f"layer_pattern holds {kind!r}; the kinds are {', '.join(LAYER_KINDS)}")
