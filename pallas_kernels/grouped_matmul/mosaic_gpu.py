@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuning
 from pallas_kernels.grouped_matmul import row_tiles, swiglu
 from pallas_kernels.platform import platform
 
@@ -102,15 +102,22 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(workers, columns, tiles_of, *, matrices=1):
-    """The widest tile that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes for its products.
+def _tiling(kernel, shape, workers, tiles_of, *, matrices=1):
+    """The measured tile, or the widest that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes.
 
     Args:
+      kernel, shape: for `tuning.choose`; the shape has the columns of the result.
       tiles_of: from (rows, columns) of a tile to the number of tiles.
       matrices: how many products a tile is of, side by side in the registers of a worker.
     """
-    widths = [width for width in (256, 128, 64) if width * matrices <= 256 and columns % width == 0]
-    width = next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
+    widths = [width for width in (256, 128, 64) if width * matrices <= 256 and shape["columns"] % width == 0]
+    width = tuning.choose(
+        "grouped_matmul", "mosaic_gpu", kernel, shape,
+        candidates=lambda: [dict(columns=width) for width in widths],
+        heuristic=lambda: dict(
+            columns=next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
+        ),
+    )["columns"]  # fmt: skip
     stage = (workers * ROWS + matrices * width) * DEPTH * 2
     spared = workers * 2 * ROWS * PIECE * 2 + 2048  # outputs on their way, barriers
     return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
@@ -137,9 +144,10 @@ def _multiply_rows(terms, group_sizes, *, transposed, finish, interpreted):
     occupied = min(groups, num_rows)
     # Few rows, as in decoding, read the matrices once whatever the tile, and all tiles take as long.
     workers = 1 if num_rows <= ROWS * groups else 2
+    name = ("rows, activated" if matrices > 1 else "rows") + (", transposed" if transposed else "")
     tiling = _tiling(
-        workers, columns, lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width,
-        matrices=matrices,
+        name, dict(rows=num_rows, depth=depth, columns=columns, groups=groups), workers,
+        lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width, matrices=matrices,
     )  # fmt: skip
     tile_rows, width = tiling.workers * ROWS, tiling.columns
     table = _row_tiles(group_sizes, num_rows, tile_rows)
@@ -209,7 +217,10 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
     depth, columns = lhs.shape[1], rhs.shape[1]
     groups = group_sizes.shape[0]
     workers = 1 if depth % (2 * ROWS) else 2
-    tiling = _tiling(workers, columns, lambda rows, width: groups * depth // rows * columns // width)
+    tiling = _tiling(
+        "columns", dict(rows=lhs.shape[0], depth=depth, columns=columns, groups=groups), workers,
+        lambda rows, width: groups * depth // rows * columns // width,
+    )  # fmt: skip
     tile_rows, width = tiling.workers * ROWS, tiling.columns
     row_tiles, column_tiles = depth // tile_rows, columns // width
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)

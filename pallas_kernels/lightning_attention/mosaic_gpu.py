@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuning
 from pallas_kernels.lightning_attention import chunked_xla
 from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
 from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
 from pallas_kernels.lightning_attention.mosaic_gpu_scan import COLUMNS, scan
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import cdiv, platform
 
 MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bfloat16
 
@@ -47,7 +47,7 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
-    count = _segments(q, slopes)
+    count = _segments(q)
 
     def kernel():
         entries = _entry_states(k, v, slopes, runs, initial_state, count, reverse=False)
@@ -64,7 +64,7 @@ def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
 def backward(q, k, v, slopes, runs, entries, d_output, d_state, *, chunk_size):
     """Gradients to q, k, v and the initial state. `entries` are the states where the segments of time begin."""
     do = d_output.astype(q.dtype)
-    count = _segments(q, slopes)
+    count = _segments(q)
 
     def kernel():
         # In the reverse scan a state is one step further from its tokens than the gradient of the final state is.
@@ -90,10 +90,14 @@ def _splits(slopes):
     return jnp.max(slopes) * CHUNK / 2 < MAX_EXPONENT
 
 
-def _segments(q, slopes):
+def _segments(q):
     """Into how many segments of time the rows are cut."""
     batch, length, width = q.shape
-    return rows.segments(batch * width // COLUMNS, length)
+    return tuning.choose(
+        "lightning_attention", "mosaic_gpu", "scan", dict(batch=batch, length=length, width=width),
+        candidates=lambda: [dict(segments=2**i) for i in range(8) if 2**i <= cdiv(length, CHUNK)],
+        heuristic=lambda: dict(segments=rows.segments(batch * width // COLUMNS, length)),
+    )["segments"]  # fmt: skip
 
 
 def _ends(states, count):
