@@ -1,9 +1,8 @@
 """The Mosaic GPU kernel of lightning attention.
 
-A program walks the chunks of one row and head, and 64 value columns, with four groups of threads. `load` keeps a ring
-of chunks in shared memory filled by TMA. `score` makes v' and the causal products of q and k, up to two chunks ahead.
-`carry` adds each chunk to the state, which waits for nothing but v', and `emit` makes the output from both. What
-documents and padding ask for is done in MIXED chunks alone.
+A program walks the chunks of one row and head, and 64 value columns, with three groups of threads. `load` keeps a ring
+of chunks in shared memory filled by TMA. `score` makes v' and the causal products of q and k, up to two chunks ahead of
+`recur`, which makes the output and carries the state. What documents and padding ask for is done in MIXED chunks alone.
 """
 
 import functools
@@ -41,11 +40,8 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
     with_output = len(problems[0]) == 3
     wgmma = plgpu.Layout.WGMMA
     along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
-    # `carry` holds the state twice. A thread of four groups begins with 128, and cannot be raised to fewer.
-    carry_registers, other_registers = (208, 128) if with_output else [hopper.worker_registers(2)] * 2
     stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS)
-    other_bytes = 4 * (dim * COLUMNS + CHUNK * (CHUNK + 2 * COLUMNS)) + 1024
-    readers = 3 if with_output else 2  # groups that read a chunk
+    other_bytes = 2 * (dim * COLUMNS + 2 * CHUNK * (CHUNK + 2 * COLUMNS)) + 1024
     stages = min(4, (hopper.SHARED_MEMORY - other_bytes) // stage_bytes)
 
     def kernel(slope_ref, entry_ref, *refs):
@@ -53,8 +49,7 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
         inputs = [[refs.pop(0) for _ in problem] for problem in problems]
         facts = documents and Documents(*(refs.pop(0) for _ in documents))
         outputs = [refs.pop(0) for _ in problems if with_output]
-        exit_ref, q_smem, k_smem, v_smem, score_smem, value_smem, state_smem, o_smem, *barriers = refs
-        full, free, ready, used, state_ready, state_used = barriers
+        exit_ref, q_smem, k_smem, v_smem, score_smem, value_smem, state_smem, o_smem, full, free, ready, used = refs
         b, h, group = (lax.axis_index(name) for name in ("batch", "head", "group"))
         problem, part = lax.div(lax.axis_index("part"), parts), lax.rem(lax.axis_index("part"), parts)
         slope = slope_ref[h]
@@ -127,7 +122,7 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
             lax.fori_loop(0, chunks, one_step, None)
 
         def score():
-            plgpu.set_max_registers(other_registers, action="increase")
+            plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
             def one_step(step, kind):
                 following = kind_at(step + 1)
@@ -168,26 +163,21 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
 
             lax.fori_loop(0, chunks, one_step, kind_at(0))
 
-        def borders(step):
-            """The documents of the entry and of the exit state."""
-            left, right = (table[b, chunk_at(step)] for table in (facts.lefts, facts.rights))
-            return (right, left) if reverse else (left, right)
+        def recur():
+            plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
-        def keep_document(ring, step, kind, of_state):
-            """In a mixed chunk, leaves the rows of q or k that are of a state's document, and 0 in the others."""
+            def borders(step):
+                """The documents of the entry and of the exit state."""
+                left, right = (table[b, chunk_at(step)] for table in (facts.lefts, facts.rights))
+                return (right, left) if reverse else (left, right)
 
-            def mixed():
-                own_document = spread(along(facts.runs, step, along_rows), dim) == borders(step)[of_state]
-                block = ring.at[lax.rem(step, stages)]
-                values = plgpu.load(block, layout=wgmma)
-                block[...] = jnp.where(own_document, values, jnp.zeros_like(values))
+            def keep_documents_of_states(step, stage):
+                """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
+                runs = along(facts.runs, step, along_rows)
+                for ring, document in zip((q_smem, k_smem), borders(step), strict=True):
+                    values = plgpu.load(ring.at[stage], layout=wgmma)
+                    ring.at[stage][...] = jnp.where(spread(runs, dim) == document, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
-
-            if kind is not None:
-                pl.when(kind == MIXED)(mixed)
-
-        def carry():
-            plgpu.set_max_registers(carry_registers, action="increase")
 
             def decays(step, kind, following):
                 """The factors in the exit state of the entry state and of the product of the chunk."""
@@ -206,83 +196,68 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
                 dropped = (kind if reverse else following) == STARTS
                 return tuple(jnp.where(dropped, 0.0, factor) for factor in factors)
 
-            def share(state, step):
-                """Hands the entry state of a chunk to `emit`."""
-                pair = lax.rem(step, 2)
-
-                @pl.when(step >= 2)
-                def _():
-                    plgpu.barrier_wait(state_used.at[pair])
-
-                state_smem[pair] = (state * jnp.exp(-slope * (CHUNK / 2))).astype(dtype)
+            def share(state):
+                state_smem[...] = (state * jnp.exp(-slope * (CHUNK / 2))).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(state_ready.at[pair])
 
-            def one_step(step, carried_on):
-                kind, state = carried_on
-                following = kind_at(step + 1)
-                stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                carried, added = decays(step, kind, following)
-                plgpu.barrier_wait(full.at[stage])
-                plgpu.barrier_wait(ready.at[pair])
-                keep_document(k_smem, step, kind, 1)
-
-                def product(update):
-                    plgpu.wgmma(update, k_smem.at[stage].transpose((1, 0)), value_smem.at[pair])
-                    return update[...]
-
-                update = pl.run_scoped(product, plgpu.ACC((dim, COLUMNS), jnp.float32))
-                plgpu.barrier_arrive(used.at[pair])
-                plgpu.barrier_arrive(free.at[stage])
-                state = state * carried + update * added
-                if with_output:
-                    pl.when(step + 1 < chunks)(lambda: share(state, step + 1))
-                return following, state
-
-            kind = kind_at(0)
-            state = plgpu.load(entry_ref.at[own_state], layout=wgmma, optimized=False)
-            if kind is not None and not reverse:
-                state = state * jnp.where(kind == STARTS, 0.0, 1.0)
-            if with_output:
-                share(state, 0)
-            _, state = lax.fori_loop(0, chunks, one_step, (kind, state))
-            exit_ref.at[own_state][...] = state
-
-        def emit():
-            plgpu.set_max_registers(other_registers, action="increase")
-
-            def one_step(step, kind):
-                following = kind_at(step + 1)
-                stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                weight = spread(weights(step, kind, -1), COLUMNS)
-                plgpu.barrier_wait(full.at[stage])
-                plgpu.barrier_wait(ready.at[pair])
-                keep_document(q_smem, step, kind, 0)
-                plgpu.barrier_wait(state_ready.at[pair])
-
-                def product(output):
-                    plgpu.wgmma(output, q_smem.at[stage], state_smem.at[pair])
-                    plgpu.wgmma(output, score_smem.at[pair], value_smem.at[pair])
-                    return output[...]
-
-                output = pl.run_scoped(product, plgpu.ACC((CHUNK, COLUMNS), jnp.float32))
-                for barrier in (used.at[pair], state_used.at[pair], free.at[stage]):
-                    plgpu.barrier_arrive(barrier)
-                slot = o_smem.at[pair]
+            def write(output, step):
+                slot = o_smem.at[lax.rem(step, 2)]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the output before the last has left this slot
-                slot[...] = (output * weight).astype(dtype)
+                slot[...] = output.astype(dtype)
                 plgpu.commit_smem()
 
                 @each_problem
                 def _(p):
                     plgpu.copy_smem_to_gmem(slot, outputs[p].at[b, tokens_at(step), own])
 
-                return following
+            def one_step(step, carry):
+                kind, state = carry
+                following = kind_at(step + 1)
+                stage, pair = lax.rem(step, stages), lax.rem(step, 2)
+                carried, added = decays(step, kind, following)
+                weight = spread(weights(step, kind, -1), COLUMNS) if with_output else None
+                plgpu.barrier_wait(full.at[stage])
+                plgpu.barrier_wait(ready.at[pair])
+                if kind is not None:
+                    pl.when(kind == MIXED)(functools.partial(keep_documents_of_states, step, stage))
 
-            lax.fori_loop(0, chunks, one_step, kind_at(0))
+                def add_update(update):
+                    plgpu.wgmma(update, k_smem.at[stage].transpose((1, 0)), value_smem.at[pair])
+
+                def output_and_update(output, update):
+                    plgpu.wgmma(output, q_smem.at[stage], state_smem)
+                    plgpu.wgmma(output, score_smem.at[pair], value_smem.at[pair])
+                    add_update(update)
+                    # The output leaves while the tensor cores are at the state.
+                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weight, step)
+                    return update[...]
+
+                def update_alone(update):
+                    add_update(update)
+                    return update[...]
+
+                of_state = plgpu.ACC((dim, COLUMNS), jnp.float32)
+                if with_output:
+                    update = pl.run_scoped(output_and_update, plgpu.ACC((CHUNK, COLUMNS), jnp.float32), of_state)
+                else:
+                    update = pl.run_scoped(update_alone, of_state)
+                plgpu.barrier_arrive(used.at[pair])
+                plgpu.barrier_arrive(free.at[stage])
+                state = state * carried + update * added
+                if with_output:
+                    share(state)
+                return following, state
+
+            kind = kind_at(0)
+            state = plgpu.load(entry_ref.at[own_state], layout=wgmma, optimized=False)
+            if kind is not None and not reverse:
+                state = state * jnp.where(kind == STARTS, 0.0, 1.0)
+            share(state)
+            _, state = lax.fori_loop(0, chunks, one_step, (kind, state))
             plgpu.wait_smem_to_gmem(0)
+            exit_ref.at[own_state][...] = state
 
-        lax.switch(group, [load, score, carry, emit][: readers + 1])
+        lax.switch(group, [load, score, recur])
 
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=hopper.swizzled())
@@ -295,14 +270,13 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
         ],
         scratch_types=[
             smem(stages, CHUNK, dim), smem(stages, CHUNK, dim), smem(stages, CHUNK, COLUMNS),
-            smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS), smem(2, dim, COLUMNS), smem(2, CHUNK, COLUMNS),
+            smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS), smem(dim, COLUMNS), smem(2, CHUNK, COLUMNS),
             plgpu.Barrier(num_arrivals=len(problems[0]), num_barriers=stages),
-            plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
-            plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_arrivals=readers - 1, num_barriers=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_barriers=2),
         ],
         grid=(batch, heads, len(problems) * parts), grid_names=("batch", "head", "part"),
-        num_threads=readers + 1, thread_name="group",
+        num_threads=3, thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip
