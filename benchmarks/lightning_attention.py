@@ -108,13 +108,9 @@ def measure_jax(shapes, skipped):
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, a copy runs at {bandwidth / 1e12:.2f} TB/s", flush=True)
-    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    rows = []
-    for length, heads, packed in shapes:
+
+    def measure(length, heads, packed):
         size = 2 * length * heads * DIM
-        if 7.5 * size > room:
-            print(f"T={length} H={heads}: left out, the tensors do not fit into {room / 1e9:.0f} GB")
-            continue
         segment_ids = documents(length, 8) if packed else None
         arguments = inputs(length, heads)
         want = None
@@ -133,8 +129,18 @@ def measure_jax(shapes, skipped):
             for name, tensors in (("forward", 4), ("both", 11)):
                 floor = 1e3 * tensors * size / row[name + "_ms"]
                 row[name + "_of_floor"], row[name + "_of_ceiling"] = floor / bandwidth, floor / CEILING
-            rows.append(row)
-            print(describe(row), flush=True)
+            yield row
+
+    rows = []
+    for shape in shapes:
+        try:
+            for row in measure(*shape):
+                rows.append(row)
+                print(describe(row), flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"T={shape[0]} H={shape[1]}: left out, the tensors do not fit into the memory of the device")
     return dict(device=device, jax=jax.__version__, bandwidth=bandwidth, rows=rows)
 
 
