@@ -76,7 +76,8 @@ def choose(
     Args:
       op, implementation, name: the kernel.
       shape: what the choice depends on, by name.
-      candidates: what may be chosen. An entry that is not among them is of another version: it is left out, and logged.
+      candidates: what may be chosen besides. An entry that is not among them is of another version: it is left out,
+        and logged.
       heuristic: what is chosen without an entry.
 
     Raises:
@@ -88,7 +89,7 @@ def choose(
     if kernel in _FORCED.get():
         return _FORCED.get()[kernel]
     found = _index(table_path()).get(_key(*kernel, device(), shape))
-    if found is None:
+    if found is None or found == heuristic():
         return heuristic()
     if found not in candidates():
         _LOG.warning("the tuning table gives %s for %s of %s, which has no such candidate", found, shape, kernel)

@@ -56,6 +56,11 @@ def test_an_entry_that_is_no_candidate_is_left_out_and_logged(table, caplog):
     assert "{'tile': 2}" in caplog.text and "no such candidate" in caplog.text
 
 
+def test_the_heuristic_may_be_entered_though_it_is_no_candidate(table, caplog):
+    tuning.store(table, KERNEL, SHAPE, dict(tile=1), 0.5)
+    assert choose(candidates=(2, 3)) == 1 and not caplog.text
+
+
 def test_forced_parameters_come_first(table):
     tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
     with tuning.forced({KERNEL: dict(tile=3)}):
