@@ -52,6 +52,9 @@ class Choice(NamedTuple):
     candidates: list[Parameters]
     heuristic: Parameters
 
+    def offers(self, parameters: Parameters) -> bool:
+        return parameters == self.heuristic or parameters in self.candidates
+
 
 # What a table holds of each entry, and the type of it.
 _FIELDS = dict(
@@ -76,7 +79,8 @@ def choose(
     Args:
       op, implementation, name: the kernel.
       shape: what the choice depends on, by name.
-      candidates: what may be chosen. An entry that is not among them is of another version: it is left out, and logged.
+      candidates: what may be chosen besides. An entry that is not among them is of another version: it is left out,
+        and logged.
       heuristic: what is chosen without an entry.
 
     Raises:
@@ -85,20 +89,18 @@ def choose(
     kernel = Kernel(op, implementation, name)
     if (record := _RECORD.get()) is not None:
         record.append(Choice(kernel, shape, candidates(), heuristic()))
-    if kernel in _FORCED.get():
-        return _FORCED.get()[kernel]
-    found = _index(table_path()).get(_key(*kernel, device(), shape))
-    if found is None:
-        return heuristic()
-    if found not in candidates():
+    is_forced = kernel in _FORCED.get()
+    found = _FORCED.get()[kernel] if is_forced else _index(table_path()).get(_key(*kernel, device(), shape))
+    if found is None or found in candidates():
+        return found or heuristic()
+    if not is_forced and found != heuristic():
         _LOG.warning("the tuning table gives %s for %s of %s, which has no such candidate", found, shape, kernel)
-        return heuristic()
-    return found
+    return heuristic()
 
 
 @contextlib.contextmanager
 def forced(parameters: dict[Kernel, Parameters]):
-    """Makes `choose` answer these inside, whatever the shape. What jit traced before keeps what it chose."""
+    """Makes `choose` answer these inside, where they are candidates. What jit traced before keeps what it chose."""
     token = _FORCED.set(parameters)
     try:
         yield

@@ -56,10 +56,16 @@ def test_an_entry_that_is_no_candidate_is_left_out_and_logged(table, caplog):
     assert "{'tile': 2}" in caplog.text and "no such candidate" in caplog.text
 
 
+def test_the_heuristic_may_be_entered_though_it_is_no_candidate(table, caplog):
+    tuning.store(table, KERNEL, SHAPE, dict(tile=1), 0.5)
+    assert choose(candidates=(2, 3)) == 1 and not caplog.text
+
+
 def test_forced_parameters_come_first(table):
     tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
     with tuning.forced({KERNEL: dict(tile=3)}):
-        assert choose() == 3
+        assert choose(candidates=(1, 2, 3)) == 3
+        assert choose() == 1  # which has no 3
     assert choose() == 2
 
 
@@ -123,7 +129,6 @@ def test_the_table_of_the_package_is_one_and_names_what_exists(monkeypatch):
     monkeypatch.delenv(tuning.VARIABLE, raising=False)
     for entry in tuning.load(tuning.table_path()):
         assert entry["implementation"] in tune.OPS[entry["op"]].implementations
-        assert set(entry["shape"]) == set(tune.OPS[entry["op"]].defaults)
 
 
 def chunks_of(length, chunk_size=None):
@@ -276,6 +281,31 @@ def test_a_table_that_cannot_be_written_is_refused_before_anything_is_measured(t
     monkeypatch.setattr(tune, "measure", None)
     with pytest.raises(SystemExit, match="cannot write .*Permission denied.*--table"):
         tune.main(["--op=lightning_attention", "--shape=length=96,heads=2,dim=8"])
+
+
+@pytest.mark.parametrize(("wrong", "failure"), [(False, ""), (True, "wrong: error")])
+def test_what_the_short_shape_has_no_room_for_is_held_against_the_heuristic(table, monkeypatch, wrong, failure):
+    """Tiles of 8 on a short shape of 4."""
+
+    def apply(arrays, others, implementation):
+        (x,) = arrays
+        if implementation == "reference":
+            return x
+        tile = tuning.choose(
+            *KERNEL, dict(n=x.size), candidates=lambda: [dict(tile=n) for n in (2, 4, 8) if n <= x.size],
+            heuristic=lambda: dict(tile=2),
+        )["tile"]  # fmt: skip
+        return x * (1.1 if wrong and tile == 8 else 1)
+
+    fake = tune._Op(
+        defaults={}, implementations={}, inputs=lambda shape: ((jnp.ones(shape["n"]),), ()), apply=apply,
+        default=None, shorten=lambda shape: shape | dict(n=4),
+    )  # fmt: skip
+    monkeypatch.setitem(tune.OPS, "op", fake)
+    own = tune.job("op", "kernel", dict(n=16, dtype="float32"), rounds=1)
+    measured = tune.measure(own, KERNEL, dict(tile=8), {}, backward=False)
+    assert measured.failure.startswith(failure) and bool(measured.failure) == wrong
+    assert (measured.ms is None) == wrong
 
 
 def test_errors_of_kernels_count_every_result():

@@ -70,7 +70,9 @@ def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
     d_output = d_output.astype(x.dtype)
     d_hidden = _rows(d_output, w_down, group_sizes, transposed=True)
     hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
-    d_x = sum(_rows(d, w, group_sizes, transposed=True, dtype=jnp.float32) for d, w in ((d_gate, w_gate), (d_up, w_up)))
+    d_x = sum(
+        _rows(d, w, group_sizes, transposed=True).astype(jnp.float32) for d, w in ((d_gate, w_gate), (d_up, w_up))
+    )
     d_weights = (_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
     return _zero_surplus(d_x.astype(x.dtype), group_sizes), *d_weights
 
