@@ -1,12 +1,14 @@
 """Lightning attention on one GPU: every implementation that serves it, beside fla, with what the memory would allow.
 
-    python benchmarks/lightning_attention.py [--json=FILE] [--plot=FILE.png] [--lengths=2048,8192,32768,131072]
+    python benchmarks/lightning_attention.py [--json=FILE] [--plot=FILE.png] [--lengths=2048,8192,32768,131072,1048576]
 
 Heads of 128, bfloat16. Errors come before times: outputs, final state and gradients at each timed shape against
-`chunked_xla` in float32 (which the tests hold against a float64 recurrence), as a ratio of Frobenius norms. A time is
-the median of five rounds of launches, each round waited for as a whole. The floor of a shape is the traffic that no
-implementation can avoid, 4 tensors forward and 11 forward and backward, over the bandwidth that a copy reaches on the
-same card. fla (flash-linear-attention) runs in a process of its own and is left out, with a word, where it is missing.
+`chunked_xla` in float32 (which the tests hold against a float64 recurrence), as a ratio of Frobenius norms. Rows that
+leave no room for float32 are compared with themselves: with the right half alone, from the state of the left half.
+A time is the median of five rounds of launches, each round waited for as a whole. The floor of a shape is the traffic
+that no implementation can avoid, 4 tensors forward and 11 forward and backward: over the bandwidth that a copy
+reaches on the same card, and over the 4.3 TB/s that the memory of an H200 gives at best. fla (flash-linear-attention)
+runs in a process of its own and is left out, with a word, where it is missing.
 """
 
 import argparse
@@ -19,6 +21,10 @@ from pathlib import Path
 from timing import copy_bandwidth, median_ms
 
 DIM = 128
+CEILING = 4.3e12  # bytes a second
+EXACT = 32768 * 64  # tokens times heads that leave room for float32 intermediates
+WHOLE = 131072  # tokens; of longer rows a launch hands over the last token alone, for results of two would not fit
+PERIOD = 8192  # tokens after which inputs repeat, up to a factor
 
 
 def launches_for(length, heads):
@@ -35,26 +41,42 @@ def measure_jax(shapes):
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax import lax
 
     from pallas_kernels.lightning_attention import lightning_attention
+    from pallas_kernels.platform import cdiv
 
     def inputs(length, heads):
-        keys = jax.random.split(jax.random.key(0), 4)
-        return [jax.random.normal(key, (1, length, heads * DIM), jnp.bfloat16) for key in keys]
+        @jax.jit
+        def draw(key):
+            tokens = jax.random.normal(key, (min(length, PERIOD), heads * DIM), jnp.bfloat16)
+            factors = jax.random.uniform(key, (cdiv(length, PERIOD), 1, 1), jnp.bfloat16, 0.5, 1.5)
+            return lax.optimization_barrier(tokens) * factors
 
-    def functions(heads, segment_ids, implementation):
+        return [draw(key).reshape(1, length, -1) for key in jax.random.split(jax.random.key(0), 4)]
+
+    def functions(length, heads, segment_ids, implementation):
         slopes = jnp.asarray(slopes_of(heads))
 
-        def attend(q, k, v):
+        def attend(q, k, v, initial=None):
             return lightning_attention(
-                q, k, v, slopes, segment_ids=segment_ids, implementation=implementation, chunk_size=256
-            )
+                q, k, v, slopes, segment_ids=segment_ids, initial_state=initial, implementation=implementation,
+                chunk_size=256,
+            )  # fmt: skip
+
+        def handed_over(tokens):
+            return [x[:, -1:] if length > WHOLE else x for x in tokens]
+
+        def forward(q, k, v, initial=None):
+            output, state = attend(q, k, v, initial)
+            return *handed_over([output]), state
 
         def both(q, k, v, do):
             (output, state), vjp = jax.vjp(attend, q, k, v)
-            return output, state, *vjp((do, jnp.zeros_like(state)))
+            (output,) = lax.optimization_barrier(handed_over([output]))
+            return output, state, *handed_over(vjp((do, jnp.zeros_like(state))))
 
-        return jax.jit(attend), jax.jit(both)
+        return jax.jit(attend), jax.jit(forward), jax.jit(both)
 
     def documents(length, count):
         cuts = np.sort(np.random.default_rng(1).choice(np.arange(1, length), count - 1, replace=False))
@@ -65,29 +87,52 @@ def measure_jax(shapes):
         ratio = jax.jit(lambda a, b: jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
         return {name: float(ratio(a.ravel(), b.ravel())) for name, a, b in zip(names, got, want, strict=True)}
 
+    def errors_of_halves(attend, q, k, v):
+        half = q.shape[1] // 2
+
+        @jax.jit
+        def of_half(q, k, v, initial, begin):
+            return attend(*(lax.dynamic_slice_in_dim(x, begin, half, axis=1) for x in (q, k, v)), initial)
+
+        @jax.jit
+        def of_right(a, b):
+            a, b = a[:, half:].astype(jnp.float32), b.astype(jnp.float32)
+            return jnp.sqrt(jnp.sum((a - b) ** 2) / jnp.sum(b**2))
+
+        output, state = attend(q, k, v)
+        left = of_half(q, k, v, jnp.zeros_like(state), 0)[1]
+        right, right_state = of_half(q, k, v, left, half)
+        of_state = float(jnp.linalg.norm(state - right_state) / jnp.linalg.norm(right_state))
+        return dict(output=float(of_right(output, right)), state=of_state)
+
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, a copy runs at {bandwidth / 1e12:.2f} TB/s", flush=True)
+    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     rows = []
     for length, heads, packed in shapes:
+        size = 2 * length * heads * DIM
+        if 7.5 * size > room:
+            print(f"T={length} H={heads}: left out, the tensors do not fit into {room / 1e9:.0f} GB")
+            continue
         segment_ids = documents(length, 8) if packed else None
         arguments = inputs(length, heads)
-        traffic = arguments[0].nbytes / bandwidth * 1e3
         want = None
-        if length * heads <= 32768 * 64:  # what float32 intermediates leave room for
-            exact = functions(heads, segment_ids, "chunked_xla")[1]
+        if length * heads <= EXACT:
+            exact = functions(length, heads, segment_ids, "chunked_xla")[-1]
             want = exact(*(x.astype(jnp.float32) for x in arguments))
         for implementation in ("mosaic_gpu", "chunked_xla"):
             if implementation == "chunked_xla" and length > 32768:
                 continue  # hundreds of milliseconds
-            forward, both = functions(heads, segment_ids, implementation)
+            attend, forward, both = functions(length, heads, segment_ids, implementation)
             row = dict(implementation=implementation, length=length, heads=heads, packed=packed)
-            row["errors"] = errors(both(*arguments), want) if want is not None else None
+            row["errors"] = errors_of_halves(attend, *arguments[:3]) if want is None else errors(both(*arguments), want)
             launches = launches_for(length, heads)
             row["forward_ms"] = median_ms(forward, arguments[:3], jax.block_until_ready, launches)
             row["both_ms"] = median_ms(both, arguments, jax.block_until_ready, launches)
-            row["forward_of_floor"] = 4 * traffic / row["forward_ms"]
-            row["both_of_floor"] = 11 * traffic / row["both_ms"]
+            for name, tensors in (("forward", 4), ("both", 11)):
+                floor = 1e3 * tensors * size / row[name + "_ms"]
+                row[name + "_of_floor"], row[name + "_of_ceiling"] = floor / bandwidth, floor / CEILING
             rows.append(row)
             print(describe(row), flush=True)
     return dict(device=device, jax=jax.__version__, bandwidth=bandwidth, rows=rows)
@@ -139,7 +184,10 @@ def peer_rows(shapes):
 
 
 def describe(row):
-    floor = f"{row['forward_of_floor']:5.2f} {row['both_of_floor']:5.2f} of floor" if "forward_of_floor" in row else ""
+    floor = ""
+    if "forward_of_floor" in row:
+        floor = f"{row['forward_of_floor']:5.2f} {row['both_of_floor']:5.2f} of floor, "
+        floor += f"{row['forward_of_ceiling']:.2f} {row['both_of_ceiling']:.2f} at 4.3 TB/s"
     worst = f"  worst error {max(row['errors'].values()):.1e}" if row.get("errors") else ""
     packed = "packed" if row["packed"] else ""
     return (
@@ -176,7 +224,7 @@ def plot(found, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="2048,8192,32768,131072")
+    parser.add_argument("--lengths", default="2048,8192,32768,131072,1048576")
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--plot", help="draw them there")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -184,11 +232,12 @@ def main():
     if arguments.peer:
         return measure_fla(json.loads(arguments.peer))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs room beside
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     lengths = [int(length) for length in arguments.lengths.split(",")]
     shapes = [(length, 64, False) for length in lengths]
     shapes += [(8192, 64, True), (32768, 8, False)]
     found = measure_jax(shapes)
-    found["rows"] += peer_rows(shapes)
+    found["rows"] += peer_rows([shape for shape in shapes if shape[0] <= WHOLE])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot:

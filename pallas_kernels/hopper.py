@@ -45,3 +45,24 @@ def swizzled():
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+
+
+def fetch_and_add_one(counter_ref, fetched_ref):
+    """One thread of the group adds 1 to `counter_ref` in global memory, and puts what it was in `fetched_ref`, shared.
+
+    Both are int32 [1]. The other threads see it behind a barrier.
+    """
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def inlined(_, counter_ref, fetched_ref):
+        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
+            utils.inline_ptx(
+                "{ .reg .b32 was; atom.relaxed.gpu.add.u32 was, [$0], 1; st.shared.b32 [$1], was; }",
+                utils.memref_ptr(counter_ref),
+                utils.memref_ptr(fetched_ref),
+                has_side_effects=True,
+            )
+
+    inlined(counter_ref, fetched_ref)

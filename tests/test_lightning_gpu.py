@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import lightning_attention, mosaic_gpu
+from pallas_kernels.lightning_attention import lightning_attention, mosaic_gpu, mosaic_gpu_rows
 from tests import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / (mosaic_gpu.CHUNK / 2)  # the slope from which on the kernel cannot split the decay
@@ -27,7 +27,17 @@ CASES = {
     "above_the_guard": dict(length=128, dim=64, slopes=(1.01 * STEEP, 0.1)),
     "far_above_the_guard": dict(length=64, dim=64, slopes=(100.0, 0.1)),
     "reverse": dict(length=100, dim=64, segments=[(1, 30), (2, 70)], reverse=True),
-}
+    "borders_of_chunks": dict(length=256, dim=64, segments=[(1, 64), (2, 128), (3, 64)]),
+    # In as many segments of time.
+    "in_time": dict(length=384, dim=64, in_time=3),
+    "in_time_ragged": dict(length=230, dim=64, in_time=2),
+    "in_time_packed": dict(
+        length=384, dim=64, in_time=3,
+        segments=[(0, 74), (1, 54), (2, 64), (3, 100), (0, 20), (3, 30), (0, 42)],
+    ),
+    "in_time_padding": dict(length=256, dim=64, in_time=4, segments=[(1, 70), (0, 64), (1, 58), (2, 64)]),
+    "in_time_border": dict(length=256, dim=128, in_time=2, segments=[(1, 128), (2, 128)]),
+}  # fmt: skip
 NAMES = ("output", "state", "dq", "dk", "dv", "d_initial")
 
 
@@ -62,7 +72,10 @@ def results(case, implementation, dtype):
 
 def compute_all(path):
     arrays = {}
+    chosen = mosaic_gpu_rows.segments
     for case in CASES:
+        in_time = CASES[case].get("in_time")
+        mosaic_gpu_rows.segments = chosen if in_time is None else lambda *_, count=in_time: count
         for name, x in zip(NAMES, results(case, "mosaic_gpu", jnp.bfloat16), strict=True):
             arrays[f"{case}/{name}"] = np.asarray(x, np.float32)
     np.savez(path, **arrays)
@@ -110,7 +123,7 @@ def test_forward_and_backward_lower_for_cuda(dim, segmented):
         traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens, slopes, ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"call @_jitted_scans", text)) == 3  # forward, dq, and dk with dv
-    assert text.count("custom_call @mosaic_gpu") == 2  # one kernel for each direction
+    assert 2 <= text.count("custom_call @mosaic_gpu") <= 3  # calls in one direction can share a kernel
 
 
 @pytest.mark.parametrize(

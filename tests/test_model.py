@@ -374,9 +374,10 @@ def count_operations(config, length):
 
 
 def test_number_of_operations_depends_on_neither_depth_nor_length():
-    want = count_operations(small_config(), 64)
+    # Of lengths above 128: fewer assignments than two for each of these are sorted in another way.
+    want = count_operations(small_config(), 136)
     assert want > 500
-    assert count_operations(small_config(num_layers=12), 64) == want
+    assert count_operations(small_config(num_layers=12), 136) == want
     assert count_operations(small_config(), 256) == want
 
 

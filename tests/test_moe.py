@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.moe import MixtureOfExperts, dropless, expert_capacity, route, router_stats, with_capacity
+from mmx_jax.layers.moe import (
+    FEW_ASSIGNMENTS,
+    MixtureOfExperts,
+    dropless,
+    expert_capacity,
+    route,
+    router_stats,
+    sort_by_expert,
+    with_capacity,
+)
 from tests import oracles
 
 EMBED, INNER = 12, 20
@@ -63,6 +72,17 @@ def test_dropless_matches_a_loop_over_tokens(rows, num_experts, k):
     np.testing.assert_array_equal(routing.experts, experts)
     assert_close(routing.probability, probability, 1e-6)
     np.testing.assert_allclose(np.sum(routing.weights, axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, FEW_ASSIGNMENTS, FEW_ASSIGNMENTS + 1])
+def test_assignments_are_sorted_by_expert_in_place_among_equals(count):
+    assignment = np.random.default_rng(count).choice([0, 3, 4, 6], count).astype(np.int32)  # of 8: some are empty
+    order, inverse, sizes = jax.jit(sort_by_expert, static_argnums=1)(assignment, 8)
+    want = np.argsort(assignment, kind="stable")
+    np.testing.assert_array_equal(order, want)
+    np.testing.assert_array_equal(np.asarray(inverse)[want], np.arange(count))
+    np.testing.assert_array_equal(sizes, np.bincount(assignment, minlength=8))
+    assert {x.dtype for x in (order, inverse, sizes)} == {np.dtype(np.int32)}
 
 
 def test_equal_probabilities_choose_the_lowest_index():

@@ -7,6 +7,7 @@ import pytest
 
 from mmx_jax.layers.norm import gated_rms_norm, rms_norm
 from mmx_jax.layers.projection import einsum, silu
+from pallas_kernels import platform
 
 SIZES = dict(b=2, t=5, m=6, c=3, f=4)
 
@@ -27,6 +28,17 @@ def test_gradients_of_a_projection_equal_float64(equation, dtype):
     np.testing.assert_allclose(np.float64(dx), np.einsum(f"{y},{b}->{a}", dy, w), atol=tolerance * 4)
     # Straight from the float32 accumulator, whatever the dtype of the activations.
     np.testing.assert_allclose(dw, np.einsum(f"{a},{y}->{b}", x, dy), atol=1e-4)
+
+
+@pytest.mark.parametrize("equation", ["btm,mf->btf", "btm,mcf->btcf"])
+def test_one_row_is_a_matrix_product_on_gpu(equation):
+    rng = np.random.default_rng(0)
+    a, b, _ = equation.replace("->", ",").split(",")
+    x, w = (np.float32(rng.normal(size=[(SIZES | dict(b=1, t=1))[letter] for letter in term])) for term in (a, b))
+    with platform.target("gpu"):
+        lowered = jax.jit(lambda x, w: einsum(equation, x, w)).lower(x, w)
+    assert "dot_general" in lowered.as_text() and "tensor<2x1x" in lowered.as_text()
+    np.testing.assert_allclose(lowered.compile()(x, w), np.einsum(equation, x, w), atol=1e-5)
 
 
 def test_elementwise_functions_keep_their_inputs_alone():

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.documents import at_positions
@@ -52,12 +53,17 @@ class LightningAttention(nn.Module):
 
         # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
         qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))
+        decoding = state is not None and x.shape[1] == 1
+        if decoding and x.shape[0] > 1:
+            # Or XLA computes each part in a kernel of its own, from the partial sums of the product.
+            qkv = lax.optimization_barrier(qkv)
         parts = jnp.split(qkv, 3, axis=2)  # the gradient of a split is one concatenation
         q, k, v = (constrain(silu(part.squeeze(2)), "batch", "length", "heads_act") for part in parts)
-        if state is not None and x.shape[1] == 1:
+        if decoding:
             real = None if segment_ids is None else segment_ids[:, 0] > 0
             output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, real)
-            output = output[:, None]
+            # The barrier keeps the sum of squares behind it over one axis, as XLA's kernel for a whole norm needs it.
+            output = lax.optimization_barrier(output[:, None])
         else:
             output, next_state = lightning_attention(
                 q, k, v, slopes, segment_ids=segment_ids, initial_state=state,

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
+from pallas_kernels import platform
 
 
 def product(equation, a, b, out_dtype=jnp.float32):
@@ -24,6 +25,10 @@ def einsum(equation, x, w):
     accumulator to the dtype of `w` in one step, and is computed in the order of its axes: JAX's own rule computes the
     transpose and copies both factors and the result.
     """
+    if platform.platform() == "gpu" and x.size == x.shape[-1]:
+        # One row twice: of a single one XLA makes products in memory and a sum over them, two kernels for one.
+        twice = jnp.broadcast_to(x, (2, *x.shape[1:]))
+        return product(equation, twice, w.astype(x.dtype), x.dtype)[:1]
     return product(equation, x, w.astype(x.dtype), x.dtype)
 
 

@@ -1,7 +1,9 @@
 """Grouped matrix products on NVIDIA Hopper, as two persistent Pallas Mosaic GPU kernels.
 
 Both walk tiles of their output. One group of threads of a program keeps a ring of shared memory filled by TMA, also
-across tiles; the workers multiply on the tensor cores, each 64 rows of a tile, and accumulate in registers.
+across tiles; the workers multiply on the tensor cores, each 64 rows of a tile, and accumulate in registers. A program
+that is done takes the next tile from a counter: tiles of few rows are faster, and programs that read the same matrix
+have to stay together for it to be in the L2 cache.
 
 - `_multiply_rows`: rows of a group times its matrix, for the forward and for the gradient to the rows. The activation
   of an expert is computed where its product leaves the registers: gate and up are two products of one kernel.
@@ -28,6 +30,7 @@ ROWS = 64  # of one worker: the rows of a wgmma
 DEPTH = 64  # of the contraction in one step of the ring; 128 bytes, which is a row of the swizzle
 PIECE = 64  # columns that leave a worker at once
 PANEL = 8  # column tiles that are visited before the next row tile, for the L2 cache
+CLAIMS = 8  # tiles that the loading threads can be ahead of the others
 INTERPRETED_PROGRAMS = 2
 
 
@@ -209,6 +212,7 @@ def _multiply_rows(terms, beside, group_sizes, *, transposed, finish, interprete
 
         _walk(
             tiling, used_ref[0] * column_tiles, scratch, locate, load, multiply, destination, finish,
+            shared=_shared(table.shape[0] * column_tiles, interpreted),
             beside=(load_beside, read_beside) if beside else None,
         )  # fmt: skip
 
@@ -278,13 +282,22 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
             own = pl.ds(row + worker * ROWS + first, rows), pl.ds(column + p * PIECE, PIECE)
             return out_ref.at[(group, *own)]
 
-        _walk(tiling, groups * row_tiles * column_tiles, scratch, locate, load, multiply, destination, _as_it_is)
+        tiles = groups * row_tiles * column_tiles
+        _walk(
+            tiling, tiles, scratch, locate, load, multiply, destination, _as_it_is,
+            shared=_shared(tiles, interpreted),
+        )  # fmt: skip
 
     (output,) = _call(
         kernel, (bounds, lhs, rhs), [jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype)], tiling,
         lhs_block=(DEPTH, tile_rows), rhs_block=(DEPTH, width), interpreted=interpreted,
     )  # fmt: skip
     return output
+
+
+def _shared(tiles, interpreted):
+    """Whether programs share the tiles by a counter. To make it 0 is a kernel of its own, too much for few tiles."""
+    return tiles > 2 * hopper.MULTIPROCESSORS and not interpreted  # the interpreter has no such instruction
 
 
 def _whole_blocks(rows):
@@ -312,7 +325,7 @@ def _inside(first, last, block):
     return tuple(jnp.clip(bound - block * ROWS, 0, ROWS) for bound in (first, last))
 
 
-def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *, beside=None):
+def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *, shared, beside=None):
     """What a thread of a program does: fill the ring, or multiply and write.
 
     Args:
@@ -323,15 +336,15 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
       multiply(sums, where, step, slot): starts the products of a step.
       destination(result, where, p, first, rows): the part of a result for `rows` rows of piece p of this worker.
       finish: from a piece of the sums, and of what is beside them, to a tuple of results.
+      shared: whether programs take tiles from a counter, or every so manieth.
       beside: (load(where, p, slot, barrier), read(slot)) for the rows beside piece p, which follow the steps of a tile.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    _, rings, (whole, partial), full, free = scratch
-    thread, program = lax.axis_index("thread"), lax.axis_index("program")
-    stride = lax.axis_size("program")
-    own = lax.div(tiles - program + stride - 1, stride)
+    _, rings, (whole, partial), full, free, claims, claimed, seen = scratch
+    thread = lax.axis_index("thread")
+    counter = pl.get_global(plgpu.SemaphoreType.REGULAR((1,))) if shared else None
     pieces = tiling.columns // PIECE
     after = pieces if beside else 0  # slots of the ring that follow the steps of a tile
 
@@ -341,11 +354,45 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
     def release(step):
         plgpu.barrier_arrive(free.at[slot_of(step)])
 
+    def claim(number):
+        """Puts the tile that is this program's `number`th where the workers find it, too."""
+        slot = lax.rem(number, CLAIMS)
+
+        @pl.when(number >= CLAIMS)
+        def _():
+            plgpu.barrier_wait(seen.at[slot])
+
+        if shared:
+            hopper.fetch_and_add_one(counter, claims.at[pl.ds(slot, 1)])
+        else:
+            claims[slot] = lax.axis_index("program") + number * lax.axis_size("program")
+        plgpu.barrier_arrive(claimed.at[slot])
+
+    def claimed_tile(number):
+        slot = lax.rem(number, CLAIMS)
+        plgpu.barrier_wait(claimed.at[slot])
+        return claims[slot]
+
+    def for_each(take, one_tile):
+        """one_tile(tile, begun) for take(0), take(1), ...; it adds to `begun` the slots of the ring that it went on."""
+
+        def body(carry):
+            number, tile, begun = carry
+            begun = one_tile(tile, begun)
+            return number + 1, take(number + 1), begun
+
+        zero = jnp.int32(0)
+        lax.while_loop(lambda carry: carry[1] < tiles, body, (zero, take(zero), zero))
+
     def fill():
         plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
 
-        def one_tile(i, begun):
-            steps, _, where = locate(program + i * stride)
+        def take(number):
+            claim(number)
+            return claimed_tile(number)
+
+        def one_tile(tile, begun):
+            steps, _, where = locate(tile)
 
             def one_step(step, _):
                 slot = slot_of(begun + step)
@@ -367,13 +414,18 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
             lax.fori_loop(0, steps + after, one_step, None)
             return begun + steps + after
 
-        lax.fori_loop(0, own, one_tile, jnp.int32(0))
+        for_each(take, one_tile)
 
     def work():
         plgpu.set_max_registers(hopper.worker_registers(tiling.workers), action="increase")
 
-        def one_tile(i, begun):
-            steps, rows, where = locate(program + i * stride)
+        def take(number):
+            tile = claimed_tile(number)
+            plgpu.barrier_arrive(seen.at[lax.rem(number, CLAIMS)])
+            return tile
+
+        def one_tile(tile, begun):
+            steps, rows, where = locate(tile)
 
             def products(*sums):
                 def one_step(step, _):
@@ -408,7 +460,7 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
             lax.cond(rows[0] < rows[1], compute, idle)
             return begun + steps + after
 
-        lax.fori_loop(0, own, one_tile, jnp.int32(0))
+        for_each(take, one_tile)
         plgpu.wait_smem_to_gmem(0)
 
     def write(sums, rows, where, step):
@@ -484,6 +536,8 @@ def _call(kernel, operands, outputs, tiling, *, lhs_block, rhs_block, matrices=1
             ring(lhs_block), [ring(rhs_block)] * matrices, plgpu.RefUnion(*leaving),
             plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=tiling.workers, num_barriers=tiling.stages),
+            plgpu.SMEM((CLAIMS,), jnp.int32), plgpu.Barrier(num_arrivals=1, num_barriers=CLAIMS),
+            plgpu.Barrier(num_arrivals=tiling.workers, num_barriers=CLAIMS),
         ],
         grid=(INTERPRETED_PROGRAMS if interpreted else hopper.MULTIPROCESSORS,), grid_names=("program",),
         num_threads=tiling.workers + 1, thread_name="thread",

@@ -20,7 +20,6 @@ Every gradient is the same scan; `reverse` runs from the last token to the first
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +27,12 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.lightning_attention import chunked_xla
-from pallas_kernels.platform import cdiv, platform
+from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
+from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK, CONTINUES, MIXED, STARTS
+from pallas_kernels.platform import platform
 
-CHUNK = 64  # tokens: the rows of one wgmma
 COLUMNS = 64  # value columns of a program
 MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bfloat16
-MIXED, CONTINUES, STARTS = range(3)  # kinds of chunks, see `_Documents`
 
 
 def check(q, k, v, slopes, *, segmented, chunk_size):
@@ -50,35 +49,39 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
+    count = _segments(q, slopes)
 
     def kernel():
-        (output,), (state,) = _scans([(q, k, v)], slopes, runs, [initial_state], reverse=False)
-        return output, state
+        entries = _entry_states(k, v, slopes, runs, initial_state, count, reverse=False)
+        (output,), (exits,) = _scans([(q, k, v)], slopes, runs, [entries], count, reverse=False)
+        return output, _ends(exits, count)[-1], entries
 
     def steep():
-        return chunked_xla.forward(q, k, v, slopes, runs, initial_state, chunk_size=chunk_size)[:2]
+        output, state, _ = chunked_xla.forward(q, k, v, slopes, runs, initial_state, chunk_size=chunk_size)
+        return output, state, jnp.repeat(initial_state, count, axis=0)  # the backward reads the first of a row
 
-    return *lax.cond(_splits(slopes), kernel, steep), initial_state
+    return lax.cond(_splits(slopes), kernel, steep)
 
 
-def backward(q, k, v, slopes, runs, initial_state, d_output, d_state, *, chunk_size):
-    """Gradients to q, k, v and the initial state."""
+def backward(q, k, v, slopes, runs, entries, d_output, d_state, *, chunk_size):
+    """Gradients to q, k, v and the initial state. `entries` are the states where the segments of time begin."""
     do = d_output.astype(q.dtype)
+    count = _segments(q, slopes)
 
     def kernel():
         # In the reverse scan a state is one step further from its tokens than the gradient of the final state is.
         step = jnp.exp(slopes)[:, None, None]
-        entry = d_state * step
-        (dq,), _ = _scans([(do, v, k)], slopes, runs, [initial_state.swapaxes(-1, -2)], reverse=False)
+        (dq,), _ = _scans([(do, v, k)], slopes, runs, [entries.swapaxes(-1, -2)], count, reverse=False)
         # In one launch they share what they read, in the L2 cache.
-        (dk, dv), (_, d_initial) = _scans(
-            [(v, do, q), (k, q, do)], slopes, runs, [entry.swapaxes(-1, -2), entry], reverse=True
+        d_entries = _entry_states(q, do, slopes, runs, d_state * step, count, reverse=True)
+        (dk, dv), (_, exits) = _scans(
+            [(v, do, q), (k, q, do)], slopes, runs, [d_entries.swapaxes(-1, -2), d_entries], count, reverse=True
         )
-        return dq, dk, dv, d_initial / step
+        return dq, dk, dv, _ends(exits, count)[0] / step
 
     def steep():
         inputs = q, k, v, slopes, runs
-        _, _, residuals = chunked_xla.forward(*inputs, initial_state, chunk_size=chunk_size)
+        _, _, residuals = chunked_xla.forward(*inputs, _ends(entries, count)[0], chunk_size=chunk_size)
         return chunked_xla.backward(*inputs, residuals, do, d_state, chunk_size=chunk_size)
 
     return lax.cond(_splits(slopes), kernel, steep)
@@ -106,66 +109,66 @@ def _splits(slopes):
     return jnp.max(slopes) * CHUNK / 2 < MAX_EXPONENT
 
 
-def _scans(problems, slopes, runs, states, *, reverse):
-    # Jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
-    return _jitted_scans(problems, slopes, runs, states, reverse=reverse, interpreted=platform() == "cpu")
+def _segments(q, slopes):
+    """Into how many segments of time the rows are cut."""
+    batch, length, width = q.shape
+    return rows.segments(batch * width // COLUMNS, length)
 
 
-@functools.partial(jax.jit, static_argnames=("reverse", "interpreted"))
-def _jitted_scans(problems, slopes, runs, states, *, reverse, interpreted):
-    """The scan of each problem (q, k, v), all [B, T, H*D], from its entry state, where the scan starts.
+def _ends(states, count):
+    """The states [B, H, D, D] of the leftmost and the rightmost of `count` segments of each row."""
+    return states[::count], states[count - 1 :: count]
+
+
+# Both are jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
+def _scans(problems, slopes, runs, states, count, *, reverse):
+    return _jitted_scans(problems, slopes, runs, states, count, reverse=reverse, interpreted=platform() == "cpu")
+
+
+def _entry_states(k, v, slopes, runs, initial, count, *, reverse):
+    if count == 1:
+        return initial
+    return _jitted_entry_states(k, v, slopes, runs, initial, count, reverse=reverse, interpreted=platform() == "cpu")
+
+
+@functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
+def _jitted_scans(problems, slopes, runs, states, count, *, reverse, interpreted):
+    """The scan of each problem (q, k, v), all [B, T, H*D], in `count` segments from their entry states.
 
     Returns:
-      (outputs [B, T, H*D], exit states float32 [B, H, D, D]), lists like `problems`.
+      (outputs [B, T, H*D], exit states float32 [B * count, H, D, D]), lists like `problems`.
     """
     batch, length, _ = problems[0][0].shape
-    padding = cdiv(length, CHUNK) * CHUNK - length
-    if padding:
-        runs = jnp.ones((batch, length), jnp.int32) if runs is None else runs
-        problems = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0))), problems)
-        runs = jnp.pad(runs, ((0, 0), (0, padding)))
-    documents = None if runs is None else _documents(runs)
+    documents = rows.documents(runs, batch, length, count)
+    problems = [[rows.cut(x, count) for x in problem] for problem in problems]
     outputs, exits = _call(problems, slopes, jnp.stack(states), documents, reverse=reverse, interpreted=interpreted)
-    return [x[:, :length] for x in outputs], list(exits)
+    return [rows.join(x, batch, length) for x in outputs], list(exits)
 
 
-class _Documents(NamedTuple):
-    """What the kernel knows about documents, int32, N chunks in a row.
-
-    The state at a border of two chunks is of the document of the last real token to the left, and of document 1 where
-    there is none. A chunk is MIXED if it has padding or several documents. One document fills the others, and it
-    either CONTINUES from the left or STARTS with the chunk.
-    """
-
-    kinds: jax.Array  # [B, N + 1]; behind the end nothing starts
-    borders: jax.Array  # [B, N + 1] documents of the states
-    runs: jax.Array  # [B, T]
-    sources: jax.Array  # [B, T] runs, but what is equal to none of them at padding
-    counts: jax.Array  # [B, T] real tokens of the chunk up to and including this one
-
-
-def _documents(runs):
-    batch = runs.shape[0]
-    chunks = runs.reshape(batch, -1, CHUNK)
-    last = jnp.max(chunks, axis=2)
-    borders = jnp.pad(jnp.maximum(lax.cummax(last, axis=1), 1), ((0, 0), (1, 0)), constant_values=1)
-    one = (jnp.min(chunks, axis=2) == last) & (last > 0)
-    kinds = jnp.where(one, jnp.where(last == borders[:, :-1], CONTINUES, STARTS), MIXED)
-    kinds = jnp.pad(kinds, ((0, 0), (0, 1)), constant_values=CONTINUES)
-    counts = jnp.sum(jnp.tri(CHUNK, dtype=bool) & (chunks > 0)[:, :, None], axis=3, dtype=jnp.int32)
-    return _Documents(kinds, borders, runs, jnp.where(runs > 0, runs, -1), counts.reshape(runs.shape))
+@functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
+def _jitted_entry_states(k, v, slopes, runs, initial, count, *, reverse, interpreted):
+    """The entry states float32 [B * count, H, D, D] of the segments of time, from that of the whole rows."""
+    batch, length, _ = k.shape
+    documents = rows.documents(runs, batch, length, count)
+    k, v = (rows.cut(x, count) for x in (k, v))
+    zeros = jnp.zeros((1, batch * count, *initial.shape[1:]), jnp.float32)
+    _, (own,) = _call([(k, v)], slopes, zeros, documents, reverse=reverse, interpreted=interpreted)
+    return rows.entry_states(initial, own, slopes, documents, k.shape[1] // CHUNK, reverse=reverse)
 
 
 def _call(problems, slopes, entries, documents, *, reverse, interpreted):
-    """The kernel. Lengths are whole chunks; states are float32 [P, B, H, D, D]."""
+    """The kernel, for rows of whole chunks. A problem (k, v) has no output. States are float32 [P, B, H, D, D]."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    batch, length, _ = problems[0][0].shape
+    *_, v = problems[0]
+    batch, length, _ = v.shape
+    dtype = v.dtype
     heads, dim = slopes.shape[0], entries.shape[-1]
     chunks, parts = length // CHUNK, dim // COLUMNS
-    dtype = problems[0][0].dtype
-    rows, columns = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # of vectors along an accumulator
+    with_output = len(problems[0]) == 3
+    wgmma = plgpu.Layout.WGMMA
+    along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
     stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS)
     other_bytes = 2 * (dim * COLUMNS + 2 * CHUNK * (CHUNK + 2 * COLUMNS)) + 1024
     stages = min(4, (hopper.SHARED_MEMORY - other_bytes) // stage_bytes)
@@ -173,8 +176,8 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
     def kernel(slope_ref, entry_ref, *refs):
         refs = list(refs)
         inputs = [[refs.pop(0) for _ in problem] for problem in problems]
-        document_refs = documents and _Documents(*(refs.pop(0) for _ in documents))
-        outputs = [refs.pop(0) for _ in problems]
+        facts = documents and rows.Documents(*(refs.pop(0) for _ in documents))
+        outputs = [refs.pop(0) for _ in problems if with_output]
         exit_ref, q_smem, k_smem, v_smem, score_smem, value_smem, state_smem, o_smem, full, free, ready, used = refs
         b, h, group = (lax.axis_index(name) for name in ("batch", "head", "group"))
         problem, part = lax.div(lax.axis_index("part"), parts), lax.rem(lax.axis_index("part"), parts)
@@ -193,35 +196,41 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
                 pl.when(problem == p)(functools.partial(run, p))
 
         def kind_at(step):
-            return None if documents is None else document_refs.kinds[b, jnp.maximum(chunk_at(step), 0)]
+            """None where all chunks are alike. It is read a step ahead, for memory is far away."""
+            if facts is None:
+                return None
+            return jnp.where(step < chunks, facts.kinds[b, chunk_at(jnp.minimum(step, chunks - 1))], CONTINUES)
 
         def if_mixed(kind, mixed, plain):
             return plain if kind is None else lax.cond(kind == MIXED, mixed, lambda: plain)
 
-        def along(ref, step, layout=rows):
-            """The numbers of the tokens of a chunk, from global memory: a mixed chunk can wait for them."""
+        def along(ref, step, layout):
+            """What is known about the tokens of a chunk, from memory: a mixed chunk can wait for it."""
             return plgpu.load(ref.at[b, tokens_at(step)], layout=layout, optimized=False)
-
-        def real_tokens(step):
-            return document_refs.counts[b, chunk_at(step) * CHUNK + CHUNK - 1]
 
         def spread(vector, width, axis=0):
             """A vector along the rows of an accumulator, alike in all of its columns; the other way with axis 1."""
-            return plgpu.layout_cast(lax.broadcast_in_dim(vector, (CHUNK, width), (axis,)), plgpu.Layout.WGMMA)
+            return plgpu.layout_cast(lax.broadcast_in_dim(vector, (CHUNK, width), (axis,)), wgmma)
+
+        def causal():
+            """bool [CHUNK, CHUNK]: row i is not before column j."""
+            i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=wgmma) for axis in (0, 1))
+            return (i <= j) if reverse else (i >= j)
 
         def weights(step, kind, sign):
             """exp(sign s (c_i - m)) along the rows, 0 at padding."""
-            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=rows)
+            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_rows)
+            count = CHUNK - index if reverse else index + 1
 
-            def weigh(counts):
-                return jnp.exp(sign * slope * (counts.astype(jnp.float32) - CHUNK / 2))
+            def weigh(count):
+                return jnp.exp(sign * slope * (count - CHUNK / 2))
 
             def mixed():
-                counts = along(document_refs.counts, step)
-                real = along(document_refs.runs, step) > 0
-                return jnp.where(real, weigh(real_tokens(step) + 1 - counts if reverse else counts), 0.0)
+                real = spread(along(facts.sources, step, along_columns), CHUNK, axis=1) > 0
+                count = jnp.sum(jnp.where(causal() & real, 1.0, 0.0), axis=1)
+                return jnp.where(along(facts.runs, step, along_rows) > 0, weigh(count), 0.0)
 
-            return if_mixed(kind, mixed, weigh(CHUNK - index if reverse else index + 1))
+            return if_mixed(kind, mixed, weigh(count.astype(jnp.float32)))
 
         def load():
             plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
@@ -235,8 +244,9 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
 
                 @each_problem
                 def _(p):
-                    for ref, smem, width in zip(inputs[p], (q_smem, k_smem, v_smem), (head, head, own), strict=True):
-                        plgpu.copy_gmem_to_smem(ref.at[b, tokens_at(step), width], smem.at[stage], full.at[stage])
+                    rings = ((q_smem, head), (k_smem, head), (v_smem, own))[-len(inputs[p]) :]
+                    for ref, (ring, width) in zip(inputs[p], rings, strict=True):
+                        plgpu.copy_gmem_to_smem(ref.at[b, tokens_at(step), width], ring.at[stage], full.at[stage])
 
             lax.fori_loop(0, chunks, one_step, None)
 
@@ -244,36 +254,40 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
             def one_step(step, kind):
-                following = kind_at(step + 1)  # a step ahead, for memory is far away
+                following = kind_at(step + 1)
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
                 weight = spread(weights(step, kind, 1), COLUMNS)
+
+                def weigh_values():
+                    values = plgpu.load(v_smem.at[stage], layout=wgmma).astype(jnp.float32)
+                    value_smem[pair] = jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)
+
+                def score_values(acc):
+                    plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
+                    weigh_values()  # while the tensor cores are at it
+                    return acc[...]
+
                 plgpu.barrier_wait(full.at[stage])
 
                 @pl.when(step >= 2)
                 def _():
                     plgpu.barrier_wait(used.at[pair])
 
-                def product(acc):
-                    plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
-                    # While the tensor cores are at it, the values are weighted.
-                    values = plgpu.load(v_smem.at[stage], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-                    value_smem[pair] = jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)
-                    return acc[...]
+                if with_output:
+                    scores = pl.run_scoped(score_values, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+                    scores = jnp.where(causal(), scores, 0.0)
 
-                scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-                plgpu.barrier_arrive(free.at[stage])
-                i = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
-                j = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=plgpu.Layout.WGMMA)
-                scores = jnp.where((i <= j) if reverse else (i >= j), scores, 0.0)
+                    def inside_documents():
+                        run_i = spread(along(facts.runs, step, along_rows), CHUNK)
+                        run_j = spread(along(facts.sources, step, along_columns), CHUNK, axis=1)
+                        return jnp.where(run_i == run_j, scores, 0.0)
 
-                def inside_documents():
-                    run_i = spread(along(document_refs.runs, step), CHUNK)
-                    run_j = spread(along(document_refs.sources, step, columns), CHUNK, axis=1)
-                    return jnp.where(run_i == run_j, scores, 0.0)
-
-                score_smem[pair] = if_mixed(kind, inside_documents, scores).astype(dtype)
+                    score_smem[pair] = if_mixed(kind, inside_documents, scores).astype(dtype)
+                else:
+                    weigh_values()
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
+                plgpu.barrier_arrive(free.at[stage])
                 return following
 
             lax.fori_loop(0, chunks, one_step, kind_at(0))
@@ -281,18 +295,18 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
         def recur():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
-            def keep_own_documents(step, stage):
-                """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
-                runs = along(document_refs.runs, step)
-                for smem, border in zip((q_smem, k_smem), borders(step), strict=True):
-                    values = plgpu.load(smem.at[stage], layout=plgpu.Layout.WGMMA)
-                    kept = jnp.where(spread(runs, dim) == border, values, jnp.zeros_like(values))
-                    smem.at[stage][...] = kept
-                plgpu.commit_smem()
-
             def borders(step):
-                left, right = (document_refs.borders[b, chunk_at(step) + i] for i in range(2))
+                """The documents of the entry and of the exit state."""
+                left, right = (table[b, chunk_at(step)] for table in (facts.lefts, facts.rights))
                 return (right, left) if reverse else (left, right)
+
+            def keep_documents_of_states(step, stage):
+                """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
+                runs = along(facts.runs, step, along_rows)
+                for ring, document in zip((q_smem, k_smem), borders(step), strict=True):
+                    values = plgpu.load(ring.at[stage], layout=wgmma)
+                    ring.at[stage][...] = jnp.where(spread(runs, dim) == document, values, jnp.zeros_like(values))
+                plgpu.commit_smem()
 
             def decays(step, kind, following):
                 """The factors in the exit state of the entry state and of the product of the chunk."""
@@ -302,14 +316,14 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
 
                 def mixed():
                     entry, exit_ = borders(step)
-                    carried, added = over(real_tokens(step).astype(jnp.float32))
+                    carried, added = over(facts.tokens[b, chunk_at(step)].astype(jnp.float32))
                     return jnp.where(entry == exit_, carried, 0.0), added
 
                 factors = if_mixed(kind, mixed, over(jnp.float32(CHUNK)))
                 if kind is None:
                     return factors
-                left = (kind if reverse else following) == STARTS  # nobody goes on with this state
-                return tuple(jnp.where(left, 0.0, factor) for factor in factors)
+                dropped = (kind if reverse else following) == STARTS
+                return tuple(jnp.where(dropped, 0.0, factor) for factor in factors)
 
             def share(state):
                 state_smem[...] = (state * jnp.exp(-slope * (CHUNK / 2))).astype(dtype)
@@ -329,32 +343,42 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
                 kind, state = carry
                 following = kind_at(step + 1)
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                weight = spread(weights(step, kind, -1), COLUMNS)
                 carried, added = decays(step, kind, following)
+                weight = spread(weights(step, kind, -1), COLUMNS) if with_output else None
                 plgpu.barrier_wait(full.at[stage])
                 plgpu.barrier_wait(ready.at[pair])
                 if kind is not None:
-                    pl.when(kind == MIXED)(lambda: keep_own_documents(step, stage))
+                    pl.when(kind == MIXED)(functools.partial(keep_documents_of_states, step, stage))
 
-                def products(output, update):
+                def add_update(update):
+                    plgpu.wgmma(update, k_smem.at[stage].transpose((1, 0)), value_smem.at[pair])
+
+                def output_and_update(output, update):
                     plgpu.wgmma(output, q_smem.at[stage], state_smem)
                     plgpu.wgmma(output, score_smem.at[pair], value_smem.at[pair])
-                    plgpu.wgmma(update, k_smem.at[stage].transpose((1, 0)), value_smem.at[pair])
+                    add_update(update)
                     # The output leaves while the tensor cores are at the state.
                     write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weight, step)
                     return update[...]
 
-                update = pl.run_scoped(
-                    products, plgpu.ACC((CHUNK, COLUMNS), jnp.float32), plgpu.ACC((dim, COLUMNS), jnp.float32)
-                )
+                def update_alone(update):
+                    add_update(update)
+                    return update[...]
+
+                of_state = plgpu.ACC((dim, COLUMNS), jnp.float32)
+                if with_output:
+                    update = pl.run_scoped(output_and_update, plgpu.ACC((CHUNK, COLUMNS), jnp.float32), of_state)
+                else:
+                    update = pl.run_scoped(update_alone, of_state)
                 plgpu.barrier_arrive(used.at[pair])
                 plgpu.barrier_arrive(free.at[stage])
                 state = state * carried + update * added
-                share(state)
+                if with_output:
+                    share(state)
                 return following, state
 
-            state = plgpu.load(entry_ref.at[own_state], layout=plgpu.Layout.WGMMA, optimized=False)
             kind = kind_at(0)
+            state = plgpu.load(entry_ref.at[own_state], layout=wgmma, optimized=False)
             if kind is not None and not reverse:
                 state = state * jnp.where(kind == STARTS, 0.0, 1.0)
             share(state)
@@ -367,14 +391,17 @@ def _call(problems, slopes, entries, documents, *, reverse, interpreted):
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=hopper.swizzled())
 
-    states = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
     call = plgpu.kernel(
         kernel,
-        out_type=[*(jax.ShapeDtypeStruct(v.shape, dtype) for _, _, v in problems), states],
+        out_type=[
+            *(jax.ShapeDtypeStruct(v.shape, dtype) for *_, v in problems if with_output),
+            jax.ShapeDtypeStruct(entries.shape, jnp.float32),
+        ],
         scratch_types=[
             smem(stages, CHUNK, dim), smem(stages, CHUNK, dim), smem(stages, CHUNK, COLUMNS),
             smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS), smem(dim, COLUMNS), smem(2, CHUNK, COLUMNS),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=len(problems[0]), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_barriers=2),
         ],
         grid=(batch, heads, len(problems) * parts), grid_names=("batch", "head", "part"),

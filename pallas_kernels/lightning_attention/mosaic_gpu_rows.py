@@ -1,0 +1,120 @@
+"""How rows are cut for the Mosaic GPU kernel: into chunks, which documents meet in a chunk, and segments of time.
+
+A program of the kernel walks the time of one head and 64 value columns, so few heads leave most of the GPU without
+work. Then time is cut into segments that are walked at once, as if they were rows of the batch: a first pass finds
+the state that each segment adds to what is behind it, and these are combined here into the entry states of all.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.platform import cdiv
+
+CHUNK = 64  # tokens: the rows of one wgmma
+MIXED, CONTINUES, STARTS = range(3)  # kinds of chunks, see `Documents`
+
+
+class Documents(NamedTuple):
+    """What the kernel knows about documents, int32; R rows of N chunks, C tokens in a chunk.
+
+    A state between two chunks is of the document of the last real token to its left, and of document 1 where there is
+    none. A chunk is MIXED if it has padding or several documents. One document fills the others, and it either
+    CONTINUES from the left or STARTS with the chunk.
+    """
+
+    kinds: jax.Array  # [R, N]
+    lefts: jax.Array  # [R, N] documents of the states to the left
+    rights: jax.Array  # [R, N] and to the right
+    tokens: jax.Array  # [R, N] real tokens
+    runs: jax.Array  # [R, N * C]
+    sources: jax.Array  # [R, N * C] runs, but what is equal to none of them at padding
+
+
+def segments(programs, length) -> int:
+    """Into how many segments to cut rows of `length` tokens, where `programs` would walk them whole.
+
+    A multiprocessor alone walks chunks twice as fast as when all of them share the memory, and the first pass reads
+    half of the tensors again.
+    """
+    chunks = cdiv(length, CHUNK)
+
+    def cost(count):
+        waves = cdiv(programs * count, hopper.MULTIPROCESSORS)
+        share = min(1.0, programs * count / hopper.MULTIPROCESSORS)
+        return waves * cdiv(chunks, count) * max(0.5, share) * (1.0 if count == 1 else 1.5) + 8 * (count > 1)
+
+    return min((2**i for i in range(8)), key=cost)
+
+
+def cut(x, count):
+    """[B, T, ...] to rows [B * count, T / count, ...] of whole chunks, with zeros behind the end."""
+    batch, length, *rest = x.shape
+    chunks = cdiv(length, CHUNK * count)
+    padding = chunks * CHUNK * count - length
+    if padding:
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0) for _ in rest)))
+    return x.reshape(batch * count, chunks * CHUNK, *rest)
+
+
+def join(x, batch, length):
+    """The inverse of `cut`."""
+    return x.reshape(batch, -1, *x.shape[2:])[:, :length]
+
+
+def documents(runs, batch, length, count):
+    """`Documents` of the rows that `cut` makes, or None if each is one document without padding."""
+    if runs is None:
+        if length % (CHUNK * count) == 0:
+            return None
+        runs = jnp.ones((batch, length), jnp.int32)
+    runs = cut(runs, count)
+    chunks = runs.reshape(batch, -1, CHUNK)
+    last = jnp.max(chunks, axis=2)
+    rights = jnp.maximum(lax.cummax(last, axis=1), 1)
+    lefts = jnp.pad(rights, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+    one = (jnp.min(chunks, axis=2) == last) & (last > 0)
+    kinds = jnp.where(one, jnp.where(last == lefts, CONTINUES, STARTS), MIXED)
+    tokens = jnp.sum(chunks > 0, axis=2, dtype=jnp.int32)
+    tables = (x.reshape(batch * count, -1) for x in (kinds, lefts, rights, tokens))
+    return Documents(*tables, runs, jnp.where(runs > 0, runs, -1))
+
+
+def entry_states(initial, own, slopes, documents, chunks, *, reverse):
+    """The states with which the segments of a row begin.
+
+    Args:
+      initial: float32 [B, H, D, D], the entry state of the row, at its right end in `reverse`.
+      own: float32 [B * S, H, D, D], the exit states of the segments from zero.
+      documents: of `documents`; None: there are `chunks` whole chunks in a segment.
+
+    Returns:
+      float32 [B * S, H, D, D].
+    """
+    batch, heads, dim, _ = initial.shape
+    count = own.shape[0] // batch
+    order = jnp.arange(count)
+    if documents is None:
+        tokens = jnp.full((batch, count), chunks * CHUNK, jnp.int32)
+        lefts = rights = jnp.ones_like(tokens)
+    else:
+        tokens = jnp.sum(documents.tokens, axis=1).reshape(batch, count)
+        lefts, rights = documents.lefts[:, 0].reshape(batch, count), documents.rights[:, -1].reshape(batch, count)
+    if reverse:
+        lefts, rights, order = rights, lefts, order[::-1]
+    # Real tokens that the scan has passed where a segment begins and where it ends.
+    begins = jnp.sum(jnp.where(order[:, None] > order, tokens[:, None], 0), axis=2)
+    ends = begins + tokens
+    # The initial state is that of a segment of no tokens before all others.
+    first = jnp.argmin(order)
+    order_of_sources = jnp.append(-1, order)
+    ends = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=1)
+    rights = jnp.concatenate([lefts[:, first, None], rights], axis=1)
+    reaches = (order_of_sources < order[:, None]) & (rights[:, None] == lefts[:, :, None])  # [B, S, S + 1]
+    distance = jnp.where(reaches, (begins[:, :, None] - ends[:, None]).astype(jnp.float32), jnp.inf)
+    weights = jnp.exp(-slopes * distance[..., None])[..., None, None]  # [B, S, S + 1, H, 1, 1]
+    states = jnp.concatenate([initial[:, None], own.reshape(batch, count, heads, dim, dim)], axis=1)
+    return jnp.sum(weights * states[:, None], axis=2).reshape(own.shape)
