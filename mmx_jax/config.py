@@ -14,6 +14,7 @@ AUX_LOSS_FORMS = ("switch", "report")
 AUX_LOSS_POOLING = ("pooled", "per_layer")
 LR_SHAPES = ("constant", "linear", "exponential", "cosine")
 SOURCE_FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", "tokens")
+SEQUENCE_METHODS = ("gather", "ring")
 PRNG_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -97,6 +98,10 @@ class ModelConfig:
     softmax_implementation: str = "auto"
     softmax_block: int = 512
     moe_implementation: str = "auto"
+    # What moves where mesh.seq divides the tokens of a row. Lightning: the states of all devices at once (LASP+), or
+    # from neighbour to neighbour (LASP). Softmax: keys and values round a ring, or those of all devices at once.
+    sequence_lightning: str = "gather"
+    sequence_softmax: str = "ring"
 
     def __post_init__(self):
         object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
@@ -139,7 +144,8 @@ class ModelConfig:
         )
         _require_choice(
             self, dtype=FLOAT_DTYPES, param_dtype=FLOAT_DTYPES, remat=REMAT_POLICIES,
-            initializer=("deepnorm_xavier", "normal"),
+            initializer=("deepnorm_xavier", "normal"), sequence_lightning=SEQUENCE_METHODS,
+            sequence_softmax=SEQUENCE_METHODS,
         )  # fmt: skip
 
     @property
@@ -373,6 +379,11 @@ class Config:
                 not stage.source_weights or len(stage.source_weights) == max(1, len(self.data.sources)),
                 f"source_weights of a stage has {len(stage.source_weights)} entries for "
                 f"{max(1, len(self.data.sources))} data sources",
+            )
+            _require(
+                self.mesh.seq == -1 or stage.sequence_length % self.mesh.seq == 0,
+                f"training.sequence_length={stage.sequence_length} does not divide over mesh.seq={self.mesh.seq} "
+                "devices; make it a multiple",
             )
             _require(
                 stage.sequence_length <= self.model.max_position_embeddings,

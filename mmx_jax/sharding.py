@@ -13,6 +13,7 @@ MESH_AXES = ("data", "fsdp", "expert", "expert_tensor", "tensor", "seq")
 RULES = {
     "batch": ("data", "fsdp", "expert", "expert_tensor"),
     "length": "seq",
+    "tokens": ("data", "fsdp", "expert", "expert_tensor", "seq"),  # rows and their parts in one dimension
     "embed_act": None,
     "heads_act": "tensor",
     "block": None,  # the scanned axis
@@ -63,6 +64,61 @@ def constrain(x, *axes):
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, logical_to_spec(axes))
+
+
+def row_axis(length: int) -> str | None:
+    """The mesh axis over whose devices rows of `length` tokens are divided; None where they are whole.
+
+    Rows of fewer tokens than there are devices stay whole: in decoding, say. Others must divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = RULES["length"]
+    devices = 1 if mesh.empty else mesh.shape[axis]
+    if devices == 1 or length < devices:
+        return None
+    if length % devices:
+        raise ConfigError(
+            f"rows of {length} tokens do not divide over mesh.{axis}={devices}: make training.sequence_length, or the "
+            "length of a prompt's pieces, a multiple of it"
+        )
+    return axis
+
+
+def over_mesh(f, in_axes, out_axes):
+    """`f` on every device of the ambient mesh with its own part of the arguments: `jax.shard_map` by logical axes.
+
+    The compiler divides neither kernels nor what has to know where in a row it is. Without a mesh, or with one device,
+    it is `f` itself.
+
+    Args:
+      f: of arrays, or None in place of one.
+      in_axes: for each argument, the logical axes of its dimensions. A batch that the devices do not divide is divided
+        over those that do, and the others repeat the work.
+      out_axes: those of the result, or a list if there are several.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+
+    def call(*args):
+        rules = RULES | {"batch": _batch_axes(mesh, args, in_axes)}
+        specs = lambda axes: tuple(logical_to_spec(x, rules) for x in axes)  # noqa: E731
+        out_specs = specs(out_axes) if isinstance(out_axes, list) else specs([out_axes])[0]
+        return jax.shard_map(f, in_specs=specs(in_axes), out_specs=out_specs, check_vma=False)(*args)
+
+    return call
+
+
+def _batch_axes(mesh, args, in_axes):
+    """The leading mesh axes of "batch" whose devices divide that dimension."""
+    batch = next(x.shape[axes.index("batch")] for x, axes in zip(args, in_axes, strict=True) if "batch" in axes)
+    taken, count = [], 1
+    for axis in RULES["batch"]:
+        count *= mesh.shape[axis]
+        if batch % count:
+            break
+        taken.append(axis)
+    return tuple(taken)
 
 
 def shardings_of(logical_axes, abstract, mesh: Mesh):

@@ -25,9 +25,9 @@ MESHES = {
 }
 
 
-def config(**changes):
+def config(num_layers=4, **changes):
     return ModelConfig(
-        vocab_size=64, hidden_size=32, num_layers=4, layer_pattern=("lightning", "softmax"), num_heads=4,
+        vocab_size=64, hidden_size=32, num_layers=num_layers, layer_pattern=("lightning", "softmax"), num_heads=4,
         num_kv_heads=2, head_dim=8, rotary_dim=4, rope_theta=1e4, mlp_dim=48, num_experts=4, experts_per_token=2,
         dtype="float32", lightning_chunk=8, softmax_block=8, **changes,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from pallas_kernels import platform
 from pallas_kernels.lightning_attention import (
     default_implementation,
     document_runs,
+    end_state,
     lightning_attention,
     recurrent_step,
 )
@@ -91,6 +92,25 @@ def test_reverse_is_the_flipped_problem(implementation):
     )  # fmt: skip
     np.testing.assert_allclose(got, flip(want).reshape(BATCH, 30, -1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got_state, want_state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("segments", ["none", "packed", "interior", "left_padded"])
+def test_end_states_alone(implementation, segments):
+    segment_ids = SEGMENTS[segments] and np.array(SEGMENTS[segments])
+    runs = None if segment_ids is None else document_runs(segment_ids)
+    q, k, v = random_qkv(30)
+    options = dict(chunk_size=8, implementation=implementation)
+    none = np.zeros_like(initial_state())
+    _, want = oracles.lightning_attention(q, k, v, SLOPES, segment_ids, none)
+    for first in (0, 4):  # documents may be numbered as parts of a longer row
+        shifted = None if runs is None else jnp.where(runs > 0, runs + first, 0)
+        last = end_state(merged(k), merged(v), SLOPES, shifted, **options)
+        np.testing.assert_allclose(last, want, rtol=1e-5, atol=1e-5)
+    # Outputs are linear in the initial state, and this is the transposed map of v.
+    first = end_state(merged(q), merged(v), SLOPES, runs, reverse=True, **options)
+    outputs = [oracles.lightning_attention(q, k, v, SLOPES, segment_ids, x)[0] for x in (initial_state(), none)]
+    np.testing.assert_allclose((first * initial_state()).sum(), ((outputs[0] - outputs[1]) * v).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

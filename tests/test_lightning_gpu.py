@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import lightning_attention, mosaic_gpu, mosaic_gpu_rows
+from pallas_kernels.lightning_attention import (
+    document_runs,
+    end_state,
+    lightning_attention,
+    mosaic_gpu,
+    mosaic_gpu_rows,
+)
 from tests import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / (mosaic_gpu.CHUNK / 2)  # the slope from which on the kernel cannot split the decay
@@ -39,6 +45,7 @@ CASES = {
     ),
     "in_time_padding": dict(length=256, dim=64, in_time=4, segments=[(1, 70), (0, 64), (1, 58), (2, 64)]),
 }  # fmt: skip
+END_STATES = ("packed", "above_the_guard")  # cases of which the end states alone are computed too
 NAMES = ("output", "state", "dq", "dk", "dv", "d_initial")
 
 
@@ -73,6 +80,17 @@ def results(case, implementation, dtype):
     return run(*(x.astype(dtype) for x in (q, k, v)), initial, do.astype(dtype), d_state)
 
 
+def end_states(case, implementation, dtype):
+    """(of k and v, of q and d_output from the right)."""
+    q, k, v, do, _, _, slopes, ids = inputs(case)
+    runs = None if ids is None else document_runs(ids)
+    pairs = ((k, v), False), ((q, do), True)
+    return [
+        end_state(*(x.astype(dtype) for x in pair), slopes, runs, reverse=reverse, implementation=implementation)
+        for pair, reverse in pairs
+    ]
+
+
 def compute_all(path):
     arrays = {}
     chosen = mosaic_gpu_rows.segments
@@ -81,6 +99,9 @@ def compute_all(path):
         mosaic_gpu_rows.segments = chosen if in_time is None else lambda *_, count=in_time: count
         for name, x in zip(NAMES, results(case, "mosaic_gpu", jnp.bfloat16), strict=True):
             arrays[f"{case}/{name}"] = np.asarray(x, np.float32)
+    for case in END_STATES:
+        for i, x in enumerate(end_states(case, "mosaic_gpu", jnp.bfloat16)):
+            arrays[f"{case}/end_state_{i}"] = np.asarray(x)
     np.savez(path, **arrays)
 
 
@@ -107,6 +128,13 @@ def test_gradients_are_those_of_the_definition(computed, case):
     want = dict(zip(NAMES, results(case, "reference", jnp.float32), strict=True))
     for name in NAMES:
         assert oracles.relative_error(computed[f"{case}/{name}"], want[name]) < 4e-3, name
+
+
+@interpreter.needed
+@pytest.mark.parametrize("case", END_STATES)
+def test_end_states_are_those_of_the_definition(computed, case):
+    for i, want in enumerate(end_states(case, "reference", jnp.float32)):
+        assert oracles.relative_error(computed[f"{case}/end_state_{i}"], want) < 2e-3
 
 
 @interpreter.needed

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import lightning_attention, mosaic_tpu
+from pallas_kernels.lightning_attention import document_runs, end_state, lightning_attention, mosaic_tpu
 from tests import ahead_of_time, oracles
 
 BATCH = 2
@@ -118,6 +118,22 @@ def test_gradients_of_the_oracle():
 @pytest.mark.parametrize(("dim", "heads"), [(64, 3), (128, 2)])
 def test_float32_matches_the_recurrence(case, dim, heads):
     assert max(errors(*CASES[case], dim=dim, dtype=jnp.float32, slopes=SLOPES[:heads]).values()) < 2e-6
+
+
+@pytest.mark.parametrize("case", ["whole", "ragged", "packed", "padded_inside"])
+def test_end_states_alone(case):
+    segments, chunk_size = CASES[case]
+    segment_ids, length = (None, segments) if isinstance(segments, int) else (segments, segments.shape[1])
+    q, k, v, d_output, state, d_state = random_inputs(length, 3, 64, jnp.float32)
+    _, last = oracles.lightning_attention(q, k, v, SLOPES, segment_ids)
+    *_, first = oracle_gradients(q, k, v, SLOPES, segment_ids, state, d_output, np.zeros_like(d_state))
+    runs = None if segment_ids is None else document_runs(segment_ids)
+    for inputs, want, reverse in (((k, v), last, False), ((q, d_output), first, True)):
+        merged = (jnp.asarray(x.reshape(BATCH, length, -1), jnp.float32) for x in inputs)
+        got = end_state(
+            *merged, SLOPES, runs, reverse=reverse, chunk_size=chunk_size, implementation="mosaic_tpu"
+        )  # fmt: skip
+        assert oracles.relative_error(got, want) < 2e-6
 
 
 @pytest.mark.parametrize("case", sorted(CASES))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mmx_jax.layers.projection import product
+from mmx_jax.parallel import sequence
+from pallas_kernels import blockwise_attention as blocks
 from pallas_kernels import platform
 from pallas_kernels.platform import cdiv
 
@@ -18,18 +19,18 @@ IMPLEMENTATIONS = ("blockwise", "cudnn", "splash")
 # What packed cuDNN attention is compiled for: documents a row, and elements of the queries (its offsets are int32).
 _CUDNN_DOCUMENTS, _CUDNN_ELEMENTS = 64, 2**31 - 1
 _SPLASH_BLOCK = 512  # query and key tokens; a multiple of 128
-# Both finite, so that a block in which a query sees no key makes no NaN. The running maximum starts far above the
-# masked scores: their exponentials are 0 even then.
-_MASKED, _LOWEST_MAXIMUM = -1e30, -1e29
 
 
-def causal_attention(q, k, v, runs=None, *, implementation="auto", block=512):
+def causal_attention(q, k, v, runs=None, *, axis=None, method="ring", implementation="auto", block=512):
     """Causal grouped-query attention inside documents; query head h reads key head h // (H / K).
 
     Args:
       q: [B, T, H, D]; k, v: [B, T, K, D].
       runs: int32 [B, T], the number of a token's document in its row, counted from 1, and 0 at padding
         (`document_runs`). None: one document.
+      axis: inside `jax.shard_map`, the mesh axis over which the tokens of a row are divided, each device giving its
+        own; `runs` is its part of those of the whole rows. None: rows are whole.
+      method: what moves along `axis`, as `parallel.sequence.softmax_attention` has it; always in blocks.
       implementation: "blockwise" (any platform, memory linear in T), "cudnn" (NVIDIA GPU, bfloat16; packed rows
         on Hopper and later), "splash" (TPU, head_dim a multiple of 128; interpreted on CPU), or "auto".
       block: query and key tokens that "blockwise" holds scores for at once.
@@ -37,10 +38,18 @@ def causal_attention(q, k, v, runs=None, *, implementation="auto", block=512):
     Returns:
       [B, T, H, D] in the dtype of `v`; 0 at padding.
     """
+    if implementation not in (*IMPLEMENTATIONS, "auto"):
+        raise ValueError(f"softmax implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}, auto")
+    if axis is not None:
+        if implementation not in ("blockwise", "auto"):
+            raise NotImplementedError(
+                f"softmax implementation {implementation!r} serves whole rows; where mesh axis {axis!r} divides their "
+                "tokens, 'blockwise' does"
+            )
+        platform.announce("softmax attention of divided rows", "blockwise", f"method {method!r} over {axis!r}")
+        return sequence.softmax_attention(q, k, v, runs, axis=axis, method=method, block=block)
     if implementation == "auto":
         implementation = _default(q, runs is not None)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"softmax implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}, auto")
     if implementation == "cudnn":
         if runs is None:
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -49,7 +58,7 @@ def causal_attention(q, k, v, runs=None, *, implementation="auto", block=512):
         runs = jnp.ones(q.shape[:2], jnp.int32)
     if implementation == "splash":
         return _splash(q, k, v, runs)
-    return _padded_blockwise(q, k, v, runs, block)
+    return blocks.causal_attention(q, k, v, runs, block)
 
 
 def _default(q, segmented):
@@ -103,14 +112,6 @@ def _splash(q, k, v, runs):
     return jnp.where((runs > 0)[:, :, None, None], output, 0).astype(v.dtype)
 
 
-def _padded_blockwise(q, k, v, runs, block):
-    length = q.shape[1]
-    block = min(block, length)
-    padding = cdiv(length, block) * block - length
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    return _blockwise(block, q, k, v, jnp.pad(runs, ((0, 0), (0, padding))))[:, :length]
-
-
 def _cudnn_packed(q, k, v, runs, block):
     """Packed rows as cuDNN's ragged sequences; rows of more documents than it is compiled for go blockwise."""
     # The packed layout has no public name in jax.
@@ -129,7 +130,7 @@ def _cudnn_packed(q, k, v, runs, block):
         return jnp.where(real, output, 0)
 
     return lax.cond(
-        jnp.max(runs) <= _CUDNN_DOCUMENTS, packed, lambda *qkv: _padded_blockwise(*qkv, runs, block), q, k, v
+        jnp.max(runs) <= _CUDNN_DOCUMENTS, packed, lambda *qkv: blocks.causal_attention(*qkv, runs, block), q, k, v
     )
 
 
@@ -225,129 +226,14 @@ def _attend_cache(q, key, value, cursor, real, block):
         rows = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
         slot = start + jnp.arange(size)
         seen = lax.dynamic_slice_in_dim(real, start, size, axis=1)[:, None] & (slot <= query_slot[:, None])
-        return _accumulate(carry, grouped, rows(key), rows(value), (seen & (slot >= first))[:, None])
+        return blocks.accumulate(carry, grouped, rows(key), rows(value), (seen & (slot >= first))[:, None])
 
-    carry = _empty_carry(grouped)
+    carry = blocks.empty_carry(grouped)
     if length == 1 or slots <= block:  # one token's scores over the whole cache are small
         carry = attend(0, carry, slots)
     else:
-        blocks = jnp.minimum((cursor + length + block - 1) // block, cdiv(slots, block))
-        carry = lax.fori_loop(0, blocks, lambda i, carry: attend(i * block, carry, block), carry)
-    output, _ = _finish(carry)
+        count = jnp.minimum((cursor + length + block - 1) // block, cdiv(slots, block))
+        carry = lax.fori_loop(0, count, lambda i, carry: attend(i * block, carry, block), carry)
+    output, _ = blocks.finish(carry)
     output = output.reshape(batch, kv_heads, groups, length, dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
-
-
-def _empty_carry(grouped):
-    shape = grouped.shape[:-1]
-    return jnp.zeros(grouped.shape, jnp.float32), jnp.full(shape, _LOWEST_MAXIMUM), jnp.zeros(shape)
-
-
-def _scores(grouped, key):
-    return product("bkrd,bksd->bkrs", grouped, key.astype(grouped.dtype)) / np.sqrt(grouped.shape[-1])
-
-
-def _accumulate(carry, grouped, key, value, seen):
-    """One step of the online softmax: (weighted sum [B, K, R, D], maximum and normaliser [B, K, R]).
-
-    The R rows of `grouped` [B, K, R, D] are the query tokens of every query head that reads one key head: merged, so
-    that sums over both are one plain product.
-    """
-    total, maximum, normaliser = carry
-    scores = jnp.where(seen, _scores(grouped, key), _MASKED)
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - new_maximum[..., None])
-    shrink = jnp.exp(maximum - new_maximum)
-    values = product("bkrs,bksd->bkrd", weights.astype(grouped.dtype), value.astype(grouped.dtype))
-    return total * shrink[..., None] + values, new_maximum, normaliser * shrink + jnp.sum(weights, axis=-1)
-
-
-def _finish(carry):
-    """(output, log of the sum of exponentials); both 0 for queries that see nothing."""
-    total, maximum, normaliser = carry
-    empty = normaliser == 0
-    safe = jnp.where(empty, 1.0, normaliser)
-    return total / safe[..., None], jnp.where(empty, 0.0, maximum + jnp.log(safe))
-
-
-def _cut(q, k, v, segment_ids, block):
-    """Blocks on the leading axis: q [n, B, K, G C, D]; k, v [n, B, K, C, D]; segment_ids [n, B, C]."""
-    batch, length, heads, dim = q.shape
-    kv_heads, count = k.shape[2], length // block
-    q = q.reshape(batch, count, block, kv_heads, heads // kv_heads, dim).transpose(1, 0, 3, 4, 2, 5)
-    q = q.reshape(count, batch, kv_heads, -1, dim)
-    k, v = (x.reshape(batch, count, block, kv_heads, dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
-    return q, k, v, segment_ids.reshape(batch, count, block).swapaxes(0, 1)
-
-
-def _merge(x, block):
-    """[n, B, K, G C, D] -> [B, T, H, D], with C = `block`."""
-    count, batch, kv_heads, _, dim = x.shape
-    x = x.reshape(count, batch, kv_heads, -1, block, dim)
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, -1, dim)
-
-
-def _pairs(count):
-    """(query block, key block) of the causal half, row by row: a static list, so no trip count is dynamic."""
-    return np.array([(i, j) for i in range(count) for j in range(i + 1)], np.int32)
-
-
-def _seen(segment_ids, i, j, groups):
-    """bool [B, 1, G C, C]: causal, and inside one document."""
-    query, key = segment_ids[i], segment_ids[j]
-    block = key.shape[1]
-    index = jnp.arange(block)
-    causal = (i * block + index)[:, None] >= (j * block + index)
-    seen = causal & (query[:, :, None] == key[:, None, :]) & (key > 0)[:, None, :]
-    return jnp.tile(seen, (1, groups, 1))[:, None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(block, q, k, v, segment_ids):
-    return _blockwise_forward(block, q, k, v, segment_ids)[0]
-
-
-def _blockwise_forward(block, q, k, v, segment_ids):
-    qs, ks, vs, ids = _cut(q, k, v, segment_ids, block)
-    groups = q.shape[2] // k.shape[2]
-
-    def step(carry, pair):
-        (output, log_sums), running = carry
-        i, j = pair
-        running = jax.tree.map(lambda empty, x: jnp.where(j == 0, empty, x), _empty_carry(qs[0]), running)
-        running = _accumulate(running, qs[i], ks[j], vs[j], _seen(ids, i, j, groups))
-        finished, log_sum = _finish(running)
-        return ((output.at[i].set(finished.astype(v.dtype)), log_sums.at[i].set(log_sum)), running), None
-
-    results = jnp.zeros(qs.shape, v.dtype), jnp.zeros(qs.shape[:-1])
-    ((output, log_sums), _), _ = lax.scan(step, (results, _empty_carry(qs[0])), _pairs(qs.shape[0]))
-    return _merge(output, block), (q, k, v, segment_ids, output, log_sums)
-
-
-def _blockwise_backward(block, saved, d_output):
-    q, k, v, segment_ids, output, log_sums = saved
-    qs, ks, vs, ids = _cut(q, k, v, segment_ids, block)
-    d_outputs = _cut(d_output.astype(v.dtype), k, v, segment_ids, block)[0]
-    delta = jnp.sum(d_outputs.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
-    scale = 1 / np.sqrt(q.shape[-1])
-    groups = q.shape[2] // k.shape[2]
-
-    def step(gradients, pair):
-        dq, dk, dv = gradients
-        i, j = pair
-        seen = _seen(ids, i, j, groups)
-        weights = jnp.where(seen, jnp.exp(_scores(qs[i], ks[j]) - log_sums[i][..., None]), 0.0)
-        d_weights = product("bkrd,bksd->bkrs", d_outputs[i], vs[j])
-        d_scores = (weights * (d_weights - delta[i][..., None]) * scale).astype(q.dtype)
-        dq = dq.at[i].add(product("bkrs,bksd->bkrd", d_scores, ks[j]))
-        dk = dk.at[j].add(product("bkrs,bkrd->bksd", d_scores, qs[i]))
-        dv = dv.at[j].add(product("bkrs,bkrd->bksd", weights.astype(v.dtype), d_outputs[i]))
-        return (dq, dk, dv), None
-
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qs, ks, vs))
-    (dq, dk, dv), _ = lax.scan(step, zeros, _pairs(qs.shape[0]))
-    dq, dk, dv = (_merge(x, block) for x in (dq, dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)

@@ -1,5 +1,7 @@
 """The lightning-attention layer: SiLU on q, k and v, decayed linear attention, norm, gate."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -9,8 +11,9 @@ from mmx_jax.config import ModelConfig
 from mmx_jax.layers.documents import at_positions
 from mmx_jax.layers.norm import gated_rms_norm
 from mmx_jax.layers.projection import deepnorm_gain, einsum, silu, weight
-from mmx_jax.sharding import constrain
-from pallas_kernels.lightning_attention import lightning_attention, recurrent_step
+from mmx_jax.parallel import sequence
+from mmx_jax.sharding import constrain, over_mesh, row_axis
+from pallas_kernels.lightning_attention import recurrent_step
 
 
 def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
@@ -28,6 +31,7 @@ def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
 class LightningAttention(nn.Module):
     """Spec C.3. Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one.
 
+    `segment_ids`: int32 [B, T] as `document_runs` gives them, or None.
     `last`: int32 [B], the only position of each row whose output is wanted; it is [B, 1, M] then.
     """
 
@@ -65,11 +69,15 @@ class LightningAttention(nn.Module):
             # The barrier keeps the sum of squares behind it over one axis, as XLA's kernel for a whole norm needs it.
             output = lax.optimization_barrier(output[:, None])
         else:
-            output, next_state = lightning_attention(
-                q, k, v, slopes, segment_ids=segment_ids, initial_state=state,
-                chunk_size=c.lightning_chunk, implementation=c.lightning_implementation,
+            axis = row_axis(x.shape[1])
+            attend = functools.partial(
+                sequence.lightning_attention, axis=axis, method=c.sequence_lightning, chunk_size=c.lightning_chunk,
+                implementation=c.lightning_implementation,
             )  # fmt: skip
-            state = None if state is None else next_state
+            length = axis and "length"
+            tokens, states = ("batch", length, "heads_act"), ("batch", "heads_act", None, None)
+            in_axes = [tokens, tokens, tokens, ("heads_act",), ("batch", length), states]
+            output, state = over_mesh(attend, in_axes, [tokens, states])(q, k, v, slopes, segment_ids, state)
         x, output = at_positions(x, last), at_positions(output, last)
         gate = einsum("btm,mf->btf", x, w_gate.reshape(embed, inner))
         output = gated_rms_norm(output, gate, scale.reshape(inner), c.lightning_norm_eps)

@@ -5,16 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from mmx_jax.config import ModelConfig
 from pallas_kernels import platform
-
-
-def product(equation, a, b, out_dtype=jnp.float32):
-    """An einsum with float32 accumulation; float32 operands get full float32 products on every platform."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=out_dtype)
+from pallas_kernels.products import product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

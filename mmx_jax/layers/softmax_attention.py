@@ -1,5 +1,6 @@
 """The softmax-attention layer: grouped-query attention with partial RoPE, and its key-value cache."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from mmx_jax.layers.attention_ops import cached_attention, causal_attention
 from mmx_jax.layers.documents import at_positions
 from mmx_jax.layers.projection import deepnorm_gain, einsum, weight
 from mmx_jax.layers.rotary import apply_rotary
-from mmx_jax.sharding import constrain
+from mmx_jax.sharding import constrain, over_mesh, row_axis
 
 
 class KeyValueCache(NamedTuple):
@@ -63,9 +64,15 @@ class SoftmaxAttention(nn.Module):
         )
         q, k, v = (constrain(y, "batch", "length", "heads_act", None) for y in (q, k, v))
         if cache is None:
-            output = causal_attention(
-                q, k, v, segment_ids, implementation=c.softmax_implementation, block=c.softmax_block
-            )
+            axis = row_axis(x.shape[1])
+            attend = functools.partial(
+                causal_attention, axis=axis, method=c.sequence_softmax, implementation=c.softmax_implementation,
+                block=c.softmax_block,
+            )  # fmt: skip
+            length = axis and "length"
+            tokens = "batch", length, "heads_act", None
+            in_axes = [tokens, tokens, tokens, ("batch", length)]
+            output = over_mesh(attend, in_axes, tokens)(q, k, v, segment_ids)
         else:
             cache = KeyValueCache(*(_write(old, new, view.cursor) for old, new in zip(cache, (k, v), strict=True)))
             # Behind a row's last real token there is padding only, so it may stand in the last slot.

@@ -39,6 +39,8 @@ HARMLESS_FIELDS = (
     "model.softmax_implementation",
     "model.softmax_block",
     "model.moe_implementation",
+    "model.sequence_lightning",
+    "model.sequence_softmax",
     "training.microbatch_rows",
     "training.loss_chunk",
     "training.max_nonfinite_steps",

@@ -29,7 +29,7 @@ class CrossEntropy(NamedTuple):
     count: jax.Array
 
 
-def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, groups=1):
+def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, groups=1, parts=1):
     """Cross entropy of a linear head; the logits of at most `chunk` tokens exist at one time, backward included.
 
     The gradients are computed in the forward scan, where the logits are at hand: the backward pass only
@@ -43,6 +43,7 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
       z_loss_coef: weight of the z-loss, the squared logsumexp (arXiv 2204.02311, section 5).
       groups: shards of the batch axis, a divisor of B. Every group takes part in every step and sums its own
         gradient of the head, so that the shards add theirs up once, behind the scan, instead of in every step.
+      parts: shards of the length, a divisor of T, which then makes that many groups of each.
 
     Returns:
       CrossEntropy. The gradient with respect to `head` is accumulated in float32.
@@ -55,7 +56,14 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
         raise ValueError(f"{chunk=} must be positive")
     if hidden.shape[0] % groups:
         raise ValueError(f"{groups=} does not divide the {hidden.shape[0]} rows")
-    objective, sums = _cross_entropy(hidden, head, targets, chunk, z_loss_coef, groups)
+    if hidden.shape[1] % parts:
+        raise ValueError(f"{parts=} does not divide the {hidden.shape[1]} tokens of a row")
+
+    def cut(x):  # parts of rows as rows of their own, those of one shard together
+        x = x.reshape(groups, -1, parts, x.shape[1] // parts, *x.shape[2:])
+        return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
+
+    objective, sums = _cross_entropy(cut(hidden), head, cut(targets), chunk, z_loss_coef, groups * parts)
     return CrossEntropy(objective, *jax.lax.stop_gradient(sums))
 
 
@@ -109,7 +117,7 @@ def _cross_entropy_forward(hidden, head, targets, chunk, z_loss_coef, groups):
         dlogits = scale * jnp.exp(logits - log_z[..., None]) - _is_target(logits, t)
         dlogits = jnp.where((t >= 0)[..., None], dlogits, 0.0).astype(x.dtype)
         dx = _dot("gcv,vm->gcm", dlogits, weight)
-        dhead = constrain(dhead + _dot("gcv,gcm->gvm", dlogits, x), "batch", "vocab", None)
+        dhead = constrain(dhead + _dot("gcv,gcm->gvm", dlogits, x), "tokens", "vocab", None)
         return (jax.tree.map(jnp.add, sums, chunk_sums), dhead), dx.astype(x.dtype)
 
     init = _zero_sums(), jnp.zeros((groups, *head.shape), jnp.float32)
@@ -183,8 +191,8 @@ def _split(hidden, targets, chunk, groups):
     targets = jnp.pad(targets.reshape(groups, rows, length), pad, constant_values=-1)
     hidden = hidden.reshape(groups, row_tiles, r, time_tiles, t, width).transpose(1, 3, 0, 2, 4, 5)
     targets = targets.reshape(groups, row_tiles, r, time_tiles, t).transpose(1, 3, 0, 2, 4)
-    hidden = constrain(hidden.reshape(-1, groups, r * t, width), None, "batch", None, None)
-    return hidden, constrain(targets.reshape(-1, groups, r * t), None, "batch", None)
+    hidden = constrain(hidden.reshape(-1, groups, r * t, width), None, "tokens", None, None)
+    return hidden, constrain(targets.reshape(-1, groups, r * t), None, "tokens", None)
 
 
 def _join(chunks, shape, chunk):

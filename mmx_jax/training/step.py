@@ -81,13 +81,16 @@ def microbatch_objective(config: Config, params, batch):
     out = decoder.Decoder(model).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], logits=False
     )
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = sharding.row_axis(batch["tokens"].shape[1])
     entropy = losses.chunked_cross_entropy(
         out.hidden,
         params["lm_head"]["kernel"],
         batch["targets"],
         chunk=training.loss_chunk,
         z_loss_coef=training.z_loss_coef,
-        groups=batch_shards(jax.sharding.get_abstract_mesh()),
+        groups=batch_shards(mesh),
+        parts=1 if axis is None else mesh.shape[axis],
     )
     aux, aux_per_layer = losses.load_balancing_loss(
         out.router, form=training.aux_loss_form, pooling=training.aux_loss_pooling

@@ -3,9 +3,17 @@
 from pallas_kernels.lightning_attention.api import (
     IMPLEMENTATIONS,
     default_implementation,
+    end_state,
     lightning_attention,
 )
 from pallas_kernels.lightning_attention.reference import recurrent_step
 from pallas_kernels.lightning_attention.segments import document_runs
 
-__all__ = ["IMPLEMENTATIONS", "default_implementation", "document_runs", "lightning_attention", "recurrent_step"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "default_implementation",
+    "document_runs",
+    "end_state",
+    "lightning_attention",
+    "recurrent_step",
+]

@@ -10,7 +10,7 @@ from pallas_kernels import platform
 from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.lightning_attention.segments import document_runs
 
-# A backend is a module with `check`, `forward` and `backward`, as in reference.py.
+# A backend is a module with `check`, `forward`, `backward` and `end_state`, as in reference.py.
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked_xla": chunked_xla,
@@ -79,6 +79,26 @@ def lightning_attention(
     runs = None if segment_ids is None else document_runs(segment_ids)
     output, state = _attend(implementation, chunk_size, q, k, v, slopes, runs, initial_state)
     return (jnp.flip(output, axis=1) if reverse else output), state
+
+
+def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=256, implementation):
+    """The state alone that tokens leave behind, from a zero state on; not differentiable.
+
+    With `reverse` False it is the final state of `lightning_attention`. With `reverse` it is what the gradient to
+    the outputs, `v`, gives to the initial state where the queries are `k`: sum_i exp(-s c_i) k_i^T v_i over the
+    tokens of document 1, c_i the number of real tokens up to and including i.
+
+    Args:
+      k: [B, T, H*D], v: [B, T, H*E], one floating dtype.
+      slopes: float32 [H].
+      runs: int32 [B, T], numbers of documents that grow along the row, 0 at padding; they need not start at 1. None:
+        one document, number 1.
+      chunk_size, implementation: as in `lightning_attention`; a key of `IMPLEMENTATIONS`.
+
+    Returns:
+      float32 [B, H, D, E].
+    """
+    return IMPLEMENTATIONS[implementation].end_state(k, v, slopes, runs, reverse=reverse, chunk_size=chunk_size)
 
 
 def _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size):

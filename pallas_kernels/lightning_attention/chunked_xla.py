@@ -71,6 +71,24 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
     return *(_merge_chunks(x, q.shape[1]) for x in gradients), d_initial
 
 
+def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+    """See `api.end_state`."""
+    chunks, distances = _chunk_inputs((k, v), slopes, runs, chunk_size)
+    precision = _precision(k.dtype)
+    decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
+
+    def step(state, chunk):
+        (k, v), between = chunk
+        decay = decays(between)
+        weight = decay.entering if reverse else decay.leaving
+        update = _dot("bhjd,bhje->bhde", (k * weight).astype(k.dtype), v, precision)
+        return decay.carried * state + update, None
+
+    _, batch, heads, _, dim = chunks[0].shape
+    zero = jnp.zeros((batch, heads, dim, chunks[1].shape[-1]), jnp.float32)
+    return lax.scan(step, zero, (chunks, distances), reverse=reverse)[0]
+
+
 class _Distances(NamedTuple):
     """Tokens that lie between, float32; infinite between documents and at padding, so that exp(-s x) is 0 there.
 

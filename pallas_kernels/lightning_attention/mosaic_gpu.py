@@ -85,6 +85,23 @@ def backward(q, k, v, slopes, runs, entries, d_output, d_state, *, chunk_size):
     return lax.cond(_splits(slopes), kernel, steep)
 
 
+def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+    """See `api.end_state`."""
+    batch, _, width = k.shape
+    heads = slopes.shape[0]
+    zero = jnp.zeros((batch, heads, width // heads, width // heads), jnp.float32)
+
+    def kernel():
+        # k in the place of q comes out of the L2 cache. The outputs are written in vain.
+        _, (state,) = _scans([(k, k, v)], slopes, runs, [zero], reverse=reverse)
+        return state * jnp.exp(-slopes)[:, None, None] if reverse else state
+
+    def steep():
+        return chunked_xla.end_state(k, v, slopes, runs, reverse=reverse, chunk_size=chunk_size)
+
+    return lax.cond(_splits(slopes), kernel, steep)
+
+
 def _splits(slopes):
     """bool (): whether the decay of half a chunk and its reciprocal are numbers, for every head."""
     return jnp.max(slopes) * CHUNK / 2 < MAX_EXPONENT

@@ -3,7 +3,7 @@
 The grid is (B, H / heads per block, T / C) with the chunks innermost, so the float32 state of a block of
 heads stays in scratch from the first chunk to the last. Tensors keep their layout [B, T, H*D]: a block is a
 plain tile of a matrix, and each is read or written once per kernel. Inside a chunk the equations are those of
-chunked_xla.py. Two kernels share one frame:
+chunked_xla.py. These kernels share one frame, and so do two that carry the state alone (`end_state`):
 
     forward   reads q, k, v and carries S;       o_i  = sum_{j<=i} w_ij (q_i . k_j) v_j + exp(-s c_i) q_i S
     backward  reads q, k, v, do and carries R,   dk_j = sum_{i>=j} w_ij (v_j . do_i) q_i + exp(-s (n - c_j)) v_j R^T
@@ -74,6 +74,14 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
     return dq, dk, dv, d_initial
 
 
+def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+    """See `api.end_state`."""
+    batch, _, width = k.shape
+    heads = slopes.shape[0]
+    zero = jnp.zeros((batch, heads, width // heads, width // heads), jnp.float32)
+    return _scan(_FIRST_STATE if reverse else _LAST_STATE, (k, v), slopes, runs, zero, chunk_size)[1]
+
+
 class _Decays(NamedTuple):
     """float32 weights exp(-s distance) of one head in one chunk."""
 
@@ -103,8 +111,18 @@ def _backward_step(decay, d_state, q, k, v, do):
     return (dk, dv), decay.carried * d_state + update
 
 
+def _last_state_step(decay, state, k, v):
+    """`_forward_step` without the outputs."""
+    return (), decay.carried * state + _dot(_weighted(k, decay.leaving), v, 0, 0)
+
+
+def _first_state_step(decay, d_state, q, do):
+    """`_backward_step` without the gradients."""
+    return (), decay.carried * d_state + _dot(_weighted(q, decay.entering), do, 0, 0)
+
+
 class _Walk(NamedTuple):
-    """What distinguishes the two kernels."""
+    """What distinguishes the kernels."""
 
     name: str
     step: Callable
@@ -116,6 +134,8 @@ class _Walk(NamedTuple):
 
 _FORWARD = _Walk("lightning_forward", _forward_step, inputs=3, outputs=1, reverse=False, products=(2, 2))
 _BACKWARD = _Walk("lightning_backward", _backward_step, inputs=4, outputs=2, reverse=True, products=(4, 3))
+_LAST_STATE = _Walk("lightning_last_state", _last_state_step, inputs=2, outputs=0, reverse=False, products=(0, 1))
+_FIRST_STATE = _Walk("lightning_first_state", _first_state_step, inputs=2, outputs=0, reverse=True, products=(0, 1))
 
 
 def _weighted(x, weight):
@@ -135,7 +155,7 @@ def _scan(walk, tensors, slopes, runs, initial_state, chunk_size):
     """Runs the steps of `walk` over the chunks of all rows and heads.
 
     Args:
-      walk: `_FORWARD` or `_BACKWARD`.
+      walk: `_FORWARD`, `_BACKWARD`, or one of the two that make no outputs.
       tensors: what a step reads, [B, T, H*D] each.
       slopes: float32 [H].
       runs: int32 [B, T] or None, as in segments.py.

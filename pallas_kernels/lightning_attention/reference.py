@@ -58,6 +58,19 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
     return vjp((d_output.astype(jnp.float32), d_state))
 
 
+def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+    """See `api.end_state`."""
+    del chunk_size
+    batch, length, width = k.shape
+    heads = slopes.shape[0]
+    zero = jnp.zeros((batch, heads, width // heads, v.shape[-1] // heads), jnp.float32)
+    if not reverse:
+        return _definition(k, k, v, zero, slopes, runs)[1]
+    # The gradient to the initial state is the state of the queries and of the gradient to the outputs.
+    _, vjp = jax.vjp(lambda state: _definition(k, k, v, state, slopes, runs)[0], zero)
+    return vjp(v.astype(jnp.float32))[0]
+
+
 def recurrent_step(q, k, v, slopes, state, real=None):
     """One token of decoding: S <- exp(-s) S + k^T v; o = q S (spec C.3, step 4).
 
