@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.layers.moe import MixtureOfExperts
-from mmx_jax.sharding import logical_to_spec, make_mesh
+from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
+from mmx_jax.training.loop import check_tokens
 from pallas_kernels import platform
 from tests import ahead_of_time
 from tests.sharded_experts import CASES, EMBED, EXPERTS, INNER, MESHES
@@ -92,6 +93,16 @@ def test_a_mesh_that_does_not_divide_the_experts_is_an_error(report):
     assert message in report["errors"]["experts"]
     message = "axis 'mlp' of size 12 does not divide over the 8 devices of mesh.expert_tensor=8"
     assert message in report["errors"]["width"]
+
+
+def test_a_mesh_that_does_not_divide_the_tokens_is_an_error():
+    mesh = AbstractMesh((1, 1, 1, 1, 4, 2), MESH_AXES)
+    check_tokens(ModelConfig(token_groups=2), mesh, 1, 16)
+    message = "sequence_length: a row of size 20 does not divide over the 8 devices of mesh.seq=2 x mesh.tensor=4"
+    with pytest.raises(ConfigError, match=message):
+        check_tokens(ModelConfig(), mesh, 1, 20)
+    with pytest.raises(ConfigError, match="token_groups=4 does not divide the 6 tokens of a device"):
+        check_tokens(ModelConfig(token_groups=4), mesh, 3, 16)
 
 
 @pytest.mark.parametrize(
