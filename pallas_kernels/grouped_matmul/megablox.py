@@ -82,15 +82,15 @@ def _zero_surplus(x, group_sizes):
     return jnp.where(used[:, None], x, 0)
 
 
-def _rows(lhs, rhs, group_sizes, *, transposed=False, dtype=None):
-    """Rows of group g times rhs[g], or its transpose: [R, N] in `dtype` (that of lhs), anything in surplus rows."""
+def _rows(lhs, rhs, group_sizes, *, transposed=False):
+    """Rows of group g times rhs[g], or its transpose: [R, N] in the dtype of lhs, anything in surplus rows."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     columns = rhs.shape[1 if transposed else 2]
     tile = _choose("rows transposed" if transposed else "rows", _rows_tiles, lhs, columns, group_sizes)
     with _precision(lhs.dtype):
         output = gmm(
-            _pad_rows(lhs, tile.rows), rhs, group_sizes, dtype or lhs.dtype, tuple(tile), transpose_rhs=transposed,
+            _pad_rows(lhs, tile.rows), rhs, group_sizes, lhs.dtype, tuple(tile), transpose_rhs=transposed,
             interpret=platform() == "cpu",
         )  # fmt: skip
     return output[: lhs.shape[0]]
