@@ -1,6 +1,6 @@
 """Lightning attention on one GPU: every implementation that serves it, beside fla, with what the memory would allow.
 
-    python benchmarks/lightning_attention.py [--json=FILE] [--plot=FILE.png] [--lengths=2048,8192,32768,131072,1048576]
+    python benchmarks/lightning_attention.py [--json=FILE] [--plot=FILE.png] [--lengths=...] [--skip=chunked_xla,fla]
 
 Heads of 128, bfloat16. Errors come before times: outputs, final state and gradients at each timed shape against
 `chunked_xla` in float32 (which the tests hold against a float64 recurrence), as a ratio of Frobenius norms. Rows that
@@ -37,7 +37,7 @@ def slopes_of(heads):
     return decay_slopes(80, 64)[0][:: 64 // heads]
 
 
-def measure_jax(shapes):
+def measure_jax(shapes, skipped):
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -108,13 +108,9 @@ def measure_jax(shapes):
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, a copy runs at {bandwidth / 1e12:.2f} TB/s", flush=True)
-    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    rows = []
-    for length, heads, packed in shapes:
+
+    def measure(length, heads, packed):
         size = 2 * length * heads * DIM
-        if 7.5 * size > room:
-            print(f"T={length} H={heads}: left out, the tensors do not fit into {room / 1e9:.0f} GB")
-            continue
         segment_ids = documents(length, 8) if packed else None
         arguments = inputs(length, heads)
         want = None
@@ -122,7 +118,7 @@ def measure_jax(shapes):
             exact = functions(length, heads, segment_ids, "chunked_xla")[-1]
             want = exact(*(x.astype(jnp.float32) for x in arguments))
         for implementation in ("mosaic_gpu", "chunked_xla"):
-            if implementation == "chunked_xla" and length > 32768:
+            if implementation in skipped or (implementation == "chunked_xla" and length > 32768):
                 continue  # hundreds of milliseconds
             attend, forward, both = functions(length, heads, segment_ids, implementation)
             row = dict(implementation=implementation, length=length, heads=heads, packed=packed)
@@ -133,8 +129,18 @@ def measure_jax(shapes):
             for name, tensors in (("forward", 4), ("both", 11)):
                 floor = 1e3 * tensors * size / row[name + "_ms"]
                 row[name + "_of_floor"], row[name + "_of_ceiling"] = floor / bandwidth, floor / CEILING
-            rows.append(row)
-            print(describe(row), flush=True)
+            yield row
+
+    rows = []
+    for shape in shapes:
+        try:
+            for row in measure(*shape):
+                rows.append(row)
+                print(describe(row), flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"T={shape[0]} H={shape[1]}: left out, the tensors do not fit into the memory of the device")
     return dict(device=device, jax=jax.__version__, bandwidth=bandwidth, rows=rows)
 
 
@@ -225,6 +231,7 @@ def plot(found, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="2048,8192,32768,131072,1048576")
+    parser.add_argument("--skip", default="", help="implementations, and fla")
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--plot", help="draw them there")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -236,8 +243,10 @@ def main():
     lengths = [int(length) for length in arguments.lengths.split(",")]
     shapes = [(length, 64, False) for length in lengths]
     shapes += [(8192, 64, True), (32768, 8, False)]
-    found = measure_jax(shapes)
-    found["rows"] += peer_rows([shape for shape in shapes if shape[0] <= WHOLE])
+    skipped = arguments.skip.split(",")
+    found = measure_jax(shapes, skipped)
+    if "fla" not in skipped:
+        found["rows"] += peer_rows([shape for shape in shapes if shape[0] <= WHOLE])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot:

@@ -178,7 +178,7 @@ def cell(error_of, implementation, options):
 
 
 def heading(implementation, where):
-    interpreted = implementation.startswith(("mosaic", "splash")) and where.startswith("CPU")
+    interpreted = implementation.startswith(("mosaic", "splash", "megablox")) and where.startswith("CPU")
     return f"{implementation}, {'interpreted on ' if interpreted else ''}{where}"
 
 

@@ -10,6 +10,7 @@ import math
 LAYER_KINDS = ("lightning", "softmax")
 FLOAT_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "attention_out")
+CAPACITY_SCOPES = ("global", "local")
 AUX_LOSS_FORMS = ("switch", "report")
 AUX_LOSS_POOLING = ("pooled", "per_layer")
 LR_SHAPES = ("constant", "linear", "exponential", "cosine")
@@ -70,6 +71,10 @@ class ModelConfig:
     num_experts: int = 32  # 1 is a dense SwiGLU layer
     experts_per_token: int = 2
     capacity_factor: float | None = None  # None: dropless; else tokens over the capacity are dropped
+    # Of a mesh of several devices:
+    capacity_scope: str = "global"  # "local": every device drops what its own tokens have too many of
+    expert_buffer: float | None = None  # rows a device takes at once, times the even share; None: all that may come
+    token_groups: int = 1  # parts of the tokens that travel to experts one by one, each while another is multiplied
     router_aux_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
 
@@ -94,7 +99,7 @@ class ModelConfig:
     scan_blocks: bool = True
     remat: str = "none"
     lightning_implementation: str = "auto"
-    lightning_chunk: int = 256
+    lightning_chunk: int | None = None  # None: chosen from shape and device, see pallas_kernels/tuning.py
     softmax_implementation: str = "auto"
     softmax_block: int = 512
     moe_implementation: str = "auto"
@@ -108,8 +113,12 @@ class ModelConfig:
         _require_positive(
             self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
             "mlp_dim", "num_experts", "experts_per_token", "rope_theta", "max_position_embeddings",
-            "rms_norm_eps", "lightning_norm_eps", "lightning_chunk", "softmax_block",
+            "rms_norm_eps", "lightning_norm_eps", "softmax_block", "token_groups",
         )  # fmt: skip
+        _require(
+            self.lightning_chunk is None or self.lightning_chunk > 0,
+            f"lightning_chunk={self.lightning_chunk} must be positive, or None for one chosen from shape and device",
+        )
         _require(bool(self.layer_pattern), "layer_pattern is empty: name at least one layer kind")
         for kind in self.layer_pattern:
             _require(kind in LAYER_KINDS, f"layer_pattern holds {kind!r}; the kinds are {', '.join(LAYER_KINDS)}")
@@ -135,13 +144,17 @@ class ModelConfig:
             f"capacity_factor={self.capacity_factor} must be positive, or None for dropless routing",
         )
         _require(
+            self.expert_buffer is None or self.expert_buffer > 0,
+            f"expert_buffer={self.expert_buffer} must be positive, or None for room for all rows",
+        )
+        _require(
             self.router_jitter_noise == 0,
             f"router_jitter_noise={self.router_jitter_noise} is not supported; the released models use 0",
         )
         _require_choice(
             self, dtype=FLOAT_DTYPES, param_dtype=FLOAT_DTYPES, remat=REMAT_POLICIES,
             initializer=("deepnorm_xavier", "normal"), sequence_lightning=SEQUENCE_METHODS,
-            sequence_softmax=SEQUENCE_METHODS,
+            sequence_softmax=SEQUENCE_METHODS, capacity_scope=CAPACITY_SCOPES,
         )  # fmt: skip
 
     @property

@@ -1,7 +1,8 @@
 """The mesh, the one table of logical axes, and what follows from it."""
 
+import math
+
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,14 +36,28 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (default: all); raises if the sizes do not fit their number."""
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = int(np.prod([size for size in sizes if size != -1]))
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if int(np.prod(sizes)) != len(devices):
+    if math.prod(sizes) != len(devices):
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ConfigError(f"mesh {shape} does not make {len(devices)} devices; set mesh.* so that the product does")
     # make_mesh defaults to Explicit axes, where a sharding constraint is an assertion.
     return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that divide a logical axis."""
+    return tuple(jax.tree.leaves(None if axis is None else RULES[axis]))
+
+
+def axes_size(mesh, names, *, dividing: int | None = None, of: str = "") -> int:
+    """Devices along mesh axes; raises ConfigError where they do not divide the size `dividing` of what `of` names."""
+    count = math.prod(mesh.shape[name] for name in names)
+    if dividing is not None and dividing % count:
+        sizes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+        raise ConfigError(f"{of} of size {dividing} does not divide over the {count} devices of {sizes}")
+    return count
 
 
 def logical_to_spec(axes, rules=None) -> P:
@@ -132,12 +147,8 @@ def shardings_of(logical_axes, abstract, mesh: Mesh):
     def sharding(path, leaf, axes):
         spec = logical_to_spec(axes)
         for size, axis, parts in zip(leaf.shape, axes, spec, strict=True):
-            count = int(np.prod([mesh.shape[name] for name in jax.tree.leaves(parts)]))
-            if size % count:
-                raise ConfigError(
-                    f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}: axis {axis!r} of size "
-                    f"{size} does not divide over the {count} devices of mesh axis {parts}"
-                )
+            name = f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}: axis {axis!r}"
+            axes_size(mesh, jax.tree.leaves(parts), dividing=size, of=name)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, abstract, logical_axes)

@@ -87,11 +87,11 @@ def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, d_output):
     return output, d_x, d_w_gate, d_w_up, d_w_down
 
 
-def mixture_of_experts(x, router, w_gate, w_up, w_down, k, *, capacity=None, real=None):
+def mixture_of_experts(x, router, w_gate, w_up, w_down, k, *, capacity=None, real=None, kept=None):
     """Token by token; x [R, M]. Returns (output [R, M], experts [R, k], kept bool [R, k], probability [R, E]).
 
     With a capacity all first choices are served before any second choice, each in the order of the tokens;
-    padding is not served at all.
+    padding is not served at all. Or `kept` says which choices are served.
     """
     x, router, w_gate, w_up, w_down = (np.asarray(a, np.float64) for a in (x, router, w_gate, w_up, w_down))
     rows, experts = x.shape[0], router.shape[1]
@@ -102,7 +102,7 @@ def mixture_of_experts(x, router, w_gate, w_up, w_down, k, *, capacity=None, rea
         probability[r] = np.exp(logits - logits.max())
         probability[r] /= probability[r].sum()
         chosen[r] = sorted(range(experts), key=lambda e: (-probability[r, e], e))[:k]  # noqa: B023
-    kept = np.ones((rows, k), bool)
+    kept = np.ones((rows, k), bool) if kept is None else kept
     if capacity is not None:
         served = np.zeros(experts, int)
         for choice in range(k):

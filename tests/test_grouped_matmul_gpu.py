@@ -133,10 +133,10 @@ def test_tiles_cover_every_row_once():
         for tile_rows in (64, 128):
             cuts = np.sort(rng.integers(0, num_rows + 1, groups))
             sizes = np.diff([0, *cuts]).astype(np.int32)  # some rows are behind the last group
-            table, used = mosaic_gpu._row_tiles(jnp.asarray(sizes), num_rows, tile_rows)
+            table = np.asarray(mosaic_gpu._row_tiles(jnp.asarray(sizes), num_rows, tile_rows))
             owner = np.repeat(np.arange(groups + 1), [*sizes, num_rows - sizes.sum()])
             seen = np.zeros(num_rows, int)
-            for group, start, first, last in np.asarray(table)[: int(used[0])]:
+            for group, start, first, last, _ in table[: table[0, 4]]:
                 assert start % mosaic_gpu.ALIGNMENT == 0 and 0 <= first < last <= tile_rows
                 assert np.all(owner[start + first : start + last] == group)
                 seen[start + first : start + last] += 1
@@ -183,6 +183,21 @@ def test_any_number_of_rows_lowers_for_cuda(num_rows):
     with platform.target("gpu"):
         traced = jax.jit(both).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
         assert "custom_call @mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@interpreter.needed
+@pytest.mark.parametrize(("columns", "counters"), [(64 * 20, 0), (64 * 300, 1)])
+def test_programs_share_many_tiles_by_a_counter_of_their_own(columns, counters):
+    """The interpreter has no counter, so this looks at the operands of the lowered kernel."""
+    shapes = ((128, 64), jnp.bfloat16), ((2, 64, columns), jnp.bfloat16), ((2,), jnp.int32)
+    with platform.target("gpu"):
+        traced = jax.jit(lambda *operands: grouped_matmul(*operands, implementation="mosaic_gpu")).trace(
+            *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+    operands = re.search(r": \((.*)\) -> ", call)[1]
+    assert operands.count("tensor<1xi32>") == 1 + counters  # the number of row tiles, and the counter
 
 
 @interpreter.needed

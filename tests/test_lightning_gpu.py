@@ -34,15 +34,16 @@ CASES = {
     "far_above_the_guard": dict(length=64, dim=64, slopes=(100.0, 0.1)),
     "reverse": dict(length=100, dim=64, segments=[(1, 30), (2, 70)], reverse=True),
     "borders_of_chunks": dict(length=256, dim=64, segments=[(1, 64), (2, 128), (3, 64)]),
+    "no_numbers_at_padding": dict(length=128, dim=64, segments=[(0, 9), (1, 40), (0, 20), (1, 59)], poisoned=True),
     # In as many segments of time.
-    "in_time": dict(length=384, dim=64, in_time=3),
+    "in_time": dict(length=192, dim=64, in_time=3),
+    "in_time_128": dict(length=128, dim=128, in_time=2),
     "in_time_ragged": dict(length=230, dim=64, in_time=2),
     "in_time_packed": dict(
         length=384, dim=64, in_time=3,
         segments=[(0, 74), (1, 54), (2, 64), (3, 100), (0, 20), (3, 30), (0, 42)],
     ),
     "in_time_padding": dict(length=256, dim=64, in_time=4, segments=[(1, 70), (0, 64), (1, 58), (2, 64)]),
-    "in_time_border": dict(length=256, dim=128, in_time=2, segments=[(1, 128), (2, 128)]),
 }  # fmt: skip
 END_STATES = ("packed", "above_the_guard")  # cases of which the end states alone are computed too
 NAMES = ("output", "state", "dq", "dk", "dv", "d_initial")
@@ -62,6 +63,8 @@ def inputs(case):
 
 def results(case, implementation, dtype):
     q, k, v, do, initial, d_state, slopes, ids = inputs(case)
+    if CASES[case].get("poisoned") and implementation == "mosaic_gpu":
+        q, k, v, do = (jnp.where(ids[..., None] > 0, x, jnp.nan) for x in (q, k, v, do))
 
     def attend(q, k, v, initial):
         return lightning_attention(

@@ -1,5 +1,6 @@
 """The mixture of SwiGLU experts: router, dropless and capacity dispatch, statistics for the balancing loss."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from jax import lax
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.projection import deepnorm_gain, product, weight
-from mmx_jax.sharding import constrain
+from mmx_jax.parallel import expert
 from pallas_kernels.grouped_matmul import grouped_swiglu, swiglu
 
 # Up to so many assignments are sorted by comparing all with all. On a GPU that is two kernels, where two sorts and the
@@ -24,7 +25,7 @@ class RouterStats(NamedTuple):
     assignments: jax.Array  # [E] top-k assignments, dropped ones included
     probability: jax.Array  # [E] router probabilities
     tokens: jax.Array  # [] real tokens
-    dropped: jax.Array  # [] assignments over the capacity
+    dropped: jax.Array  # [] assignments that no expert had room for
     entropy: jax.Array  # [] router entropy, nats
 
 
@@ -141,7 +142,6 @@ def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, 
     source = jnp.full(spare + 1, num_tokens, jnp.int32)
     source = source.at[slot.reshape(-1)].set(jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), k))[:-1]
     rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[source].reshape(config.num_experts, capacity, -1)
-    rows = constrain(rows, "experts", None, None)
 
     def multiply(equation, a, w):
         return product(equation, a, w.astype(a.dtype), a.dtype)
@@ -172,6 +172,17 @@ class MixtureOfExperts(nn.Module):
         fan = dict(fan_in=inner, fan_out=embed, gain=gain)
         w_down = weight(self, c, "down", (experts, inner, embed), down_axes, **fan)
 
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size > 1 and not self.is_initializing():  # whose dummy tokens no mesh divides
+            real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
+            return expert.mixture_of_experts(
+                x, real, router, w_gate, w_up, w_down, weight_axes=up_axes,
+                route=functools.partial(route, experts_per_token=c.experts_per_token), statistics=router_stats,
+                experts_per_token=c.experts_per_token,
+                capacity=None if c.capacity_factor is None else functools.partial(expert_capacity, c),
+                shared_capacity=c.capacity_scope == "global", buffer=c.expert_buffer, token_groups=c.token_groups,
+                implementation=c.moe_implementation,
+            )  # fmt: skip
         rows = x.reshape(-1, embed)
         real = jnp.ones(rows.shape[0], bool) if segment_ids is None else segment_ids.reshape(-1) > 0
         routing = route(rows, router, c.experts_per_token)

@@ -8,6 +8,8 @@ import math
 
 from mmx_jax.config import ModelConfig
 
+_CHUNK = 256  # of lightning attention, where the config leaves it open
+
 # Dense bfloat16 peak of one device, FLOP/s, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -44,7 +46,8 @@ def forward_flops(config: ModelConfig, length: int, *, causal: str = "half", log
       length: tokens of one sequence.
       causal: "full" counts every query against every key, as the report's Table 1 does; "half" only the
         length * (length + 1) / 2 pairs that a causal kernel needs. It concerns softmax attention. Lightning
-        attention is counted as its chunks execute: whole C x C tiles, the last one filled up.
+        attention is counted as its chunks execute: whole C x C tiles, the last one filled up; C is 256 where the
+        config leaves it open.
       logits: whether the head is applied to every token (not so in prefill).
 
     Returns:
@@ -55,11 +58,12 @@ def forward_flops(config: ModelConfig, length: int, *, causal: str = "half", log
     kv_heads = config.num_kv_heads * config.head_dim
     num_softmax = config.layer_kinds.count("softmax")
     num_lightning = config.num_layers - num_softmax
-    filled = math.ceil(length / config.lightning_chunk) * config.lightning_chunk / length
+    chunk = config.lightning_chunk or _CHUNK
+    filled = math.ceil(length / chunk) * chunk / length
     # q, k, v, gate and out of a lightning layer; q, k, v and out of a softmax layer
     projections = 2 * config.hidden_size * (num_lightning * 5 * heads + num_softmax * (2 * heads + 2 * kv_heads))
     # scores and values within the chunk; query times state and the state's update
-    chunks = filled * num_lightning * (4 * config.lightning_chunk * heads + 4 * heads * config.head_dim)
+    chunks = filled * num_lightning * (4 * chunk * heads + 4 * heads * config.head_dim)
     return {
         "attention_projections": projections,
         "softmax_scores": num_softmax * 4 * pairs * heads,

@@ -462,6 +462,22 @@ def check_rows(config: Config, mesh):
                 f"training.microbatch_rows: {rows} rows of {stage.sequence_length} tokens do not divide over {shards} "
                 f"batch shards and {jax.process_count()} processes; change batch_tokens, microbatch_rows or mesh"
             )
+        check_tokens(config.model, mesh, rows // shards, stage.sequence_length)
+
+
+def check_tokens(model, mesh, rows: int, length: int):
+    """Raises ConfigError where the experts could not be given the same number of tokens by every device.
+
+    Args:
+      rows: of each batch shard, `length` tokens long.
+    """
+    pieces = sharding.axes_size(mesh, ("seq", "tensor"), dividing=length, of="training.sequence_length: a row")
+    tokens = rows * length // pieces
+    if mesh.size > 1 and tokens % model.token_groups:
+        raise ConfigError(
+            f"model.token_groups={model.token_groups} does not divide the {tokens} tokens of a device; change it, "
+            "sequence_length, microbatch_rows or mesh"
+        )
 
 
 def own_data_state(saved, step: int):

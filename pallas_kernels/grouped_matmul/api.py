@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
-from pallas_kernels.grouped_matmul import mosaic_gpu, reference, tiled_xla
+from pallas_kernels.grouped_matmul import megablox, mosaic_gpu, reference, tiled_xla
 
 # A backend is a module with `check`, `forward`, `backward`, `swiglu_forward` and `swiglu_backward`, as in reference.py.
-IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla, "mosaic_gpu": mosaic_gpu}
-_KERNELS = {"gpu": "mosaic_gpu"}
+IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla, "mosaic_gpu": mosaic_gpu, "megablox": megablox}
+_KERNELS = {"gpu": "mosaic_gpu", "tpu": "megablox"}
 
 
 def default_implementation(lhs, rhs) -> str:

@@ -5,8 +5,8 @@ across tiles; the workers multiply on the tensor cores, each 64 rows of a tile, 
 that is done takes the next tile from a counter: tiles of few rows are faster, and programs that read the same matrix
 have to stay together for it to be in the L2 cache.
 
-- `_multiply_rows`: rows of a group times its matrix, for the forward and for the gradient to the rows. The activation
-  of an expert is computed where its product leaves the registers: gate and up are two products of one kernel.
+- `_multiply_rows`: rows of a group times its matrix, for the forward and for the gradient to the rows. Gate and up
+  of an expert are two products of one kernel, activated where they leave the registers.
 - `_multiply_columns`: the gradient to the matrices, rows^T @ rows over the rows of each group.
 
 TMA reads and writes swizzled blocks at rows that are multiples of 8, so the first block of a group may begin with
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuning
 from pallas_kernels.grouped_matmul import row_tiles, swiglu
 from pallas_kernels.platform import platform
 
@@ -66,9 +66,10 @@ def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
 def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
     """Gradients to x, w_gate, w_up and w_down."""
     d_output = d_output.astype(x.dtype)
-    hidden, d_gate, d_up = _rows(
-        [(d_output, [w_down])], group_sizes, transposed=True, beside=residuals, finish=_activate_backward
-    )
+    # The activation is left to XLA: in the epilogue of this product, with gate and up brought by the ring, it took as
+    # long, and registers to spill.
+    (d_hidden,) = _rows([(d_output, [w_down])], group_sizes, transposed=True)
+    hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
     (d_x,) = _rows([(d_gate, [w_gate]), (d_up, [w_up])], group_sizes, transposed=True)
     return d_x, *(_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
 
@@ -86,15 +87,9 @@ def _activate_and_keep(gate, up):
     return swiglu.activate(gate, up), gate, up
 
 
-def _activate_backward(d_hidden, gate, up):
-    return swiglu.activate_backward(gate, up, d_hidden)
-
-
 # Jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
-def _rows(terms, group_sizes, *, transposed=False, beside=(), finish=_as_it_is):
-    return _multiply_rows(
-        terms, beside, group_sizes, transposed=transposed, finish=finish, interpreted=platform() == "cpu"
-    )
+def _rows(terms, group_sizes, *, transposed=False, finish=_as_it_is):
+    return _multiply_rows(terms, group_sizes, transposed=transposed, finish=finish, interpreted=platform() == "cpu")
 
 
 def _columns(lhs, rhs, group_sizes):
@@ -107,68 +102,72 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(workers, columns, tiles_of, *, matrices=1, beside=False):
-    """The widest tile that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes for its products.
+def _tiling(kernel, shape, workers, tiles_of, *, matrices=1):
+    """The measured tile, or the widest that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes.
 
     Args:
+      kernel, shape: for `tuning.choose`; the shape has the columns of the result.
       tiles_of: from (rows, columns) of a tile to the number of tiles.
       matrices: how many products a tile is of, side by side in the registers of a worker.
-      beside: whether the ring brings rows beside the products, too.
     """
-    widths = [width for width in (256, 128, 64) if width * matrices <= 256 and columns % width == 0]
-    width = next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
-    block = max(width, workers * ROWS) if beside else width
-    stage = (workers * ROWS + matrices * block) * DEPTH * 2
+    widths = [width for width in (256, 128, 64) if width * matrices <= 256 and shape["columns"] % width == 0]
+    width = tuning.choose(
+        "grouped_matmul", "mosaic_gpu", kernel, shape,
+        candidates=lambda: [dict(columns=width) for width in widths],
+        heuristic=lambda: dict(
+            columns=next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
+        ),
+    )["columns"]  # fmt: skip
+    stage = (workers * ROWS + matrices * width) * DEPTH * 2
     spared = workers * 2 * ROWS * PIECE * 2 + 2048  # outputs on their way, barriers
     return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "finish", "interpreted"))
-def _multiply_rows(terms, beside, group_sizes, *, transposed, finish, interpreted):
-    """finish(sum_i lhs_i @ rhs_i[0][g], sum_i lhs_i @ rhs_i[1][g], ..., *beside) for the rows of group g.
+def _multiply_rows(terms, group_sizes, *, transposed, finish, interpreted):
+    """finish(sum_i lhs_i @ rhs_i[0][g], sum_i lhs_i @ rhs_i[1][g], ...) for the rows of group g.
 
     Args:
       terms: pairs (lhs_i [R, K], rhs_i: matrices [G, K, N], or [G, N, K] if `transposed`).
-      beside: none or two arrays [R, N].
-      finish: from float32 sums and rows of `beside` to a tuple of results. 0 gives 0.
+      finish: from float32 sums to a tuple of results. 0 gives 0.
 
     Returns:
       [R, N] for each result.
     """
     real_rows = terms[0][0].shape[0]
-    terms, beside = [(_whole_blocks(lhs), rhs) for lhs, rhs in terms], [_whole_blocks(x) for x in beside]
+    terms = [(_whole_blocks(lhs), rhs) for lhs, rhs in terms]
     num_rows, depth = terms[0][0].shape
     dtype = terms[0][0].dtype
     groups = group_sizes.shape[0]
     matrices = len(terms[0][1])
     columns = terms[0][1][0].shape[1 if transposed else 2]
     occupied = min(groups, num_rows)
-    # Few rows, as in decoding, read the matrices once whatever the tile.
+    # Few rows, as in decoding, read the matrices once whatever the tile, and all tiles take as long.
     workers = 1 if num_rows <= ROWS * groups else 2
+    name = ("rows, activated" if matrices > 1 else "rows") + (", transposed" if transposed else "")
     tiling = _tiling(
-        workers, columns, lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width,
-        matrices=matrices, beside=bool(beside),
+        name, dict(rows=num_rows, depth=depth, columns=columns, groups=groups), workers,
+        lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width, matrices=matrices,
     )  # fmt: skip
     tile_rows, width = tiling.workers * ROWS, tiling.columns
-    table, used = _row_tiles(group_sizes, num_rows, tile_rows)
+    table = _row_tiles(group_sizes, num_rows, tile_rows)
     steps, column_tiles = depth // DEPTH, columns // width
-    arrays, structure = jax.tree.flatten((terms, beside))
+    arrays, structure = jax.tree.flatten(terms)
 
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     piece = jax.ShapeDtypeStruct((ROWS, PIECE), jnp.float32)
-    results = len(jax.eval_shape(finish, *[piece] * (matrices + len(beside))))
+    results = len(jax.eval_shape(finish, *[piece] * matrices))
 
-    def kernel(table_ref, used_ref, *refs):
-        term_refs, beside_refs = structure.unflatten(refs[: len(arrays)])
+    def kernel(table_ref, *refs):
+        term_refs = structure.unflatten(refs[: len(arrays)])
         out_refs, scratch = refs[len(arrays) :][:results], refs[len(arrays) + results :]
         lhs_smem, rhs_smem, *_ = scratch
         worker = lax.axis_index("thread")
-        own_rows = pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)
 
         def locate(index):
-            row, column = plgpu.planar_snake(index, (used_ref[0], column_tiles), 1, min(PANEL, column_tiles))
+            row, column = plgpu.planar_snake(index, (table_ref[0, 4], column_tiles), 1, min(PANEL, column_tiles))
             group, start, first, last = (table_ref[row, i] for i in range(4))
             here = jnp.where(group < groups, len(terms) * steps, 0)  # rows behind the last group are 0
             own = _inside(first, last, worker)
@@ -185,25 +184,13 @@ def _multiply_rows(terms, beside, group_sizes, *, transposed, finish, interprete
                     plgpu.copy_gmem_to_smem(lhs_ref.at[pl.ds(start, tile_rows), inner], lhs_smem.at[slot], barrier)
                     for ref, smem in zip(rhs_refs, rhs_smem, strict=True):
                         own = ref.at[(group, outer, inner) if transposed else (group, inner, outer)]
-                        plgpu.copy_gmem_to_smem(own, matrix(smem, slot), barrier)
-
-        def load_beside(where, p, slot, barrier):
-            _, start, column = where
-            own = pl.ds(start, tile_rows), pl.ds(column + p * PIECE, PIECE)
-            for ref, smem in zip(beside_refs, (lhs_smem, rhs_smem[0]), strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[own], smem.at[slot, pl.ds(0, tile_rows)], barrier)
-
-        def read_beside(slot):
-            blocks = (smem.at[slot, own_rows] for smem in (lhs_smem, rhs_smem[0]))
-            return [plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for block in blocks]
-
-        def matrix(smem, slot):
-            return smem.at[slot, pl.ds(0, width)] if transposed else smem.at[slot]
+                        plgpu.copy_gmem_to_smem(own, smem.at[slot], barrier)
 
         def multiply(sums, where, step, slot):
+            own_rows = pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)
             for total, smem in zip(sums, rhs_smem, strict=True):
-                own = matrix(smem, slot)
-                plgpu.wgmma(total, lhs_smem.at[slot, own_rows], own.transpose((1, 0)) if transposed else own)
+                matrix = smem.at[slot]
+                plgpu.wgmma(total, lhs_smem.at[slot, own_rows], matrix.transpose((1, 0)) if transposed else matrix)
 
         def destination(result, where, p, first, rows):
             _, start, column = where
@@ -211,15 +198,13 @@ def _multiply_rows(terms, beside, group_sizes, *, transposed, finish, interprete
             return out_refs[result].at[own]
 
         _walk(
-            tiling, used_ref[0] * column_tiles, scratch, locate, load, multiply, destination, finish,
-            shared=_shared(table.shape[0] * column_tiles, interpreted),
-            beside=(load_beside, read_beside) if beside else None,
+            tiling, table_ref[0, 4] * column_tiles, scratch, locate, load, multiply, destination, finish,
+            shared=workers > 1 and _shared(table.shape[0] * column_tiles, interpreted),
         )  # fmt: skip
 
-    block = max(width, tile_rows) if beside else width
     outputs = _call(
-        kernel, (table, used, *arrays), [jax.ShapeDtypeStruct((num_rows, columns), dtype)] * results, tiling,
-        lhs_block=(tile_rows, DEPTH), rhs_block=(block, DEPTH) if transposed else (DEPTH, width), matrices=matrices,
+        kernel, (table, *arrays), [jax.ShapeDtypeStruct((num_rows, columns), dtype)] * results, tiling,
+        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width), matrices=matrices,
         interpreted=interpreted,
     )  # fmt: skip
     return [x[:real_rows] for x in outputs]
@@ -232,7 +217,10 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
     depth, columns = lhs.shape[1], rhs.shape[1]
     groups = group_sizes.shape[0]
     workers = 1 if depth % (2 * ROWS) else 2
-    tiling = _tiling(workers, columns, lambda rows, width: groups * depth // rows * columns // width)
+    tiling = _tiling(
+        "columns", dict(rows=lhs.shape[0], depth=depth, columns=columns, groups=groups), workers,
+        lambda rows, width: groups * depth // rows * columns // width,
+    )  # fmt: skip
     tile_rows, width = tiling.workers * ROWS, tiling.columns
     row_tiles, column_tiles = depth // tile_rows, columns // width
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
@@ -310,14 +298,16 @@ def _row_tiles(group_sizes, num_rows, tile_rows):
     """Tiles of rows that cover every group and begin at multiples of 8.
 
     Returns:
-      (int32 [tiles, 4]: group, first row, and the part [first, last) of the tile that is the group's;
-      int32 [1] tiles that are used). The rows behind the last group are a group of their own, number G.
+      int32 [tiles, 5]: group, first row, the part [first, last) of the tile that is the group's, and how many tiles
+      are used, the same in every row: an array of its own would take a kernel of its own. The rows behind the last
+      group are a group of their own, number G.
     """
     sizes = jnp.append(group_sizes, num_rows - jnp.sum(group_sizes, dtype=jnp.int32))
     tiles = row_tiles.cover(sizes, num_rows, tile_rows, alignment=ALIGNMENT)
     first = jnp.maximum(tiles.begin - tiles.start, 0)
     last = jnp.minimum(tiles.end - tiles.start, tile_rows)
-    return jnp.stack([tiles.group, tiles.start, first, last], axis=1), tiles.used[None]
+    used = jnp.broadcast_to(tiles.used, first.shape)
+    return jnp.stack([tiles.group, tiles.start, first, last, used], axis=1)
 
 
 def _inside(first, last, block):
@@ -325,7 +315,7 @@ def _inside(first, last, block):
     return tuple(jnp.clip(bound - block * ROWS, 0, ROWS) for bound in (first, last))
 
 
-def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *, shared, beside=None):
+def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *, shared):
     """What a thread of a program does: fill the ring, or multiply and write.
 
     Args:
@@ -335,9 +325,8 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
       load(where, step, slot, barrier): starts the copies of a step.
       multiply(sums, where, step, slot): starts the products of a step.
       destination(result, where, p, first, rows): the part of a result for `rows` rows of piece p of this worker.
-      finish: from a piece of the sums, and of what is beside them, to a tuple of results.
-      shared: whether programs take tiles from a counter, or every so manieth.
-      beside: (load(where, p, slot, barrier), read(slot)) for the rows beside piece p, which follow the steps of a tile.
+      finish: from a piece of the sums to a tuple of results.
+      shared: whether programs take tiles from a counter, or in turns.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -346,7 +335,6 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
     thread = lax.axis_index("thread")
     counter = pl.get_global(plgpu.SemaphoreType.REGULAR((1,))) if shared else None
     pieces = tiling.columns // PIECE
-    after = pieces if beside else 0  # slots of the ring that follow the steps of a tile
 
     def slot_of(step):
         return lax.rem(step, tiling.stages)
@@ -401,18 +389,10 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                @pl.when(step < steps)
-                def _():
-                    load(where, step, slot, full.at[slot])
+                load(where, step, slot, full.at[slot])
 
-                if beside:
-
-                    @pl.when(step >= steps)
-                    def _():
-                        beside[0](where, step - steps, slot, full.at[slot])
-
-            lax.fori_loop(0, steps + after, one_step, None)
-            return begun + steps + after
+            lax.fori_loop(0, steps, one_step, None)
+            return begun + steps
 
         for_each(take, one_tile)
 
@@ -448,38 +428,29 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
 
             def compute():
                 accumulator = plgpu.ACC((ROWS, tiling.columns), jnp.float32)
-                write(pl.run_scoped(products, *[accumulator] * len(rings)), rows, where, begun + steps)
+                write(pl.run_scoped(products, *[accumulator] * len(rings)), rows, where)
 
             def idle():
                 def one_step(step, _):
                     plgpu.barrier_wait(full.at[slot_of(begun + step)])
                     release(begun + step)
 
-                lax.fori_loop(0, steps + after, one_step, None)
+                lax.fori_loop(0, steps, one_step, None)
 
             lax.cond(rows[0] < rows[1], compute, idle)
-            return begun + steps + after
+            return begun + steps
 
         for_each(take, one_tile)
         plgpu.wait_smem_to_gmem(0)
 
-    def write(sums, rows, where, step):
-        """Step is the number of the first slot after the sums."""
-
+    def write(sums, rows, where):
         def results():
             """(result, piece, its values), which leave by the two slots in turns."""
             for p in range(pieces):
                 columns = slice(p * PIECE, (p + 1) * PIECE)
-                neighbours = ()
-                if beside:
-                    plgpu.barrier_wait(full.at[slot_of(step + p)])
-                    neighbours = beside[1](slot_of(step + p))
-                    release(step + p)
-                for result, values in enumerate(finish(*(total[:, columns] for total in sums), *neighbours)):
+                for result, values in enumerate(finish(*(total[:, columns] for total in sums))):
                     yield result, p, values.astype(whole.dtype)
 
-        if beside:
-            sums = [total.astype(whole.dtype) for total in sums]  # half the registers, which the rows beside them need
         begin, end = rows
         count = end - begin
 

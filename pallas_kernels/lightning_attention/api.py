@@ -31,7 +31,7 @@ def default_implementation(q, k, v, slopes, *, segmented, chunk_size) -> str:
 
 
 def lightning_attention(
-    q, k, v, slopes, *, segment_ids=None, initial_state=None, reverse=False, chunk_size=256, implementation="auto"
+    q, k, v, slopes, *, segment_ids=None, initial_state=None, reverse=False, chunk_size=None, implementation="auto"
 ):
     """Causal linear attention with per-head exponential decay (arXiv 2501.08313, section 2.2.1; 2401.04658).
 
@@ -50,7 +50,8 @@ def lightning_attention(
       segment_ids: int [B, T]; 0 is padding, a maximal run of one positive id is a document. None: one document.
       initial_state: float32 [B, H, D, E]; None is zero.
       reverse: run from the last token to the first; the initial state then enters at the right end.
-      chunk_size: tokens handled at once. It changes speed and rounding, not the function.
+      chunk_size: tokens handled at once, None: chosen from shape and device (`pallas_kernels.tuning`). It changes
+        speed and rounding, not the function.
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the default of the platform.
 
     Returns:
@@ -117,7 +118,7 @@ def _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size):
         raise ValueError(
             f"initial_state must be float32 {state_shape}; got {initial_state.dtype} {initial_state.shape}"
         )
-    if chunk_size < 1 or q.shape[1] < 1:
+    if (chunk_size is not None and chunk_size < 1) or q.shape[1] < 1:
         raise ValueError(f"chunk_size={chunk_size} and the length {q.shape[1]} must be positive")
 
 

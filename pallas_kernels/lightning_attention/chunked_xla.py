@@ -16,7 +16,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tuning
 from pallas_kernels.platform import cdiv
+
+_CHUNK = 256  # where nothing was measured
+_CHUNKS = (32, 64, 128, 256, 512)  # that tuning measures
 
 
 def check(q, k, v, slopes, *, segmented, chunk_size):
@@ -26,7 +30,7 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
-    chunks, distances = _chunk_inputs((q, k, v), slopes, runs, chunk_size)
+    chunks, distances = _chunk_inputs((q, k, v), slopes, runs, _chunk_length(q, slopes, chunk_size))
     precision = _precision(q.dtype)
     decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
@@ -45,7 +49,7 @@ def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
 
 def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size):
     """Gradients to q, k, v and the initial state."""
-    chunks, distances = _chunk_inputs((q, k, v, d_output), slopes, runs, chunk_size)
+    chunks, distances = _chunk_inputs((q, k, v, d_output), slopes, runs, _chunk_length(q, slopes, chunk_size))
     precision = _precision(q.dtype)
     decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
@@ -150,11 +154,24 @@ def _distances(count, run, entry_run, exit_run):
     )
 
 
-def _chunk_inputs(tensors, slopes, runs, chunk_size):
+def _chunk_length(q, slopes, chunk_size):
+    batch, length, width = q.shape
+    if chunk_size is not None:
+        return min(chunk_size, length)
+    (heads,) = slopes.shape
+    shape = dict(batch=batch, length=length, heads=heads, dim=width // heads, dtype=q.dtype.name)
+    chosen = tuning.choose(
+        "lightning_attention", "chunked_xla", "chunks", shape,
+        candidates=lambda: [dict(chunk=size) for size in sorted({min(size, length) for size in _CHUNKS})],
+        heuristic=lambda: dict(chunk=min(_CHUNK, length)),
+    )  # fmt: skip
+    return chosen["chunk"]
+
+
+def _chunk_inputs(tensors, slopes, runs, size):
     """Cuts [B, T, H*D] into [N, B, H, C, D], and `runs` into stacked `_Distances` (None if rows are whole)."""
     batch, length, _ = tensors[0].shape
     heads = slopes.shape[0]
-    size = min(chunk_size, length)
     count = cdiv(length, size)
     padding = count * size - length
     if padding and runs is None:

@@ -37,7 +37,7 @@ class Documents(NamedTuple):
 def segments(programs, length) -> int:
     """Into how many segments to cut rows of `length` tokens, where `programs` would walk them whole.
 
-    A multiprocessor alone walks chunks twice as fast as when all of them share the memory, and the first pass reads
+    A multiprocessor alone walks chunks little faster than when all of them share the memory, and the first pass reads
     half of the tensors again.
     """
     chunks = cdiv(length, CHUNK)
@@ -45,7 +45,7 @@ def segments(programs, length) -> int:
     def cost(count):
         waves = cdiv(programs * count, hopper.MULTIPROCESSORS)
         share = min(1.0, programs * count / hopper.MULTIPROCESSORS)
-        return waves * cdiv(chunks, count) * max(0.5, share) * (1.0 if count == 1 else 1.5) + 8 * (count > 1)
+        return waves * cdiv(chunks, count) * max(0.9, share) * (1.0 if count == 1 else 1.5) + 8 * (count > 1)
 
     return min((2**i for i in range(8)), key=cost)
 

@@ -27,12 +27,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
 from pallas_kernels.platform import cdiv, platform
 
 _HEAD_DIMS = (64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _LANES = 128
 _MAX_CHUNK = 256  # tables grow with the square; beyond this the products inside a chunk outweigh the memory traffic
+_CHUNKS = (64, 128, 256)  # that tuning measures
 _VMEM_BYTES = 14 << 20  # of the 16 MiB that a kernel gets by default; the rest is for values that leave registers
 
 # Stands for an infinite distance: exp(-s * _FAR) is 0 for every slope, and 0 * _FAR is still 0.
@@ -167,9 +169,8 @@ def _scan(walk, tensors, slopes, runs, initial_state, chunk_size):
     dtype = tensors[0].dtype
     heads = slopes.shape[0]
     dim = width // heads
-    size = _chunk_length(length, chunk_size)
+    size, block_heads = _blocks(walk, tensors[0], heads, chunk_size)
     chunks = cdiv(length, size)
-    block_heads = _heads_per_block(heads, dim, size, dtype.itemsize, walk)
     padding = chunks * size - length
     if padding and runs is None:
         runs = jnp.ones((batch, length), jnp.int32)
@@ -297,22 +298,42 @@ def _distances(tokens, transposed):
     return jnp.where(attends, between, _FAR), column(entering), column(leaving)
 
 
+def _blocks(walk, tensor, heads, chunk_size):
+    """(chunk length, heads of a block) for tensors like `tensor` [B, T, H*D]; `chunk_size` None leaves both open."""
+    batch, length, width = tensor.shape
+    dim, itemsize = width // heads, tensor.dtype.itemsize
+    size = _chunk_length(length, chunk_size)
+    largest = _heads_per_block(heads, dim, size, itemsize, walk)
+    if chunk_size is not None:
+        return size, largest
+    sizes = sorted({_chunk_length(length, size) for size in _CHUNKS})
+    chosen = tuning.choose(
+        "lightning_attention", "mosaic_tpu", "backward" if walk.reverse else "forward",
+        dict(batch=batch, length=length, heads=heads, dim=dim, dtype=tensor.dtype.name),
+        candidates=lambda: [dict(chunk=c, heads=n) for c in sizes for n in _head_blocks(heads, dim, c, itemsize, walk)],
+        heuristic=lambda: dict(chunk=size, heads=largest),
+    )  # fmt: skip
+    return chosen["chunk"], chosen["heads"]
+
+
 def _chunk_length(length, chunk_size):
     """`chunk_size` in whole tiles of 16 rows, within what the row and the tables ask for."""
-    return 16 * cdiv(min(length, chunk_size, _MAX_CHUNK), 16)
+    return 16 * cdiv(min(length, chunk_size or _MAX_CHUNK, _MAX_CHUNK), 16)
 
 
 def _heads_per_block(heads, dim, size, itemsize, walk):
-    """The most heads that a block can hold, 0 if there are none: steps of one head would wait for the MXU.
+    """The most heads that a block can hold, 0 if there are none: steps of one head would wait for the MXU."""
+    return max(_head_blocks(heads, dim, size, itemsize, walk), default=0)
 
-    Blocks are whole tiles of 128 lanes or all heads at once.
-    """
+
+def _head_blocks(heads, dim, size, itemsize, walk):
+    """Numbers of heads that a block can hold: whole tiles of 128 lanes, or all heads at once."""
     moved = 2 * (walk.inputs + walk.outputs) * size * dim * itemsize  # two buffers for each array that moves
     states = 5 * dim * _LANES * 4  # scratch, and two buffers for the initial and for the final state
     tables = size * (_LANES * cdiv(size, _LANES) + 2 * _LANES) * 4
     most = _VMEM_BYTES // (moved + states + tables)
     legal = (n for n in range(1, heads + 1) if heads % n == 0 and (n == heads or n * dim % _LANES == 0))
-    return max((n for n in legal if n <= most), default=0)
+    return [n for n in legal if n <= most]
 
 
 def _cost(walk, tensor, state, size):
