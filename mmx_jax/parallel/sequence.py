@@ -345,13 +345,15 @@ def _meet(work, mine, theirs, my_inputs, keys: blocks.Keys, source, axis):
 
     def pair(state, which):
         a, b = which
-        at = lambda tree, i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)  # noqa: E731
-        parts = at(state[0], a), at(state[1], b)
-        parts = lax.cond(
-            needed[a, b], work, lambda mine, theirs, *_: (mine, theirs), *parts, at(my_inputs, a), at(keys, b)
+        take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
+        part = lambda tree, i: jax.tree.map(lambda x: take(x, i), tree)  # noqa: E731
+        put = lambda tree, new, i: jax.tree.map(  # noqa: E731
+            lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), tree, new
         )
-        put = lambda tree, part, i: jax.tree.map(lambda x, y: x.at[i].set(y), tree, part)  # noqa: E731
-        return (put(state[0], parts[0], a), put(state[1], parts[1], b)), None
+        mine, theirs = part(state[0], a), part(state[1], b)
+        skip = lambda mine, theirs, *_: (mine, theirs)  # noqa: E731
+        mine, theirs = lax.cond(needed[a, b], work, skip, mine, theirs, part(my_inputs, a), part(keys, b))
+        return (put(state[0], mine, a), put(state[1], theirs, b)), None
 
     pairs = jnp.array([(0, 0), (0, 1), (1, 0), (1, 1)])
     return lax.scan(pair, (mine, theirs), pairs)[0]
