@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from mmx_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from mmx_jax.layers.attention_ops import causal_attention
@@ -119,7 +119,8 @@ def test_loss_of_divided_rows_gathers_nothing(report):
 
 
 def mesh_of(**sizes):
-    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, axis_types=axis_types)
     return jax.sharding.use_abstract_mesh(mesh)
 
 

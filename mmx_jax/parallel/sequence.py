@@ -35,7 +35,7 @@ METHODS = ("gather", "ring")
 
 
 def lightning_attention(
-    q, k, v, slopes, runs=None, initial_state=None, *, axis="seq", method="gather", chunk_size=256,
+    q, k, v, slopes, runs=None, initial_state=None, *, axis="seq", method="gather", chunk_size=None,
     implementation="auto",
 ):  # fmt: skip
     """`pallas_kernels.lightning_attention` of rows whose tokens are divided over `axis`.

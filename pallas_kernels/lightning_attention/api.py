@@ -81,7 +81,7 @@ def lightning_attention(
     return (jnp.flip(output, axis=1) if reverse else output), state
 
 
-def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=256, implementation):
+def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=None, implementation):
     """The state alone that tokens leave behind, from a zero state on; not differentiable.
 
     With `reverse` False it is the final state of `lightning_attention`. With `reverse` it is what the gradient to

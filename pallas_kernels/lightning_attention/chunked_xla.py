@@ -73,7 +73,7 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
 
 def end_state(k, v, slopes, runs, *, reverse, chunk_size):
     """See `api.end_state`."""
-    chunks, distances = _chunk_inputs((k, v), slopes, runs, chunk_size)
+    chunks, distances = _chunk_inputs((k, v), slopes, runs, _chunk_length(k, slopes, chunk_size))
     precision = _precision(k.dtype)
     decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 

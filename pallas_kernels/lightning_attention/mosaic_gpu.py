@@ -87,13 +87,11 @@ def backward(q, k, v, slopes, runs, entries, d_output, d_state, *, chunk_size):
 
 def end_state(k, v, slopes, runs, *, reverse, chunk_size):
     """See `api.end_state`."""
-    batch, _, width = k.shape
-    heads = slopes.shape[0]
-    zero = jnp.zeros((batch, heads, width // heads, width // heads), jnp.float32)
 
     def kernel():
-        # k in the place of q comes out of the L2 cache. The outputs are written in vain.
-        _, (state,) = _scans([(k, k, v)], slopes, runs, [zero], reverse=reverse)
+        state = _jitted_end_state(
+            k, v, slopes, runs, _segments(k), reverse=reverse, interpreted=platform() == "cpu"
+        )  # fmt: skip
         return state * jnp.exp(-slopes)[:, None, None] if reverse else state
 
     def steep():
@@ -150,9 +148,27 @@ def _jitted_scans(problems, slopes, runs, states, count, *, reverse, interpreted
 @functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
 def _jitted_entry_states(k, v, slopes, runs, initial, count, *, reverse, interpreted):
     """The entry states float32 [B * count, H, D, D] of the segments of time, from that of the whole rows."""
-    batch, length, _ = k.shape
+    own, segments = _own_states(k, v, slopes, runs, count, reverse=reverse, interpreted=interpreted)
+    return rows.entry_states(initial, own, slopes, segments, reverse=reverse)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
+def _jitted_end_state(k, v, slopes, runs, count, *, reverse, interpreted):
+    """The exit state float32 [B, H, D, D] of whole rows from zero."""
+    own, segments = _own_states(k, v, slopes, runs, count, reverse=reverse, interpreted=interpreted)
+    if count == 1:
+        return own
+    entries = rows.entry_states(jnp.zeros_like(own[::count]), own, slopes, segments, reverse=reverse)
+    exits = own + rows.carried(entries, slopes, segments)
+    return _ends(exits, count)[0 if reverse else -1]
+
+
+def _own_states(k, v, slopes, runs, count, *, reverse, interpreted):
+    """(exit states from zero [B * count, H, D, D], `rows.Segments`) of the segments of time."""
+    batch, length, width = k.shape
+    heads = slopes.shape[0]
     documents = rows.documents(runs, batch, length, count)
     k, v = (rows.cut(x, count) for x in (k, v))
-    zeros = jnp.zeros((1, batch * count, *initial.shape[1:]), jnp.float32)
+    zeros = jnp.zeros((1, batch * count, heads, width // heads, width // heads), jnp.float32)
     _, (own,) = scan([(k, v)], slopes, zeros, documents, reverse=reverse, interpreted=interpreted)
-    return rows.entry_states(initial, own, slopes, documents, k.shape[1] // CHUNK, reverse=reverse)
+    return own, rows.segments_of(documents, batch, count, k.shape[1])

@@ -83,13 +83,36 @@ def documents(runs, batch, length, count):
     return Documents(*tables, runs, jnp.where(runs > 0, runs, -1))
 
 
-def entry_states(initial, own, slopes, documents, chunks, *, reverse):
+class Segments(NamedTuple):
+    """What is known about segments of time, int32 [B, S]."""
+
+    tokens: jax.Array  # real ones
+    lefts: jax.Array  # documents of the states at the left ends
+    rights: jax.Array  # and at the right ends
+
+
+def segments_of(documents, batch, count, length) -> Segments:
+    """The `count` segments of each row, of `length` tokens, from the `documents` of them all."""
+    if documents is None:
+        tokens = jnp.full((batch, count), length, jnp.int32)
+        return Segments(tokens, jnp.ones_like(tokens), jnp.ones_like(tokens))
+    parts = jnp.sum(documents.tokens, axis=1), documents.lefts[:, 0], documents.rights[:, -1]
+    return Segments(*(x.reshape(batch, count) for x in parts))
+
+
+def carried(entries, slopes, segments):
+    """What is left of entry states float32 [B * S, H, D, D] where their segments end."""
+    distance = jnp.where(segments.lefts == segments.rights, segments.tokens.astype(jnp.float32), jnp.inf)
+    return jnp.exp(-slopes * distance.reshape(-1, 1))[..., None, None] * entries
+
+
+def entry_states(initial, own, slopes, segments, *, reverse):
     """The states with which the segments of a row begin.
 
     Args:
       initial: float32 [B, H, D, D], the entry state of the row, at its right end in `reverse`.
       own: float32 [B * S, H, D, D], the exit states of the segments from zero.
-      documents: of `documents`; None: there are `chunks` whole chunks in a segment.
+      segments: `Segments`.
 
     Returns:
       float32 [B * S, H, D, D].
@@ -97,12 +120,7 @@ def entry_states(initial, own, slopes, documents, chunks, *, reverse):
     batch, heads, dim, _ = initial.shape
     count = own.shape[0] // batch
     order = jnp.arange(count)
-    if documents is None:
-        tokens = jnp.full((batch, count), chunks * CHUNK, jnp.int32)
-        lefts = rights = jnp.ones_like(tokens)
-    else:
-        tokens = jnp.sum(documents.tokens, axis=1).reshape(batch, count)
-        lefts, rights = documents.lefts[:, 0].reshape(batch, count), documents.rights[:, -1].reshape(batch, count)
+    tokens, lefts, rights = segments
     if reverse:
         lefts, rights, order = rights, lefts, order[::-1]
     # Real tokens that the scan has passed where a segment begins and where it ends.
