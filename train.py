@@ -25,6 +25,9 @@ flags.DEFINE_string(
     "This process is one of several: auto, where SLURM, GKE, Open MPI or a TPU pod says which; elsewhere "
     "HOST:PORT,COUNT,INDEX with an address of process 0, the number of processes and the number of this one.",
 )
+flags.DEFINE_string(
+    "topology", None, "With --dry_run: compile for this TPU topology, such as v5p:8x8x16, without having it."
+)
 flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
 
 
@@ -39,6 +42,13 @@ def _check_profile_steps(value):
 @flags.validator("resume", "give auto, no or a step number")
 def _check_resume(value):
     return value in ("auto", "no") or value.isdigit()
+
+
+@flags.multi_flags_validator(
+    ["topology", "dry_run"], "--topology is for --dry_run: nothing runs on devices that are not there"
+)
+def _check_topology(values):
+    return values["dry_run"] or not values["topology"]
 
 
 @flags.validator("distributed", "give auto, or HOST:PORT,COUNT,INDEX with 0 <= INDEX < COUNT")
@@ -57,7 +67,7 @@ def main(argv):
     # Imported late, so that --help and a mistyped flag answer at once.
     from mmx_jax import config_io
     from mmx_jax.config import SourceConfig
-    from mmx_jax.training import loop, processes
+    from mmx_jax.training import dry_run, loop, processes
 
     try:
         if FLAGS.distributed is not None:
@@ -68,7 +78,7 @@ def main(argv):
             config = dataclasses.replace(config, data=data)
         if FLAGS.dry_run:
             print(config_io.format_config(config))
-            print("\n".join(loop.dry_run(config)))
+            print("\n".join(dry_run.dry_run(config, FLAGS.topology or "")))
             return
         result = loop.train(
             config,

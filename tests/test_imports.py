@@ -18,6 +18,7 @@ ALLOWED = {
     "chat": set(),
     "tokenizer": {"chat"},
     "metrics": {"config"},
+    "compiled": {"config"},
     "parallel": {"sharding", "pallas_kernels"},
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
     "models": {"config", "sharding", "layers"},
@@ -32,6 +33,7 @@ ALLOWED = {
         "checkpoint",
         "tokenizer",
         "metrics",
+        "compiled",
         "pallas_kernels",
     },  # fmt: skip
     "sampling": set(),

@@ -36,7 +36,7 @@ from mmx_jax.config import (
 )
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder
-from mmx_jax.training import flops, loop, loss, optimizer, schedule
+from mmx_jax.training import dry_run, flops, loop, loss, optimizer, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -683,7 +683,7 @@ def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
 
 def test_dry_run_prints_memory_and_reads_no_data(config, tmp_path):
     nowhere = dataclasses.replace(config, data=DataConfig(sources=(SourceConfig(path="/nonexistent"),)))
-    lines = "\n".join(loop.dry_run(nowhere))
+    lines = "\n".join(dry_run.dry_run(nowhere))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract_params(MODEL)))
     assert f"parameters {count:,}" in lines and "HLO operations" in lines and "temporaries" in lines
 

@@ -11,7 +11,6 @@ import threading
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 
@@ -23,7 +22,7 @@ from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
 from mmx_jax.training import flops, processes, schedule
 from mmx_jax.training import step as train_step
-from mmx_jax.training.progress import Progress, format_seconds
+from mmx_jax.training.progress import Progress
 
 # Fields that may differ between a run and its continuation: they change neither the data nor the function nor the
 # optimizer, only where, how fast and how closely watched it is computed (rounding included).
@@ -542,43 +541,6 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path):
         loaded.save(temporary)
         os.replace(temporary, folder)
     return loaded
-
-
-def dry_run(config: Config) -> list[str]:
-    """Lowers and compiles the step of the first stage without data or parameters; returns the lines to print.
-
-    Parameters, memory of one device in bytes and the number of HLO operations (which must not depend on depth or
-    length).
-    """
-    mesh = sharding.make_mesh(config.mesh)
-    check_rows(config, mesh)
-    plan = schedule.plan_step(config.training, 0)
-    batch_sharding = train_step.batch_sharding(mesh)
-    shape = (plan.rows, plan.stage.sequence_length)
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in train_step.BATCH_KEYS}
-    began = time.monotonic()
-    with jax.set_mesh(mesh):
-        step_function = train_step.make_train_step(stage_config(config, plan.stage.rope_theta), mesh)
-        rate = np.float32(plan.learning_rate)  # as in a run, so that both compile the same program
-        lowered = step_function.lower(train_step.abstract_state(config, mesh), batch, rate)
-        lowered_at = time.monotonic()
-        compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    operations = sum(" = " in line for line in lowered.as_text().splitlines())
-    gib = 2**30
-    per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)
-    return [
-        f"parameters {count_parameters(config.model):,}; {per_token:.3e} training FLOPs per token",
-        f"batch {plan.rows} rows of {plan.stage.sequence_length} tokens in {plan.microbatches} micro-batches; "
-        f"mesh {dict(mesh.shape)}",
-        f"lowered in {format_seconds(lowered_at - began)} to {operations:,} HLO operations, "
-        f"compiled in {format_seconds(time.monotonic() - lowered_at)}",
-        f"memory of one device: arguments {memory.argument_size_in_bytes / gib:.3f} GiB, of which "
-        f"{memory.alias_size_in_bytes / gib:.3f} GiB are updated in place; "
-        f"temporaries {memory.temp_size_in_bytes / gib:.3f} GiB; "
-        f"outputs {memory.output_size_in_bytes / gib:.3f} GiB; "
-        f"code {memory.generated_code_size_in_bytes / gib:.3f} GiB",
-    ]
 
 
 def _resume_step(checkpointer, resume) -> int:

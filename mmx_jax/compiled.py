@@ -1,0 +1,119 @@
+"""Programs compiled for devices that are not there: by which devices, what they hold, and what they send."""
+
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+
+from mmx_jax.config import ConfigError
+
+# Memory of one device as jax counts them, GiB, by the device kinds of libtpu (vendor's data sheets).
+_DEVICE_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+_NAMES = "v5e:4x4, v5p:8x8x16, v6e:16x16, tpu7x:4x4x8"
+_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16} | {
+    f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
+}
+
+
+class Collective(NamedTuple):
+    """What one device does of a kind of collective in one run of a program."""
+
+    count: int
+    bytes: int  # of the results
+
+
+def topology_devices(name: str):
+    """The devices of a TPU topology, of which libtpu compiles programs but runs none.
+
+    Raises:
+      ConfigError: libtpu is not installed, or does not know the name.
+    """
+    # Read when libtpu is loaded: it is not on a TPU, and other processes may have it loaded too.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of several types, some of them jaxlib's own
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ConfigError(
+            f"--topology={name} cannot be compiled for ({reason}): it needs libtpu, `pip install -e '.[tpu]'`, and a "
+            f"name such as {_NAMES}"
+        ) from error
+
+
+def device_bytes(device) -> int | None:
+    """Memory of a device; None for a kind that is not in the table."""
+    gib = _DEVICE_GIB.get(device.device_kind)
+    return None if gib is None else gib << 30
+
+
+def bytes_per_device(tree) -> int:
+    """What one device holds of a tree of `jax.ShapeDtypeStruct` with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+_KINDS = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVE = re.compile(rf" = (?P<shape>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?(%?[\w.-]+) \(.*\{$")
+_WHILE = re.compile(r" while\(.*condition=(%?[\w.-]+), body=(%?[\w.-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=(%?[\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """The collectives of an optimized program, by kind; those in a loop count as often as it goes round.
+
+    Args:
+      text: of `compiled.as_text()`. Loops are those of `lax.scan`: from 0 to a constant in their condition.
+    """
+    computations, entry = _computations(text)
+
+    def add(total, name, times):
+        for line in computations.get(name, ()):
+            if found := _COLLECTIVE.search(line):
+                count, size = total.get(found["kind"], (0, 0))
+                total[found["kind"]] = count + times, size + times * _result_bytes(found)
+            if loop := _WHILE.search(line):
+                condition, body = loop.groups()
+                add(total, body, times * _trips(computations[condition]))
+                continue
+            called = _CALLED.findall(line)
+            for group in _BRANCHES.findall(line):
+                called += group.split(", ")
+            for other in called:
+                add(total, other, times)
+
+    total = {}
+    add(total, entry, 1)
+    return {kind: Collective(*total[kind]) for kind in sorted(total)}
+
+
+def _computations(text):
+    """({name: lines}, name of the entry)"""
+    computations, entry, lines = {}, None, []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            lines = computations[head[1]] = []
+            if line.startswith("ENTRY"):
+                entry = head[1]
+        lines.append(line)
+    return computations, entry
+
+
+def _trips(condition):
+    return max((int(n) for line in condition for n in _CONSTANT.findall(line)), default=1)
+
+
+def _result_bytes(found):
+    arrays = [(kind, dims) for kind, dims in _ARRAY.findall(found["shape"]) if kind in _ITEM_BITS]
+    if found["start"] and found["kind"] != "all-reduce":
+        # Operands, then results; the numbers behind them are the compiler's own.
+        arrays = [(kind, dims) for kind, dims in arrays if dims]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(math.prod(int(n) for n in dims.split(",") if n) * _ITEM_BITS[kind] for kind, dims in arrays) // 8
