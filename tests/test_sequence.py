@@ -15,6 +15,8 @@ from mmx_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from mmx_jax.layers.attention_ops import causal_attention
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import MESH_AXES, RULES, over_mesh, row_axis
+from pallas_kernels import platform
+from pallas_kernels.lightning_attention import default_implementation
 from tests.sharded_sequence import BATCH, DIM, HEADS, KV_HEADS, LENGTH, LIGHTNING, MODELS, SOFTMAX
 
 REPOSITORY = Path(__file__).parent.parent
@@ -150,6 +152,22 @@ def test_a_batch_goes_to_as_many_devices_as_divide_it():
                 over_mesh(shape, [("batch", row_axis(8) and "length")], ("batch", row_axis(8) and "length")), x
             )
         assert seen["rows"] == rows
+
+
+def test_kernels_are_divided_over_the_mesh():
+    """The compiler would not divide them, so that outside of shard_map none is chosen."""
+    chosen = []
+
+    def choose(x, slopes):
+        chosen.append(default_implementation(x, x, x, slopes, segmented=False, chunk_size=None))
+        return x
+
+    arguments = jax.ShapeDtypeStruct((4, 64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.float32)
+    tokens = "batch", "length", "heads_act"
+    with mesh_of(fsdp=2, tensor=2, seq=2), platform.target("tpu"):
+        jax.eval_shape(choose, *arguments)
+        jax.eval_shape(over_mesh(choose, [tokens, ("heads_act",)], tokens), *arguments)
+    assert chosen == ["chunked_xla", "mosaic_tpu"]
 
 
 def test_tokens_are_batch_and_length():
