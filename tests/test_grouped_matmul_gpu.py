@@ -189,7 +189,7 @@ def test_any_number_of_rows_lowers_for_cuda(num_rows):
 @pytest.mark.parametrize(("columns", "counters"), [(64 * 20, 0), (64 * 300, 1)])
 def test_programs_share_many_tiles_by_a_counter_of_their_own(columns, counters):
     """The interpreter has no counter, so this looks at the operands of the lowered kernel."""
-    shapes = ((128, 64), jnp.bfloat16), ((2, 64, columns), jnp.bfloat16), ((2,), jnp.int32)
+    shapes = ((512, 64), jnp.bfloat16), ((2, 64, columns), jnp.bfloat16), ((2,), jnp.int32)
     with platform.target("gpu"):
         traced = jax.jit(lambda *operands: grouped_matmul(*operands, implementation="mosaic_gpu")).trace(
             *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
