@@ -1,11 +1,8 @@
 """Experts over the mesh: equal to one device, what is dropped, and what travels in the compiled programs."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +15,14 @@ from mmx_jax.layers.moe import MixtureOfExperts
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from mmx_jax.training.loop import check_tokens
 from pallas_kernels import platform
-from tests import ahead_of_time
+from tests import ahead_of_time, fake_devices
 from tests.sharded_experts import CASES, EMBED, EXPERTS, INNER, MESHES
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def report():
     """What tests/sharded_experts.py found on 8 devices."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # Compiling is most of the time, and the optimisation of machine code is not what is tested.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.sharded_experts"],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return fake_devices.answer_of("tests.sharded_experts")
 
 
 cases = pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])

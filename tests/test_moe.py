@@ -9,15 +9,14 @@ import pytest
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.moe import (
-    FEW_ASSIGNMENTS,
     MixtureOfExperts,
     dropless,
     expert_capacity,
     route,
     router_stats,
-    sort_by_expert,
     with_capacity,
 )
+from pallas_kernels.grouped_matmul.order import FEW_ASSIGNMENTS, order_by_group
 from tests import oracles
 
 EMBED, INNER = 12, 20
@@ -77,7 +76,7 @@ def test_dropless_matches_a_loop_over_tokens(rows, num_experts, k):
 @pytest.mark.parametrize("count", [1, 2, 7, FEW_ASSIGNMENTS, FEW_ASSIGNMENTS + 1])
 def test_assignments_are_sorted_by_expert_in_place_among_equals(count):
     assignment = np.random.default_rng(count).choice([0, 3, 4, 6], count).astype(np.int32)  # of 8: some are empty
-    order, inverse, sizes = jax.jit(sort_by_expert, static_argnums=1)(assignment, 8)
+    order, inverse, sizes = jax.jit(order_by_group, static_argnums=1)(assignment, 8)
     want = np.argsort(assignment, kind="stable")
     np.testing.assert_array_equal(order, want)
     np.testing.assert_array_equal(np.asarray(inverse)[want], np.arange(count))

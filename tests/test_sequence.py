@@ -1,11 +1,5 @@
 """Sequence parallelism: divided rows equal whole rows, and what moves, read off the compiled programs."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,27 +11,16 @@ from mmx_jax.parallel import sequence
 from mmx_jax.sharding import MESH_AXES, RULES, over_mesh, row_axis
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import default_implementation
+from tests import fake_devices
 from tests.sharded_sequence import BATCH, DIM, HEADS, KV_HEADS, LENGTH, LIGHTNING, MODELS, SOFTMAX
 
-REPOSITORY = Path(__file__).parent.parent
 STATE = 4 * BATCH * HEADS * DIM * DIM  # bytes
 
 
 @pytest.fixture(scope="module")
 def report():
     """What tests/sharded_sequence.py found."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # Compiling is most of the time, and the optimisation of machine code is not what is tested.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.sharded_sequence"],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return fake_devices.answer_of("tests.sharded_sequence", timeout=900)
 
 
 @pytest.mark.parametrize("case", LIGHTNING)

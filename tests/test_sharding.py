@@ -1,11 +1,6 @@
 """Sharded equals unsharded, and the errors of mesh and rules."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -15,25 +10,13 @@ from jax.sharding import PartitionSpec as P
 from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.models.decoder import param_shardings
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
-
-REPOSITORY = Path(__file__).parent.parent
+from tests import fake_devices
 
 
 @pytest.fixture(scope="module")
 def report():
     """{mesh: relative errors of a model on 8 devices}."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # Compiling is most of the time, and the optimisation of machine code is not what is tested.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.sharded_model"],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return fake_devices.answer_of("tests.sharded_model")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,7 @@ from jax import lax
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.projection import deepnorm_gain, product, weight
 from mmx_jax.parallel import expert
-from pallas_kernels.grouped_matmul import grouped_swiglu, swiglu
-
-# Up to so many assignments are sorted by comparing all with all. On a GPU that is two kernels, where two sorts and the
-# sizes of the groups are six; a decoding step is as long as its kernels are many.
-FEW_ASSIGNMENTS = 256
+from pallas_kernels.grouped_matmul import grouped_swiglu, order_by_group, swiglu
 
 
 class RouterStats(NamedTuple):
@@ -82,36 +78,11 @@ _permute.defvjp(
 )
 
 
-def sort_by_expert(assignment, num_experts):
-    """The stable order of assignments by expert.
-
-    Args:
-      assignment: int32 [n], experts.
-
-    Returns:
-      (the permutation that sorts them int32 [n], its inverse int32 [n], how often each expert occurs int32 [E]).
-    """
-    count = assignment.shape[0]
-    if count > FEW_ASSIGNMENTS:
-        order = jnp.argsort(assignment, stable=True)
-        # Not `bincount`, whose scatter adds to few addresses from many threads.
-        group_sizes = jnp.sum(assignment[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-        return order, jnp.argsort(order), group_sizes
-    # No two keys are equal. The keys below a key are its place, those below the keys of an expert where it begins.
-    index = jnp.arange(count, dtype=jnp.int32)
-    key = assignment * count + index
-    bound = jnp.arange(num_experts + 1, dtype=jnp.int32) * count
-    below = jnp.sum(key < jnp.concatenate([key, bound])[:, None], axis=1, dtype=jnp.int32)
-    inverse, begins = below[:count], below[count:]
-    order = jnp.sum(jnp.where(inverse == index[:, None], index, 0), axis=1)
-    return order, inverse, begins[1:] - begins[:-1]
-
-
 def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
     """Every token through its k experts, rows sorted by expert. x: [R, M]; returns [R, M]."""
     k = config.experts_per_token
     assignment = routing.experts.reshape(-1)  # [R * k]
-    order, inverse, group_sizes = sort_by_expert(assignment, config.num_experts)
+    order, inverse, group_sizes = order_by_group(assignment, config.num_experts)
     rows = jnp.repeat(x, k, axis=0)
     if x.shape[0] > 1:  # the rows of one token are the same in every order
         rows = _permute(rows, order, inverse)

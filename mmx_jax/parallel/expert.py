@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax.sharding import axes_size, logical_to_spec, mesh_axes
-from pallas_kernels.grouped_matmul import grouped_swiglu
+from pallas_kernels.grouped_matmul import grouped_swiglu, order_by_group
 from pallas_kernels.platform import cdiv, platform
 
 BUFFER_ALIGNMENT = 8  # a buffer of received rows is a multiple of this: kernels take whole blocks of rows
@@ -183,9 +183,7 @@ def _group(layer, rows, choices, weights_of_choices, limit, weights):
     owners, k = layer.owners, choices.shape[0]
     local_experts = layer.num_experts // owners.size
     flat = choices.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    inverse = jnp.argsort(order)
-    counts = jnp.sum(flat[:, None] == jnp.arange(layer.num_experts), axis=0, dtype=jnp.int32)
+    order, inverse, counts = order_by_group(flat, layer.num_experts)
     sizes = counts if limit is None else jnp.minimum(counts, limit)
     # What every device has for every expert: [sender, receiver, expert of the receiver].
     every = owners.stack(jnp.stack([jnp.cumsum(counts) - counts, sizes]))

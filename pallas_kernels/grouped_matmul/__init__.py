@@ -6,5 +6,6 @@ from pallas_kernels.grouped_matmul.api import (
     grouped_matmul,
     grouped_swiglu,
 )
+from pallas_kernels.grouped_matmul.order import order_by_group
 
-__all__ = ["IMPLEMENTATIONS", "default_implementation", "grouped_matmul", "grouped_swiglu"]
+__all__ = ["IMPLEMENTATIONS", "default_implementation", "grouped_matmul", "grouped_swiglu", "order_by_group"]
