@@ -279,10 +279,10 @@ def _text(parameters):
     return " ".join(f"{name}={value}" for name, value in parameters.items())
 
 
-def _prepare(path: Path):
-    """Writes the table as it is, or an empty one: that it cannot be is known before minutes of measuring."""
+def _check_writable(path: Path):
+    """That a table cannot be written is known before minutes of measuring."""
     try:
-        tuning.save(path, tuning.load(path) if path.exists() else [])
+        tuning.check_writable(path)
     except OSError as error:
         raise Refusal(f"cannot write {path} ({error.strerror}): name another file with --table") from error
 
@@ -318,7 +318,7 @@ def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, r
     shape = parse_shape(op, shape)
     table = Path(table) if table else tuning.table_path()
     if not dry_run:
-        _prepare(table)
+        _check_writable(table)
     implementation = resolve(op, implementation, shape)
     plan = _plan(op, implementation, shape, forward_alone=forward_alone)
     print(f"{tuning.device()}, jax {jax.__version__}, {implementation}, table {table}", flush=True)

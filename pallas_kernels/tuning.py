@@ -166,7 +166,16 @@ def store(path: Path, kernel: Kernel, shape: Shape, parameters: Parameters, ms: 
         op=op, implementation=implementation, kernel=name, device=device(), shape=shape, parameters=parameters,
         ms=ms, jax=jax.__version__,
     )  # fmt: skip
-    save(path, [*(e for e in load(path) if _key_of(e) != _key_of(entry)), entry])
+    entries = load(path) if path.exists() else []
+    save(path, [*(e for e in entries if _key_of(e) != _key_of(entry)), entry])
+
+
+def check_writable(path: Path):
+    """Raises what `store` would, and changes nothing."""
+    if path.exists():
+        load(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        pass
 
 
 def save(path: Path, entries: list[dict]):

@@ -268,9 +268,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_tuned_is_refused_in_one_sentence(table, case):
     arguments, message = REFUSED[case]
+    before = table.stat().st_mtime_ns, os.listdir(table.parent)
     with pytest.raises(SystemExit, match=message) as raised:
         tune.main(arguments)
     assert "\n" not in str(raised.value)
+    assert (table.stat().st_mtime_ns, os.listdir(table.parent)) == before  # not even written anew
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_anything_is_measured(table, monkeypatch):
