@@ -23,6 +23,7 @@ from timing import copy_bandwidth, median_ms
 DIM = 128
 CEILING = 4.3e12  # bytes a second
 EXACT = 32768 * 64  # tokens times heads that leave room for float32 intermediates
+DIFFERENTIABLE = 2**25  # tokens times heads whose gradients fit into the memory of an H200 beside all that they need
 WHOLE = 131072  # tokens; of longer rows a launch hands over the last token alone, for results of two would not fit
 PERIOD = 8192  # tokens after which inputs repeat, up to a factor
 
@@ -123,10 +124,13 @@ def measure_jax(shapes, skipped):
             attend, forward, both = functions(length, heads, segment_ids, implementation)
             row = dict(implementation=implementation, length=length, heads=heads, packed=packed)
             row["errors"] = errors_of_halves(attend, *arguments[:3]) if want is None else errors(both(*arguments), want)
-            launches = launches_for(length, heads)
-            row["forward_ms"] = median_ms(forward, arguments[:3], jax.block_until_ready, launches)
-            row["both_ms"] = median_ms(both, arguments, jax.block_until_ready, launches)
-            for name, tensors in (("forward", 4), ("both", 11)):
+            timed = [("forward", forward, arguments[:3], 4)]
+            if length * heads <= DIFFERENTIABLE:
+                timed.append(("both", both, arguments, 11))
+            for name, function, inputs_of_it, tensors in timed:
+                row[name + "_ms"] = median_ms(
+                    function, inputs_of_it, jax.block_until_ready, launches_for(length, heads)
+                )
                 floor = 1e3 * tensors * size / row[name + "_ms"]
                 row[name + "_of_floor"], row[name + "_of_ceiling"] = floor / bandwidth, floor / CEILING
             yield row
@@ -190,16 +194,16 @@ def peer_rows(shapes):
 
 
 def describe(row):
-    floor = ""
-    if "forward_of_floor" in row:
-        floor = f"{row['forward_of_floor']:5.2f} {row['both_of_floor']:5.2f} of floor, "
-        floor += f"{row['forward_of_ceiling']:.2f} {row['both_of_ceiling']:.2f} at 4.3 TB/s"
-    worst = f"  worst error {max(row['errors'].values()):.1e}" if row.get("errors") else ""
+    parts = []
+    for name, label in (("forward", "forward"), ("both", "with backward")):
+        if name + "_ms" in row:
+            parts.append(f"{label} {row[name + '_ms']:8.3f} ms")
+        if name + "_of_floor" in row:
+            parts.append(f"({row[name + '_of_floor']:.2f} of floor, {row[name + '_of_ceiling']:.2f} at 4.3 TB/s)")
+    if row.get("errors"):
+        parts.append(f"worst error {max(row['errors'].values()):.1e}")
     packed = "packed" if row["packed"] else ""
-    return (
-        f"T={row['length']:7} H={row['heads']:3} {packed:6} {row['implementation']:12} "
-        f"forward {row['forward_ms']:8.3f} ms  with backward {row['both_ms']:8.3f} ms  {floor}{worst}"
-    )
+    return f"T={row['length']:7} H={row['heads']:3} {packed:6} {row['implementation']:12} {' '.join(parts)}"
 
 
 def plot(found, path):
@@ -213,12 +217,13 @@ def plot(found, path):
     rows = [row for row in found["rows"] if row["heads"] == 64 and not row["packed"]]
     for name in dict.fromkeys(row["implementation"] for row in rows):
         own = [row for row in rows if row["implementation"] == name]
-        lengths = [row["length"] for row in own]
         for key, style in (("forward", "-"), ("both", "--")):
             label = f"{name}, {'forward' if key == 'forward' else 'with backward'}"
-            (line,) = left.loglog(lengths, [row[key + "_ms"] for row in own], style, marker="o", label=label)
+            timed = [row for row in own if key + "_ms" in row]
+            lengths = [row["length"] for row in timed]
+            (line,) = left.loglog(lengths, [row[key + "_ms"] for row in timed], style, marker="o", label=label)
             if key + "_of_floor" in own[0]:
-                values = [row[key + "_of_floor"] for row in own]
+                values = [row[key + "_of_floor"] for row in timed]
                 right.semilogx(lengths, values, style, marker="o", color=line.get_color(), label=label)
     left.set(xlabel="tokens", ylabel="ms", title=f"64 heads of {DIM}, bfloat16, {found['device']}")
     right.set(xlabel="tokens", ylabel="fraction of the memory floor", ylim=(0, 1))
@@ -243,6 +248,7 @@ def main():
     lengths = [int(length) for length in arguments.lengths.split(",")]
     shapes = [(length, 64, False) for length in lengths]
     shapes += [(8192, 64, True), (32768, 8, False)]
+    shapes += [(length, 32, False) for length in lengths if length * 64 > DIFFERENTIABLE]
     skipped = arguments.skip.split(",")
     found = measure_jax(shapes, skipped)
     if "fla" not in skipped:

@@ -1,12 +1,14 @@
 """Training, prefill and decode of `configs/small_1b.py` on one accelerator.
 
-    python benchmarks/small_1b.py [--json=FILE] [--only=train,prefill,decode] [--set a.b=c ...]
+    python benchmarks/small_1b.py [--json=FILE] [--only=train,unsharded,prefill,decode] [--set a.b=c ...]
 
 Checks the numbers before it times: logits in the compute dtype against float32 on the same device. Times are medians of
-whole calls that end in `block_until_ready`; AdamW is part of the training step.
+whole calls that end in `block_until_ready`; AdamW is part of the training step, which runs on a mesh of one device, and
+"unsharded" without any mesh.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -24,6 +26,7 @@ from mmx_jax.models.state import init_state
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training import flops
 from mmx_jax.training import step as training_step
+from pallas_kernels import platform
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/small_1b.py"
 
@@ -59,7 +62,8 @@ def check_numerics(model):
     return float(np.linalg.norm(logits(model.dtype) - want) / np.linalg.norm(want))
 
 
-def time_training(config, packed):
+def time_training(config, packed, on_mesh=True):
+    """With `on_mesh` the sharded step on a mesh of one device, as train.py runs it; else no mesh and no shardings."""
     rows, length = config.training.batch_tokens // config.training.sequence_length, config.training.sequence_length
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     shape = (rows, length)
@@ -70,10 +74,14 @@ def time_training(config, packed):
         "segment_ids": np.broadcast_to(segments, shape),
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
     }
-    with jax.set_mesh(mesh):
-        holder = [training_step.init_state(config, mesh)]
+    holder = [training_step.init_state(config, mesh)]
+    step = training_step.make_train_step(config, mesh)
+    if not on_mesh:
+        options = platform.compiler_options()
+        step = jax.jit(step.__wrapped__, donate_argnums=0, compiler_options=options)
+        holder = [jax.device_put(holder[0], jax.devices()[0])]
+    with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
         start = time.perf_counter()
-        step = training_step.make_train_step(config, mesh)
         batch = jax.device_put(batch)
         run = step.lower(holder[0], batch, jnp.float32(1e-4)).compile()
         compile_s = time.perf_counter() - start
@@ -133,7 +141,7 @@ def time_decode(model, params, batch, steps=32, context=1024):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures there")
-    parser.add_argument("--only", default="train,prefill,decode")
+    parser.add_argument("--only", default="train,unsharded,prefill,decode")
     parser.add_argument("--set", action="append", default=[], help="override of the config, as in train.py")
     arguments = parser.parse_args()
     config = config_io.apply_overrides(config_io.load_config(CONFIG), arguments.set)
@@ -158,6 +166,8 @@ def main():
                 1,
             )
             report("train_packed" if packed else "train", **figures)
+    if "unsharded" in arguments.only:
+        report("train_unsharded", **time_training(config, packed=True, on_mesh=False))
     model = dataclasses.replace(model, param_dtype=model.dtype, remat="none")
     params = random_params(model) if {"prefill", "decode"} & set(arguments.only.split(",")) else None
     if "prefill" in arguments.only:

@@ -8,3 +8,5 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 # By environment, so that the programs that tests start find it too. Compiling is what the suite's time goes into.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Most programs here run once or twice: what the compiler would spend on fast machine code is not paid back.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")

@@ -1,4 +1,4 @@
-"""Runs programs on 8 CPU devices, in a process of their own: the number of devices is fixed when jax starts."""
+"""Runs programs on several CPU devices, in a process of their own: the number of devices is fixed when jax starts."""
 
 import json
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 
 
-def answer_of(module, timeout=600):
-    """What `python -m module` prints, as JSON; it has `timeout` seconds."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # Compiling is most of the time, and the optimisation of machine code is not what is tested.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+def environment(count):
+    """Of a program that sees `count` CPU devices, and compiles as the tests do (conftest.py)."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
+
+
+def answer_of(module, timeout=600, count=8):
+    """What `python -m module` prints on `count` devices, as JSON; it has `timeout` seconds."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", module],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout,
+        env=environment(count), cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,7 +1,6 @@
 """What a compiled program says of itself, on fake devices and for a TPU topology that is not there."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from mmx_jax import compiled, config_io
 from mmx_jax.config import ConfigError, MeshConfig
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training.dry_run import dry_run
-from tests import ahead_of_time
+from tests import ahead_of_time, fake_devices
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = (
@@ -50,13 +49,7 @@ def counted_by_hand():
 
 
 def test_collectives_in_loops_count_as_often_as_they_go_round():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.test_compiled"],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = fake_devices.answer_of("tests.test_compiled", count=4)
     assert found["all-reduce"] == [3, 3 * 4 * 5 * 4]
     hops, size = found["collective-permute"]
     assert hops == 21 and size in (21 * 6 * 2, 21 * 6 * 4)  # the CPU may widen bfloat16

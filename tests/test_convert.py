@@ -28,6 +28,7 @@ from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
 from mmx_jax.models.decoder import abstract_params
+from tests import fake_devices
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = Path(__file__).parent / "fixtures" / "text"
@@ -835,10 +836,9 @@ print("sharded equals whole")
 
 
 def test_import_onto_a_mesh_reads_only_its_shards(imported):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     process = subprocess.run(
         [sys.executable, "-c", SHARDED, str(BF16), str(imported)],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+        cwd=REPOSITORY, env=fake_devices.environment(8), capture_output=True, text=True,
     )  # fmt: skip
     assert process.stdout == "sharded equals whole\n", process.stderr[-2000:]
 

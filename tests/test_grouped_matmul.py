@@ -90,13 +90,14 @@ def test_static_tile_count_of_accelerators_covers_every_row(monkeypatch):
     """The bound that GPU and TPU use in place of the actual tile count, on the worst splits."""
     monkeypatch.setattr(tiled_xla, "platform", lambda: "gpu")
     rng = np.random.default_rng(1)
+    forward = jax.jit(tiled_xla.forward)
     for num_rows, groups in [(1, 4), (3, 8), (70, 3), (333, 16), (64, 1)]:
         for _ in range(5):
             cuts = np.sort(rng.integers(0, num_rows + 1, groups - 1))
             sizes = np.diff([0, *cuts, num_rows]).astype(np.int32)
             lhs = rng.normal(size=(num_rows, 4)).astype(np.float32)
             rhs = rng.normal(size=(groups, 4, 3)).astype(np.float32)
-            got = tiled_xla.forward(lhs, rhs, jnp.asarray(sizes))
+            got = forward(lhs, rhs, sizes)
             np.testing.assert_allclose(got, oracles.grouped_matmul(lhs, rhs, sizes), rtol=1e-5, atol=1e-5)
 
 

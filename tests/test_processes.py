@@ -1,7 +1,6 @@
 """Two processes, joined by jax.distributed on the CPU, do what one process does: steps, whole runs, imports."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 from mmx_jax import metrics
 from mmx_jax.config_io import config_from_json
 from mmx_jax.training import processes
+from tests import fake_devices
 from tests.processes_worker import TINY
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -30,10 +30,7 @@ class Workers:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // count} --xla_backend_optimization_level=0",
-        }
+        environment = fake_devices.environment(2 // count)
         self._outputs, self.processes = [], []
         for index in range(count):
             command = [sys.executable, "-W", "error", "-m", "tests.processes_worker"]
@@ -263,12 +260,11 @@ def test_train_py_joins_processes(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "train.py", f"--config={folder}/flag.py", f"--workdir={folder}/flag", "--steps=2"]
     runs = [
         subprocess.Popen(
             [*command, f"--distributed={address},2,{index}"],
-            cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=REPOSITORY, env=fake_devices.environment(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for index in range(2)
     ]  # fmt: skip

@@ -1,9 +1,9 @@
 """Losses, schedule, optimizer, step, FLOPs, metrics, and whole runs: resumed, killed, stopped, gone non-finite."""
 
 import dataclasses
+import functools
 import io
 import json
-import os
 import pathlib
 import resource
 import shutil
@@ -39,6 +39,7 @@ from mmx_jax.models import decoder
 from mmx_jax.training import dry_run, flops, loop, loss, optimizer, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
+from tests import fake_devices
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny"
@@ -285,11 +286,16 @@ def one_device_mesh(config):
     return sharding.make_mesh(config.mesh, jax.devices()[:1])
 
 
+@functools.cache
+def compiled_step(config):
+    return train_step.make_train_step(config, one_device_mesh(config))
+
+
 def test_accumulation_equals_one_big_batch():
     # The load-balancing loss is that of a micro-batch, so it is left out here.
     model = dataclasses.replace(MODEL, router_aux_loss_coef=0.0, num_layers=1, layer_pattern=("lightning",))
     config = Config(model=model, training=dataclasses.replace(TRAINING, z_loss_coef=1e-3))
-    params = decoder.init_params(model, jax.random.key(0))
+    params = jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(0))
     accumulate = jax.jit(train_step.accumulate_gradients, static_argnums=(0, 3))
     whole, sums = accumulate(config, params, random_batch(rows=4), 1)
     parts, part_sums = accumulate(config, params, random_batch(rows=4), 2)
@@ -307,7 +313,7 @@ def test_a_non_finite_step_changes_nothing_and_names_the_layers():
         state = train_step.init_state(config, mesh)
         state["params"]["blocks"]["layer_1"]["mlp"]["down"] *= jnp.nan
         before = jax.device_get(state)
-        state, row = train_step.make_train_step(config, mesh)(state, batch, np.float32(0.1))
+        state, row = compiled_step(config)(state, batch, np.float32(0.1))
     assert row["finite"] == 0 and state["step"] == 1
     jax.tree.map(np.testing.assert_array_equal, before["params"], jax.device_get(state["params"]))
     jax.tree.map(np.testing.assert_array_equal, before["opt_state"], jax.device_get(state["opt_state"]))
@@ -318,13 +324,13 @@ def test_a_non_finite_step_changes_nothing_and_names_the_layers():
 def test_a_parameter_that_is_not_finite_stops_the_step_though_the_batch_does_not_meet_it():
     config = Config(model=MODEL, training=TRAINING)
     mesh = one_device_mesh(config)
-    batch = random_batch()
+    batch = jax.device_put(random_batch(), train_step.batch_sharding(mesh))
     unseen = np.setdiff1d(np.arange(MODEL.vocab_size), batch["tokens"])[0]
     with jax.set_mesh(mesh):
         state = train_step.init_state(config, mesh)
         state["params"]["embed"]["embedding"] = state["params"]["embed"]["embedding"].at[unseen].set(jnp.nan)
         before = jax.device_get(state["params"])
-        state, row = train_step.make_train_step(config, mesh)(state, batch, np.float32(0.1))
+        state, row = compiled_step(config)(state, batch, np.float32(0.1))
     assert np.isfinite(row["loss"]) and np.isfinite(row["gradient_norm"]) and row["finite"] == 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state["params"]))
 
@@ -599,7 +605,7 @@ def test_a_run_goes_on_on_another_mesh(straight, config, tmp_path):
     flags = ["--steps=7", "--set", "mesh.data=2", "--set", "mesh.fsdp=2", "--set", "mesh.expert=2"]
     process = start_train(
         f"--config={config_file(config, tmp_path)}", f"--workdir={tmp_path / 'run'}", *flags,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=fake_devices.environment(8),
     )  # fmt: skip
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
