@@ -18,7 +18,7 @@ from pallas_kernels.lightning_attention import (
 )
 from tests import interpreter, oracles
 
-STEEP = mosaic_gpu.MAX_EXPONENT / (mosaic_gpu.CHUNK / 2)  # the slope from which on the kernel cannot split the decay
+STEEP = mosaic_gpu.MAX_EXPONENT / mosaic_gpu.CHUNK  # the slope from which on the kernel cannot split the decay
 CASES = {
     "whole": dict(length=192, dim=64),
     "head_dim_128": dict(length=128, dim=128),

@@ -102,7 +102,7 @@ def end_state(k, v, slopes, runs, *, reverse, chunk_size):
 
 def _splits(slopes):
     """bool (): whether the decay of half a chunk and its reciprocal are numbers, for every head."""
-    return jnp.max(slopes) * CHUNK / 2 < MAX_EXPONENT
+    return jnp.max(slopes) * CHUNK < MAX_EXPONENT
 
 
 def _segments(q):
@@ -141,7 +141,8 @@ def _jitted_scans(problems, slopes, runs, states, count, *, reverse, interpreted
     batch, length, _ = problems[0][0].shape
     documents = rows.documents(runs, batch, length, count)
     problems = [[rows.cut(x, count) for x in problem] for problem in problems]
-    outputs, exits = scan(problems, slopes, jnp.stack(states), documents, reverse=reverse, interpreted=interpreted)
+    table = documents and rows.table(documents, reverse=reverse)
+    outputs, exits = scan(problems, slopes, jnp.stack(states), table, reverse=reverse, interpreted=interpreted)
     return [rows.join(x, batch, length) for x in outputs], list(exits)
 
 
@@ -170,5 +171,6 @@ def _own_states(k, v, slopes, runs, count, *, reverse, interpreted):
     documents = rows.documents(runs, batch, length, count)
     k, v = (rows.cut(x, count) for x in (k, v))
     zeros = jnp.zeros((1, batch * count, heads, width // heads, width // heads), jnp.float32)
-    _, (own,) = scan([(k, v)], slopes, zeros, documents, reverse=reverse, interpreted=interpreted)
+    table = documents and rows.table(documents, reverse=reverse)
+    _, (own,) = scan([(k, v)], slopes, zeros, table, reverse=reverse, interpreted=interpreted)
     return own, rows.segments_of(documents, batch, count, k.shape[1])

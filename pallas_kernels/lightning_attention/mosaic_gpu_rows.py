@@ -15,11 +15,13 @@ from pallas_kernels import hopper
 from pallas_kernels.platform import cdiv
 
 CHUNK = 64  # tokens: the rows of one wgmma
-MIXED, CONTINUES, STARTS = range(3)  # kinds of chunks, see `Documents`
+CONTINUES, STARTS, MIXED = range(3)  # kinds of chunks, see `Documents`
+RUNS, SOURCES, BEFORE, SCALARS = range(4)  # rows of a chunk in `table`
+KIND, TOKENS, ENTRY, EXIT, FRESH, DROPPED = range(6)  # its scalars
 
 
 class Documents(NamedTuple):
-    """What the kernel knows about documents, int32; R rows of N chunks, C tokens in a chunk.
+    """What is known about documents, int32; R rows of N chunks, C tokens in a chunk.
 
     A state between two chunks is of the document of the last real token to its left, and of document 1 where there is
     none. A chunk is MIXED if it has padding or several documents. One document fills the others, and it either
@@ -30,8 +32,7 @@ class Documents(NamedTuple):
     lefts: jax.Array  # [R, N] documents of the states to the left
     rights: jax.Array  # [R, N] and to the right
     tokens: jax.Array  # [R, N] real tokens
-    runs: jax.Array  # [R, N * C]
-    sources: jax.Array  # [R, N * C] runs, but what is equal to none of them at padding
+    runs: jax.Array  # [R, N, C]
 
 
 def segments(programs, length) -> int:
@@ -71,16 +72,35 @@ def documents(runs, batch, length, count):
         if length % (CHUNK * count) == 0:
             return None
         runs = jnp.ones((batch, length), jnp.int32)
-    runs = cut(runs, count)
-    chunks = runs.reshape(batch, -1, CHUNK)
-    last = jnp.max(chunks, axis=2)
+    runs = cut(runs, count).reshape(batch, -1, CHUNK)
+    last = jnp.max(runs, axis=2)
     rights = jnp.maximum(lax.cummax(last, axis=1), 1)
     lefts = jnp.pad(rights, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
-    one = (jnp.min(chunks, axis=2) == last) & (last > 0)
+    one = (jnp.min(runs, axis=2) == last) & (last > 0)
     kinds = jnp.where(one, jnp.where(last == lefts, CONTINUES, STARTS), MIXED)
-    tokens = jnp.sum(chunks > 0, axis=2, dtype=jnp.int32)
-    tables = (x.reshape(batch * count, -1) for x in (kinds, lefts, rights, tokens))
-    return Documents(*tables, runs, jnp.where(runs > 0, runs, -1))
+    tokens = jnp.sum(runs > 0, axis=2, dtype=jnp.int32)
+    facts = kinds, lefts, rights, tokens, runs
+    return Documents(*(x.reshape(batch * count, -1, *x.shape[2:]) for x in facts))
+
+
+def table(documents, *, reverse):
+    """What the kernel reads about a chunk, int32 [R, N, 4, C].
+
+    RUNS of its tokens; SOURCES, the same but equal to no run at padding; BEFORE, real tokens of the chunk that the scan
+    has passed at a token. SCALARS: the KIND, real TOKENS, documents of the ENTRY and of the EXIT state; whether the
+    scan starts FRESH if this is its first chunk; whether the exit state is DROPPED, for what follows is another document.
+    """
+    kinds, lefts, rights, tokens, runs = documents
+    real = (runs > 0).astype(jnp.int32)
+    before = lax.cumsum(real, axis=2, reverse=reverse) - real
+    starts = (kinds == STARTS).astype(jnp.int32)
+    never = jnp.zeros_like(starts)
+    if reverse:
+        scalars = kinds, tokens, rights, lefts, never, starts
+    else:
+        scalars = kinds, tokens, lefts, rights, starts, jnp.roll(starts, -1, axis=1).at[:, -1].set(0)
+    scalars = jnp.pad(jnp.stack(scalars, axis=2), ((0, 0), (0, 0), (0, CHUNK - len(scalars))))
+    return jnp.stack([runs, jnp.where(runs > 0, runs, -1), before, scalars], axis=2)
 
 
 class Segments(NamedTuple):

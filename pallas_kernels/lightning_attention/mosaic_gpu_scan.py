@@ -12,19 +12,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK, CONTINUES, MIXED, STARTS, Documents
+from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
+from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
 
 COLUMNS = 64  # value columns of a program
 
 
-def scan(problems, slopes, entries, documents, *, reverse, interpreted):
+def scan(problems, slopes, entries, table, *, reverse, interpreted):
     """The scans of P problems, for rows of whole chunks; see mosaic_gpu.py for what is computed in a chunk.
 
     Args:
       problems: (q, k, v) each, bfloat16 [R, N * C, H*D]; or (k, v) each, for the exit states alone.
       slopes: float32 [H].
       entries: float32 [P, R, H, D, D], states at the end where the scan starts.
-      documents: `Documents` of the rows, or None: each is one document without padding.
+      table: `mosaic_gpu_rows.table` of the rows, or None: each is one document without padding.
 
     Returns:
       (outputs, a list like `problems` or empty; exit states like `entries`).
@@ -38,18 +39,20 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
     heads, dim = slopes.shape[0], entries.shape[-1]
     chunks, parts = length // CHUNK, dim // COLUMNS
     with_output = len(problems[0]) == 3
-    wgmma = plgpu.Layout.WGMMA
+    wgmma, transposed = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
     stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS)
-    other_bytes = 2 * (dim * COLUMNS + 2 * CHUNK * (CHUNK + 2 * COLUMNS)) + 1024
+    other_bytes = 2 * 2 * CHUNK * (CHUNK + COLUMNS) + 1024
+    copies = len(problems[0]) + (table is not None)  # of a chunk
     stages = min(4, (hopper.SHARED_MEMORY - other_bytes) // stage_bytes)
 
     def kernel(slope_ref, entry_ref, *refs):
         refs = list(refs)
         inputs = [[refs.pop(0) for _ in problem] for problem in problems]
-        facts = documents and Documents(*(refs.pop(0) for _ in documents))
+        table_ref = None if table is None else refs.pop(0)
         outputs = [refs.pop(0) for _ in problems if with_output]
-        exit_ref, q_smem, k_smem, v_smem, score_smem, value_smem, state_smem, o_smem, full, free, ready, used = refs
+        exit_ref, q_smem, k_smem, v_smem, table_smem, score_smem, o_smem, *rest = refs
+        full, free, ready, used, *for_interpreter = rest
         b, h, group = (lax.axis_index(name) for name in ("batch", "head", "group"))
         problem, part = lax.div(lax.axis_index("part"), parts), lax.rem(lax.axis_index("part"), parts)
         slope = slope_ref[h]
@@ -66,42 +69,59 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
             for p in range(len(problems)):
                 pl.when(problem == p)(functools.partial(run, p))
 
-        def kind_at(step):
-            """None where all chunks are alike. It is read a step ahead, for memory is far away."""
-            if facts is None:
-                return None
-            return jnp.where(step < chunks, facts.kinds[b, chunk_at(jnp.minimum(step, chunks - 1))], CONTINUES)
+        def scalar(stage, name):
+            return table_smem[stage, rows.SCALARS, name]
 
-        def if_mixed(kind, mixed, plain):
-            return plain if kind is None else lax.cond(kind == MIXED, mixed, lambda: plain)
+        def if_mixed(stage, mixed, plain):
+            """What `mixed` gives in a chunk with several documents or padding, and `plain` in the others."""
+            if table is None:
+                return plain
+            return lax.cond(scalar(stage, rows.KIND) == rows.MIXED, mixed, lambda: plain)
 
-        def along(ref, step, layout):
-            """What is known about the tokens of a chunk, from memory: a mixed chunk can wait for it."""
-            return plgpu.load(ref.at[b, tokens_at(step)], layout=layout, optimized=False)
+        def along(row, stage, layout):
+            return plgpu.load(table_smem.at[stage, row], layout=layout, optimized=False)
 
-        def spread(vector, width, axis=0):
-            """A vector along the rows of an accumulator, alike in all of its columns; the other way with axis 1."""
-            return plgpu.layout_cast(lax.broadcast_in_dim(vector, (CHUNK, width), (axis,)), wgmma)
+        def spread(vector, shape, axis):
+            """A vector along one axis of an accumulator, alike along the other."""
+            return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), wgmma)
 
         def causal():
             """bool [CHUNK, CHUNK]: row i is not before column j."""
             i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=wgmma) for axis in (0, 1))
             return (i <= j) if reverse else (i >= j)
 
-        def weights(step, kind, sign):
-            """exp(sign s (c_i - m)) along the rows, 0 at padding."""
-            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_rows)
-            count = CHUNK - index if reverse else index + 1
+        def weights(stage, sign):
+            """exp(sign s (c_i - m)) of the tokens of a chunk, along columns; 0 at padding."""
 
-            def weigh(count):
-                return jnp.exp(sign * slope * (count - CHUNK / 2))
+            def weigh(before):
+                return jnp.exp(sign * slope * (before.astype(jnp.float32) + (1 - CHUNK / 2)))
 
             def mixed():
-                real = spread(along(facts.sources, step, along_columns), CHUNK, axis=1) > 0
-                count = jnp.sum(jnp.where(causal() & real, 1.0, 0.0), axis=1)
-                return jnp.where(along(facts.runs, step, along_rows) > 0, weigh(count), 0.0)
+                real = along(rows.RUNS, stage, along_columns) > 0
+                return jnp.where(real, weigh(along(rows.BEFORE, stage, along_columns)), 0.0)
 
-            return if_mixed(kind, mixed, weigh(count.astype(jnp.float32)))
+            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
+            return if_mixed(stage, mixed, weigh(CHUNK - 1 - index if reverse else index))
+
+        def multiply(acc, a, b):
+            """acc += a b with `a` in registers."""
+            if interpreted:  # the interpreter reads operands from memory alone
+                (staged,) = for_interpreter
+                staged = staged.at[:, pl.ds(0, a.shape[1])]
+                staged[...] = a
+                a = staged
+            plgpu.wgmma(acc, a, b)
+
+        def accumulated(initial, add):
+            """`initial` and what `add` adds to an accumulator."""
+            if interpreted:  # the interpreter has no accumulator that starts from a value
+
+                def from_zero(acc):
+                    add(acc)
+                    return initial + acc[...]
+
+                return pl.run_scoped(from_zero, plgpu.ACC(initial.shape, jnp.float32))
+            return pl.run_state(add)(plgpu.ACC.init(initial))
 
         def load():
             plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
@@ -119,143 +139,127 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
                     for ref, (ring, width) in zip(inputs[p], rings, strict=True):
                         plgpu.copy_gmem_to_smem(ref.at[b, tokens_at(step), width], ring.at[stage], full.at[stage])
 
+                if table is not None:
+                    plgpu.copy_gmem_to_smem(table_ref.at[b, chunk_at(step)], table_smem.at[stage], full.at[stage])
+
             lax.fori_loop(0, chunks, one_step, None)
 
         def score():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
-            def one_step(step, kind):
-                following = kind_at(step + 1)
+            def one_step(step, _):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                weight = spread(weights(step, kind, 1), COLUMNS)
 
-                def weigh_values():
-                    values = plgpu.load(v_smem.at[stage], layout=wgmma).astype(jnp.float32)
-                    value_smem[pair] = jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)
-
-                def score_values(acc):
+                def product(acc):
                     plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
-                    weigh_values()  # while the tensor cores are at it
                     return acc[...]
 
                 plgpu.barrier_wait(full.at[stage])
+                scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+                scores = jnp.where(causal(), scores, 0.0)
+
+                def inside_documents():
+                    run_i = spread(along(rows.RUNS, stage, along_rows), (CHUNK, CHUNK), 0)
+                    run_j = spread(along(rows.SOURCES, stage, along_columns), (CHUNK, CHUNK), 1)
+                    return jnp.where(run_i == run_j, scores, 0.0)
+
+                scores = if_mixed(stage, inside_documents, scores).astype(dtype)
 
                 @pl.when(step >= 2)
                 def _():
                     plgpu.barrier_wait(used.at[pair])
 
-                if with_output:
-                    scores = pl.run_scoped(score_values, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-                    scores = jnp.where(causal(), scores, 0.0)
-
-                    def inside_documents():
-                        run_i = spread(along(facts.runs, step, along_rows), CHUNK)
-                        run_j = spread(along(facts.sources, step, along_columns), CHUNK, axis=1)
-                        return jnp.where(run_i == run_j, scores, 0.0)
-
-                    score_smem[pair] = if_mixed(kind, inside_documents, scores).astype(dtype)
-                else:
-                    weigh_values()
+                score_smem[pair] = scores
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
-                plgpu.barrier_arrive(free.at[stage])
-                return following
 
-            lax.fori_loop(0, chunks, one_step, kind_at(0))
+            if with_output:
+                lax.fori_loop(0, chunks, one_step, None)
 
         def recur():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
-            def borders(step):
-                """The documents of the entry and of the exit state."""
-                left, right = (table[b, chunk_at(step)] for table in (facts.lefts, facts.rights))
-                return (right, left) if reverse else (left, right)
-
-            def keep_documents_of_states(step, stage):
+            def keep_documents_of_states(stage):
                 """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
-                runs = along(facts.runs, step, along_rows)
-                for ring, document in zip((q_smem, k_smem), borders(step), strict=True):
+                runs = spread(along(rows.RUNS, stage, along_rows), (CHUNK, dim), 0)
+                for ring, name in ((q_smem, rows.ENTRY), (k_smem, rows.EXIT))[not with_output :]:
                     values = plgpu.load(ring.at[stage], layout=wgmma)
-                    ring.at[stage][...] = jnp.where(spread(runs, dim) == document, values, jnp.zeros_like(values))
+                    ring.at[stage][...] = jnp.where(runs == scalar(stage, name), values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-            def decays(step, kind, following):
-                """The factors in the exit state of the entry state and of the product of the chunk."""
-
-                def over(tokens):
-                    return jnp.exp(-slope * tokens), jnp.exp(-slope * (tokens - CHUNK / 2))
+            def decays(stage):
+                """The factors of the entry state in the sum of the chunk, and of that sum in the next entry state."""
 
                 def mixed():
-                    entry, exit_ = borders(step)
-                    carried, added = over(facts.tokens[b, chunk_at(step)].astype(jnp.float32))
-                    return jnp.where(entry == exit_, carried, 0.0), added
+                    goes_on = scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT)
+                    tokens = scalar(stage, rows.TOKENS).astype(jnp.float32)
+                    return jnp.where(goes_on, 1.0, 0.0), jnp.exp(-slope * tokens)
 
-                factors = if_mixed(kind, mixed, over(jnp.float32(CHUNK)))
-                if kind is None:
-                    return factors
-                dropped = (kind if reverse else following) == STARTS
-                return tuple(jnp.where(dropped, 0.0, factor) for factor in factors)
-
-            def share(state):
-                state_smem[...] = (state * jnp.exp(-slope * (CHUNK / 2))).astype(dtype)
-                plgpu.commit_smem()
+                carried, passed = if_mixed(stage, mixed, (jnp.float32(1.0), jnp.exp(-slope * CHUNK)))
+                if table is not None:
+                    passed = jnp.where(scalar(stage, rows.DROPPED) > 0, 0.0, passed)
+                return carried, passed
 
             def write(output, step):
                 slot = o_smem.at[lax.rem(step, 2)]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the output before the last has left this slot
-                slot[...] = output.astype(dtype)
+                slot.transpose((1, 0))[...] = output.astype(dtype)
                 plgpu.commit_smem()
 
                 @each_problem
                 def _(p):
                     plgpu.copy_smem_to_gmem(slot, outputs[p].at[b, tokens_at(step), own])
 
-            def one_step(step, carry):
-                kind, state = carry
-                following = kind_at(step + 1)
+            def one_step(step, state):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                carried, added = decays(step, kind, following)
-                weight = spread(weights(step, kind, -1), COLUMNS) if with_output else None
                 plgpu.barrier_wait(full.at[stage])
-                plgpu.barrier_wait(ready.at[pair])
-                if kind is not None:
-                    pl.when(kind == MIXED)(functools.partial(keep_documents_of_states, step, stage))
+                if with_output:
+                    plgpu.barrier_wait(ready.at[pair])
+                if table is not None:
+                    mixed = scalar(stage, rows.KIND) == rows.MIXED
+                    pl.when(mixed)(functools.partial(keep_documents_of_states, stage))
+                carried, passed = decays(stage)
 
-                def add_update(update):
-                    plgpu.wgmma(update, k_smem.at[stage].transpose((1, 0)), value_smem.at[pair])
+                def along_tokens(sign):
+                    return spread(weights(stage, sign), (COLUMNS, CHUNK), 1)
 
-                def output_and_update(output, update):
-                    plgpu.wgmma(output, q_smem.at[stage], state_smem)
-                    plgpu.wgmma(output, score_smem.at[pair], value_smem.at[pair])
-                    add_update(update)
+                def weighted_values():
+                    values = plgpu.load(v_smem.at[stage].transpose((1, 0)), layout=wgmma).astype(jnp.float32)
+                    weight = along_tokens(1)
+                    return jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)
+
+                def update(state_acc):
+                    multiply(state_acc, weighted_values(), k_smem.at[stage])
+
+                def output_and_update(state_acc, output):
+                    multiply(output, state.astype(dtype), q_smem.at[stage].transpose((1, 0)))
+                    values = weighted_values()  # while the tensor cores are at it
+                    multiply(output, values, score_smem.at[pair].transpose((1, 0)))
+                    multiply(state_acc, values, k_smem.at[stage])
                     # The output leaves while the tensor cores are at the state.
-                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weight, step)
-                    return update[...]
+                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * along_tokens(-1), step)
 
-                def update_alone(update):
-                    add_update(update)
-                    return update[...]
+                def with_accumulator(state_acc):
+                    output = plgpu.ACC((COLUMNS, CHUNK), jnp.float32)
+                    pl.run_scoped(functools.partial(output_and_update, state_acc), output)
 
-                of_state = plgpu.ACC((dim, COLUMNS), jnp.float32)
+                entry = state if table is None else state * carried
+                state = accumulated(entry, with_accumulator if with_output else update)
                 if with_output:
-                    update = pl.run_scoped(output_and_update, plgpu.ACC((CHUNK, COLUMNS), jnp.float32), of_state)
-                else:
-                    update = pl.run_scoped(update_alone, of_state)
-                plgpu.barrier_arrive(used.at[pair])
+                    plgpu.barrier_arrive(used.at[pair])
                 plgpu.barrier_arrive(free.at[stage])
-                state = state * carried + update * added
-                if with_output:
-                    share(state)
-                return following, state
+                return state * passed
 
-            kind = kind_at(0)
-            state = plgpu.load(entry_ref.at[own_state], layout=wgmma, optimized=False)
-            if kind is not None and not reverse:
-                state = state * jnp.where(kind == STARTS, 0.0, 1.0)
-            share(state)
-            _, state = lax.fori_loop(0, chunks, one_step, (kind, state))
+            state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
+            state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
+            if table is not None:
+                fresh = table_ref[b, chunk_at(0), rows.SCALARS, rows.FRESH]
+                state = state * jnp.where(fresh > 0, 0.0, 1.0)
+            state = lax.fori_loop(0, chunks, one_step, state)
             plgpu.wait_smem_to_gmem(0)
-            exit_ref.at[own_state][...] = state
+            exit_ref.at[own_state].transpose((1, 0))[...] = plgpu.layout_cast(
+                state * jnp.exp(slope * (CHUNK / 2)), transposed
+            )
 
         lax.switch(group, [load, score, recur])
 
@@ -270,15 +274,17 @@ def scan(problems, slopes, entries, documents, *, reverse, interpreted):
         ],
         scratch_types=[
             smem(stages, CHUNK, dim), smem(stages, CHUNK, dim), smem(stages, CHUNK, COLUMNS),
-            smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS), smem(dim, COLUMNS), smem(2, CHUNK, COLUMNS),
-            plgpu.Barrier(num_arrivals=len(problems[0]), num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.SMEM((stages, *table.shape[2:]) if table is not None else (1,), jnp.int32),
+            smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_barriers=2),
+            *([smem(COLUMNS, max(dim, CHUNK))] if interpreted else []),
         ],
         grid=(batch, heads, len(problems) * parts), grid_names=("batch", "head", "part"),
         num_threads=3, thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip
-    *outputs, exits = call(slopes, entries, *jax.tree.leaves(problems), *(documents or ()))
+    *outputs, exits = call(slopes, entries, *jax.tree.leaves(problems), *([] if table is None else [table]))
     return outputs, exits
