@@ -6,9 +6,9 @@ Heads of 128, bfloat16. Errors come before times: outputs, final state and gradi
 `chunked_xla` in float32 (which the tests hold against a float64 recurrence), as a ratio of Frobenius norms. Rows that
 leave no room for float32 are compared with themselves: with the right half alone, from the state of the left half.
 A time is the median of five rounds of launches, each round waited for as a whole. The floor of a shape is the traffic
-that no implementation can avoid, 4 tensors forward and 11 forward and backward: over the bandwidth that a copy
-reaches on the same card, and over the 4.3 TB/s that the memory of an H200 gives at best. fla (flash-linear-attention)
-runs in a process of its own and is left out, with a word, where it is missing.
+that no implementation can avoid, 4 tensors forward and 11 forward and backward, over the bandwidth that the best copy
+reaches on the same card. fla (flash-linear-attention) runs in a process of its own and is left out, with a word, where
+it is missing.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 from timing import copy_bandwidth, median_ms
 
 DIM = 128
-CEILING = 4.3e12  # bytes a second
 EXACT = 32768 * 64  # tokens times heads that leave room for float32 intermediates
 DIFFERENTIABLE = 2**25  # tokens times heads whose gradients fit into the memory of an H200 beside all that they need
 WHOLE = 131072  # tokens; of longer rows a launch hands over the last token alone, for results of two would not fit
@@ -131,8 +130,7 @@ def measure_jax(shapes, skipped):
                 row[name + "_ms"] = median_ms(
                     function, inputs_of_it, jax.block_until_ready, launches_for(length, heads)
                 )
-                floor = 1e3 * tensors * size / row[name + "_ms"]
-                row[name + "_of_floor"], row[name + "_of_ceiling"] = floor / bandwidth, floor / CEILING
+                row[name + "_of_floor"] = 1e3 * tensors * size / row[name + "_ms"] / bandwidth
             yield row
 
     rows = []
@@ -199,7 +197,7 @@ def describe(row):
         if name + "_ms" in row:
             parts.append(f"{label} {row[name + '_ms']:8.3f} ms")
         if name + "_of_floor" in row:
-            parts.append(f"({row[name + '_of_floor']:.2f} of floor, {row[name + '_of_ceiling']:.2f} at 4.3 TB/s)")
+            parts.append(f"({row[name + '_of_floor']:.2f} of floor)")
     if row.get("errors"):
         parts.append(f"worst error {max(row['errors'].values()):.1e}")
     packed = "packed" if row["packed"] else ""

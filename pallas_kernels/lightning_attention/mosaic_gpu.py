@@ -5,12 +5,12 @@ chunks of one head and 64 of its value columns. Inside a chunk with entry state 
 to and including i, n their total and m half the chunk, the decay is folded into the rows of v and of the output
 (arXiv 2401.04658, algorithm 1, with exp(-s (c_i - c_j)) split at m):
 
-    v'_j  = exp(s (c_j - m)) v_j                     S' = exp(-s m) S
-    o_i   = exp(-s (c_i - m)) (sum_{j<=i} (q_i . k_j) v'_j + q_i S')
-    S_out = exp(-s n) S + exp(-s (n - m)) sum_j k_j^T v'_j
+    v'_j   = exp(s (c_j - m)) v_j                    S' = exp(-s m) S
+    o_i    = exp(-s (c_i - m)) (sum_{j<=i} (q_i . k_j) v'_j + q_i S')
+    S'_out = exp(-s n) (S' + sum_j k_j^T v'_j)
 
-so q and k go from memory to the tensor cores as they are. The split holds while exp(s m) is a float32; beyond that
-the slopes are so steep that `chunked_xla` takes over, chosen on the device (`_splits`).
+so q and k go from memory to the tensor cores as they are, and the state is carried as S'. That holds while exp(2 s m)
+is a float32; beyond that the slopes are so steep that `chunked_xla` takes over, chosen on the device (`_splits`).
 
 Every gradient is the same scan; `reverse` runs from the last token to the first:
 
@@ -101,7 +101,7 @@ def end_state(k, v, slopes, runs, *, reverse, chunk_size):
 
 
 def _splits(slopes):
-    """bool (): whether the decay of half a chunk and its reciprocal are numbers, for every head."""
+    """bool (): whether the decay of a chunk and its reciprocal are numbers, for every head."""
     return jnp.max(slopes) * CHUNK < MAX_EXPONENT
 
 

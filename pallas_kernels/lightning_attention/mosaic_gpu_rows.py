@@ -84,11 +84,11 @@ def documents(runs, batch, length, count):
 
 
 def table(documents, *, reverse):
-    """What the kernel reads about a chunk, int32 [R, N, 4, C].
+    """What the kernel reads about each chunk, int32 [R, N, 4, C].
 
-    RUNS of its tokens; SOURCES, the same but equal to no run at padding; BEFORE, real tokens of the chunk that the scan
-    has passed at a token. SCALARS: the KIND, real TOKENS, documents of the ENTRY and of the EXIT state; whether the
-    scan starts FRESH if this is its first chunk; whether the exit state is DROPPED, for what follows is another document.
+    RUNS of the tokens; SOURCES, the same but equal to no run at padding; BEFORE, how many real tokens of the chunk the
+    scan has passed at a token; and as SCALARS the KIND, the real TOKENS, the documents of the ENTRY and EXIT states,
+    FRESH where a scan that begins here drops its entry state, and DROPPED where the exit state ends with its document.
     """
     kinds, lefts, rights, tokens, runs = documents
     real = (runs > 0).astype(jnp.int32)
