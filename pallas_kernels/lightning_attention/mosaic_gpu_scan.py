@@ -41,6 +41,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
     heads, dim = slopes.shape[0], entries.shape[-1]
     chunks, parts = length // CHUNK, dim // COLUMNS
     with_output = len(problems[0]) == 3
+    prepared = with_output or table is not None  # whether `score` has something to do
     wgmma, transposed = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
     stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS)
@@ -53,7 +54,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
         inputs = [[refs.pop(0) for _ in problem] for problem in problems]
         table_ref = None if table is None else refs.pop(0)
         outputs = [refs.pop(0) for _ in problems if with_output]
-        exit_ref, q_smem, k_smem, v_smem, table_smem, score_smem, o_smem, *rest = refs
+        exit_ref, q_smem, k_smem, v_smem, table_smem, weight_smem, score_smem, o_smem, *rest = refs
         full, free, ready, used, *for_interpreter = rest
         b, h, group = (lax.axis_index(name) for name in ("batch", "head", "group"))
         problem, part = lax.div(lax.axis_index("part"), parts), lax.rem(lax.axis_index("part"), parts)
@@ -92,18 +93,9 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=wgmma) for axis in (0, 1))
             return (i <= j) if reverse else (i >= j)
 
-        def weights(stage, sign):
-            """exp(sign s (c_i - m)) of the tokens of a chunk, along columns; 0 at padding."""
-
-            def weigh(before):
-                return jnp.exp(sign * slope * (before.astype(jnp.float32) + (1 - CHUNK / 2)))
-
-            def mixed():
-                real = along(rows.RUNS, stage, along_columns) > 0
-                return jnp.where(real, weigh(along(rows.BEFORE, stage, along_columns)), 0.0)
-
-            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
-            return if_mixed(stage, mixed, weigh(CHUNK - 1 - index if reverse else index))
+        def weights(before, sign):
+            """exp(sign s (c_i - m)) of the tokens of a chunk, `before` each of which the scan has passed so many."""
+            return jnp.exp(sign * slope * (before.astype(jnp.float32) + (1 - CHUNK / 2)))
 
         def multiply(acc, a, b):
             """acc += a b with `a` in registers."""
@@ -156,26 +148,31 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
                     return acc[...]
 
-                plgpu.barrier_wait(full.at[stage])
-                scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-                scores = jnp.where(causal(), scores, 0.0)
-
-                def inside_documents():
+                def inside_documents(scores):
                     run_i = spread(along(rows.RUNS, stage, along_rows), (CHUNK, CHUNK), 0)
                     run_j = spread(along(rows.SOURCES, stage, along_columns), (CHUNK, CHUNK), 1)
                     return jnp.where(run_i == run_j, scores, 0.0)
 
-                scores = if_mixed(stage, inside_documents, scores).astype(dtype)
+                plgpu.barrier_wait(full.at[stage])
+                if with_output:
+                    scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+                    scores = jnp.where(causal(), scores, 0.0)
+                    scores = if_mixed(stage, lambda: inside_documents(scores), scores).astype(dtype)
 
                 @pl.when(step >= 2)
                 def _():
                     plgpu.barrier_wait(used.at[pair])
 
-                score_smem[pair] = scores
+                if with_output:
+                    score_smem[pair] = scores
+                if table is not None:
+                    before, real = (along(row, stage, along_columns) for row in (rows.BEFORE, rows.RUNS))
+                    for i, sign in enumerate((1, -1)):
+                        weight_smem[pair, i] = jnp.where(real > 0, weights(before, sign), 0.0)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
 
-            if with_output:
+            if prepared:
                 lax.fori_loop(0, chunks, one_step, None)
 
         def recur():
@@ -189,18 +186,17 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     ring.at[stage][...] = jnp.where(runs == scalar(stage, name), values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-            def decays(stage):
-                """The factors of the entry state in the sum of the chunk, and of that sum in the next entry state."""
+            def dropped_entry(stage, state):
+                """What of the entry state is in the sum of a chunk: none where the exit state is another document's."""
+                goes_on = scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT)
+                return if_mixed(stage, lambda: state * jnp.where(goes_on, 1.0, 0.0), state)
 
-                def mixed():
-                    goes_on = scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT)
-                    tokens = scalar(stage, rows.TOKENS).astype(jnp.float32)
-                    return jnp.where(goes_on, 1.0, 0.0), jnp.exp(-slope * tokens)
-
-                carried, passed = if_mixed(stage, mixed, (jnp.float32(1.0), jnp.exp(-slope * CHUNK)))
-                if table is not None:
-                    passed = jnp.where(scalar(stage, rows.DROPPED) > 0, 0.0, passed)
-                return carried, passed
+            def decay(stage):
+                """The factor of that sum in the next entry state."""
+                if table is None:
+                    return jnp.exp(-slope * CHUNK)
+                passed = jnp.exp(-slope * scalar(stage, rows.TOKENS).astype(jnp.float32))
+                return jnp.where(scalar(stage, rows.DROPPED) > 0, 0.0, passed)
 
             def write(output, step):
                 slot = o_smem.at[lax.rem(step, 2)]
@@ -215,20 +211,24 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             def one_step(step, state):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
                 plgpu.barrier_wait(full.at[stage])
-                if with_output:
+                if prepared:
                     plgpu.barrier_wait(ready.at[pair])
                 if table is not None:
                     mixed = scalar(stage, rows.KIND) == rows.MIXED
                     pl.when(mixed)(functools.partial(keep_documents_of_states, stage))
-                carried, passed = decays(stage)
 
                 def along_tokens(sign):
-                    return spread(weights(stage, sign), (COLUMNS, CHUNK), 1)
+                    if table is None:
+                        return plain_weights[sign]
+                    weight = plgpu.load(weight_smem.at[pair, int(sign < 0)], layout=along_columns, optimized=False)
+                    return spread(weight, (COLUMNS, CHUNK), 1)
 
                 def weighted_values():
                     values = plgpu.load(v_smem.at[stage].transpose((1, 0)), layout=wgmma).astype(jnp.float32)
                     weight = along_tokens(1)
-                    return jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)
+                    if table is None:
+                        return (values * weight).astype(dtype)
+                    return jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)  # padding may be no number
 
                 def update(state_acc):
                     multiply(state_acc, weighted_values(), k_smem.at[stage])
@@ -245,13 +245,19 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     output = plgpu.ACC((COLUMNS, CHUNK), jnp.float32)
                     pl.run_scoped(functools.partial(output_and_update, state_acc), output)
 
-                entry = state if table is None else state * carried
-                state = accumulated(entry, with_accumulator if with_output else update)
-                if with_output:
+                entry = state if table is None else dropped_entry(stage, state)
+                total = accumulated(entry, with_accumulator if with_output else update)
+                factor = decay(stage)
+                if prepared:
                     plgpu.barrier_arrive(used.at[pair])
                 plgpu.barrier_arrive(free.at[stage])
-                return state * passed
+                return total * factor
 
+            if table is None:  # alike in all chunks
+                index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
+                before = CHUNK - 1 - index if reverse else index
+                signs = (1, -1) if with_output else (1,)
+                plain_weights = {sign: spread(weights(before, sign), (COLUMNS, CHUNK), 1) for sign in signs}
             state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
             state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
             if table is not None:
@@ -277,6 +283,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
         scratch_types=[
             smem(stages, CHUNK, dim), smem(stages, CHUNK, dim), smem(stages, CHUNK, COLUMNS),
             plgpu.SMEM((stages, *table.shape[2:]) if table is not None else (1,), jnp.int32),
+            plgpu.SMEM((2, 2, CHUNK), jnp.float32),
             smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
