@@ -16,7 +16,8 @@ from pallas_kernels.platform import cdiv
 
 CHUNK = 64  # tokens: the rows of one wgmma
 CONTINUES, STARTS, MIXED = range(3)  # kinds of chunks, see `Documents`
-RUNS, SOURCES, BEFORE, SCALARS = range(4)  # rows of a chunk in `table`
+RUNS, EXPONENTS, SCALARS = range(3)  # rows of a chunk in `table`
+PADDING = 1 << 20  # in place of an exponent
 KIND, TOKENS, ENTRY, EXIT, FRESH, DROPPED = range(6)  # its scalars
 
 
@@ -84,23 +85,25 @@ def documents(runs, batch, length, count):
 
 
 def table(documents, *, reverse):
-    """What the kernel reads about each chunk, int32 [R, N, 4, C].
+    """What the kernel reads about each chunk, int32 [R, N, 3, 2 C].
 
-    RUNS of the tokens; SOURCES, the same but equal to no run at padding; BEFORE, how many real tokens of the chunk the
-    scan has passed at a token; and as SCALARS the KIND, the real TOKENS, the documents of the ENTRY and EXIT states,
-    FRESH where a scan that begins here drops its entry state, and DROPPED where the exit state ends with its document.
+    RUNS: those of the tokens, then the same but equal to no run at padding. EXPONENTS: of the weights of v and then of
+    the output over the slope, c_i - m and m - c_i (see mosaic_gpu.py), or PADDING. SCALARS: the KIND, the real TOKENS,
+    the documents of the ENTRY and EXIT states, FRESH where a scan that begins here drops its entry state, and DROPPED
+    where the exit state ends with its document.
     """
     kinds, lefts, rights, tokens, runs = documents
-    real = (runs > 0).astype(jnp.int32)
-    before = lax.cumsum(real, axis=2, reverse=reverse) - real
+    real = runs > 0
+    count = lax.cumsum(real.astype(jnp.int32), axis=2, reverse=reverse) - CHUNK // 2
+    exponents = jnp.concatenate([jnp.where(real, x, PADDING) for x in (count, -count)], axis=2)
     starts = (kinds == STARTS).astype(jnp.int32)
     never = jnp.zeros_like(starts)
     if reverse:
         scalars = kinds, tokens, rights, lefts, never, starts
     else:
         scalars = kinds, tokens, lefts, rights, starts, jnp.roll(starts, -1, axis=1).at[:, -1].set(0)
-    scalars = jnp.pad(jnp.stack(scalars, axis=2), ((0, 0), (0, 0), (0, CHUNK - len(scalars))))
-    return jnp.stack([runs, jnp.where(runs > 0, runs, -1), before, scalars], axis=2)
+    scalars = jnp.pad(jnp.stack(scalars, axis=2), ((0, 0), (0, 0), (0, 2 * CHUNK - len(scalars))))
+    return jnp.stack([jnp.concatenate([runs, jnp.where(real, runs, -1)], axis=2), exponents, scalars], axis=2)
 
 
 class Segments(NamedTuple):

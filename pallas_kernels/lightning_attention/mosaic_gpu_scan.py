@@ -44,6 +44,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
     prepared = with_output or table is not None  # whether `score` has something to do
     wgmma, transposed = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
+    one_by_one = plgpu.Layout.WG_STRIDED((2 * CHUNK,), vec_size=1)  # one number a thread
     stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS)
     other_bytes = 2 * 2 * CHUNK * (CHUNK + COLUMNS) + 1024
     copies = len(problems[0]) + (table is not None)  # of a chunk
@@ -81,8 +82,11 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 return plain
             return lax.cond(scalar(stage, rows.KIND) == rows.MIXED, mixed, lambda: plain)
 
-        def along(row, stage, layout):
-            return plgpu.load(table_smem.at[stage, row], layout=layout, optimized=False)
+        def along(vector_ref, layout):
+            return plgpu.load(vector_ref, layout=layout, optimized=False)
+
+        def runs_of(stage, layout):
+            return along(table_smem.at[stage, rows.RUNS, pl.ds(0, CHUNK)], layout)
 
         def spread(vector, shape, axis):
             """A vector along one axis of an accumulator, alike along the other."""
@@ -92,10 +96,6 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             """bool [CHUNK, CHUNK]: row i is not before column j."""
             i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=wgmma) for axis in (0, 1))
             return (i <= j) if reverse else (i >= j)
-
-        def weights(before, sign):
-            """exp(sign s (c_i - m)) of the tokens of a chunk, `before` each of which the scan has passed so many."""
-            return jnp.exp(sign * slope * (before.astype(jnp.float32) + (1 - CHUNK / 2)))
 
         def multiply(acc, a, b):
             """acc += a b with `a` in registers."""
@@ -144,31 +144,35 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             def one_step(step, _):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
 
+                def weigh():
+                    exponents = along(table_smem.at[stage, rows.EXPONENTS], one_by_one)
+                    weights = jnp.where(exponents == rows.PADDING, 0.0, jnp.exp(slope * exponents.astype(jnp.float32)))
+                    weight_smem[pair] = weights
+
                 def product(acc):
                     plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
+                    if table is not None:
+                        weigh()  # while the tensor cores are at it
                     return acc[...]
 
                 def inside_documents(scores):
-                    run_i = spread(along(rows.RUNS, stage, along_rows), (CHUNK, CHUNK), 0)
-                    run_j = spread(along(rows.SOURCES, stage, along_columns), (CHUNK, CHUNK), 1)
-                    return jnp.where(run_i == run_j, scores, 0.0)
+                    sources = along(table_smem.at[stage, rows.RUNS, pl.ds(CHUNK, CHUNK)], along_columns)
+                    run_i = spread(runs_of(stage, along_rows), (CHUNK, CHUNK), 0)
+                    return jnp.where(run_i == spread(sources, (CHUNK, CHUNK), 1), scores, 0.0)
 
                 plgpu.barrier_wait(full.at[stage])
-                if with_output:
-                    scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-                    scores = jnp.where(causal(), scores, 0.0)
-                    scores = if_mixed(stage, lambda: inside_documents(scores), scores).astype(dtype)
 
+                # Waited for before the product, which then runs while `recur` makes its next state.
                 @pl.when(step >= 2)
                 def _():
                     plgpu.barrier_wait(used.at[pair])
 
                 if with_output:
-                    score_smem[pair] = scores
-                if table is not None:
-                    before, real = (along(row, stage, along_columns) for row in (rows.BEFORE, rows.RUNS))
-                    for i, sign in enumerate((1, -1)):
-                        weight_smem[pair, i] = jnp.where(real > 0, weights(before, sign), 0.0)
+                    scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+                    scores = jnp.where(causal(), scores, 0.0)
+                    score_smem[pair] = if_mixed(stage, lambda: inside_documents(scores), scores).astype(dtype)
+                else:
+                    weigh()
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
 
@@ -180,7 +184,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
 
             def keep_documents_of_states(stage):
                 """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
-                runs = spread(along(rows.RUNS, stage, along_rows), (CHUNK, dim), 0)
+                runs = spread(runs_of(stage, along_rows), (CHUNK, dim), 0)
                 for ring, name in ((q_smem, rows.ENTRY), (k_smem, rows.EXIT))[not with_output :]:
                     values = plgpu.load(ring.at[stage], layout=wgmma)
                     ring.at[stage][...] = jnp.where(runs == scalar(stage, name), values, jnp.zeros_like(values))
@@ -220,7 +224,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 def along_tokens(sign):
                     if table is None:
                         return plain_weights[sign]
-                    weight = plgpu.load(weight_smem.at[pair, int(sign < 0)], layout=along_columns, optimized=False)
+                    weight = along(weight_smem.at[pair, pl.ds(0 if sign > 0 else CHUNK, CHUNK)], along_columns)
                     return spread(weight, (COLUMNS, CHUNK), 1)
 
                 def weighted_values():
@@ -255,9 +259,9 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
 
             if table is None:  # alike in all chunks
                 index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
-                before = CHUNK - 1 - index if reverse else index
+                exponent = ((CHUNK - index if reverse else index + 1) - CHUNK // 2).astype(jnp.float32)
                 signs = (1, -1) if with_output else (1,)
-                plain_weights = {sign: spread(weights(before, sign), (COLUMNS, CHUNK), 1) for sign in signs}
+                plain_weights = {s: spread(jnp.exp(s * slope * exponent), (COLUMNS, CHUNK), 1) for s in signs}
             state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
             state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
             if table is not None:
@@ -283,7 +287,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
         scratch_types=[
             smem(stages, CHUNK, dim), smem(stages, CHUNK, dim), smem(stages, CHUNK, COLUMNS),
             plgpu.SMEM((stages, *table.shape[2:]) if table is not None else (1,), jnp.int32),
-            plgpu.SMEM((2, 2, CHUNK), jnp.float32),
+            plgpu.SMEM((2, 2 * CHUNK), jnp.float32),
             smem(2, CHUNK, CHUNK), smem(2, CHUNK, COLUMNS),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
