@@ -76,11 +76,8 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
         def scalar(stage, name):
             return table_smem[stage, rows.SCALARS, name]
 
-        def if_mixed(stage, mixed, plain):
-            """What `mixed` gives in a chunk with several documents or padding, and `plain` in the others."""
-            if table is None:
-                return plain
-            return lax.cond(scalar(stage, rows.KIND) == rows.MIXED, mixed, lambda: plain)
+        def is_mixed(stage):
+            return scalar(stage, rows.KIND) == rows.MIXED
 
         def along(vector_ref, layout):
             return plgpu.load(vector_ref, layout=layout, optimized=False)
@@ -170,7 +167,9 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 if with_output:
                     scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
                     scores = jnp.where(causal(), scores, 0.0)
-                    score_smem[pair] = if_mixed(stage, lambda: inside_documents(scores), scores).astype(dtype)
+                    if table is not None:
+                        scores = lax.cond(is_mixed(stage), inside_documents, lambda scores: scores, scores)
+                    score_smem[pair] = scores.astype(dtype)
                 else:
                     weigh()
                 plgpu.commit_smem()
@@ -190,13 +189,12 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     ring.at[stage][...] = jnp.where(runs == scalar(stage, name), values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-            def dropped_entry(stage, state):
-                """What of the entry state is in the sum of a chunk: none where the exit state is another document's."""
-                goes_on = scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT)
-                return if_mixed(stage, lambda: state * jnp.where(goes_on, 1.0, 0.0), state)
+            def goes_on(stage):
+                """1.0 if the exit state is of the document of the entry state, else 0.0."""
+                return jnp.where(scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT), 1.0, 0.0)
 
             def decay(stage):
-                """The factor of that sum in the next entry state."""
+                """The factor of the sum of a chunk in the next entry state."""
                 if table is None:
                     return jnp.exp(-slope * CHUNK)
                 passed = jnp.exp(-slope * scalar(stage, rows.TOKENS).astype(jnp.float32))
@@ -215,11 +213,14 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             def one_step(step, state):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
                 plgpu.barrier_wait(full.at[stage])
+                factor = decay(stage)
+                entry = state.astype(dtype)
+                if table is not None:
+                    state = state * goes_on(stage)
                 if prepared:
                     plgpu.barrier_wait(ready.at[pair])
                 if table is not None:
-                    mixed = scalar(stage, rows.KIND) == rows.MIXED
-                    pl.when(mixed)(functools.partial(keep_documents_of_states, stage))
+                    pl.when(is_mixed(stage))(functools.partial(keep_documents_of_states, stage))
 
                 def along_tokens(sign):
                     if table is None:
@@ -238,20 +239,19 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     multiply(state_acc, weighted_values(), k_smem.at[stage])
 
                 def output_and_update(state_acc, output):
-                    multiply(output, state.astype(dtype), q_smem.at[stage].transpose((1, 0)))
+                    multiply(output, entry, q_smem.at[stage].transpose((1, 0)))
                     values = weighted_values()  # while the tensor cores are at it
                     multiply(output, values, score_smem.at[pair].transpose((1, 0)))
                     multiply(state_acc, values, k_smem.at[stage])
+                    weight = along_tokens(-1)
                     # The output leaves while the tensor cores are at the state.
-                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * along_tokens(-1), step)
+                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weight, step)
 
                 def with_accumulator(state_acc):
                     output = plgpu.ACC((COLUMNS, CHUNK), jnp.float32)
                     pl.run_scoped(functools.partial(output_and_update, state_acc), output)
 
-                entry = state if table is None else dropped_entry(stage, state)
-                total = accumulated(entry, with_accumulator if with_output else update)
-                factor = decay(stage)
+                total = accumulated(state, with_accumulator if with_output else update)
                 if prepared:
                     plgpu.barrier_arrive(used.at[pair])
                 plgpu.barrier_arrive(free.at[stage])
@@ -269,9 +269,8 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 state = state * jnp.where(fresh > 0, 0.0, 1.0)
             state = lax.fori_loop(0, chunks, one_step, state)
             plgpu.wait_smem_to_gmem(0)
-            exit_ref.at[own_state].transpose((1, 0))[...] = plgpu.layout_cast(
-                state * jnp.exp(slope * (CHUNK / 2)), transposed
-            )
+            state = plgpu.layout_cast(state * jnp.exp(slope * (CHUNK / 2)), transposed)
+            exit_ref.at[own_state].transpose((1, 0))[...] = state
 
         lax.switch(group, [load, score, recur])
 
