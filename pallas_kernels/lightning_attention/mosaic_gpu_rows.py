@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import hopper
@@ -117,15 +118,15 @@ class Segments(NamedTuple):
 def segments_of(documents, batch, count, length) -> Segments:
     """The `count` segments of each row, of `length` tokens, from the `documents` of them all."""
     if documents is None:
-        tokens = jnp.full((batch, count), length, jnp.int32)
-        return Segments(tokens, jnp.ones_like(tokens), jnp.ones_like(tokens))
+        ones = np.ones((batch, count), np.int32)  # of numpy, so that what follows from it is known to the compiler
+        return Segments(length * ones, ones, ones)
     parts = jnp.sum(documents.tokens, axis=1), documents.lefts[:, 0], documents.rights[:, -1]
     return Segments(*(x.reshape(batch, count) for x in parts))
 
 
 def carried(entries, slopes, segments):
     """What is left of entry states float32 [B * S, H, D, D] where their segments end."""
-    distance = jnp.where(segments.lefts == segments.rights, segments.tokens.astype(jnp.float32), jnp.inf)
+    distance = jnp.where(segments.lefts == segments.rights, segments.tokens.astype(np.float32), jnp.inf)
     return jnp.exp(-slopes * distance.reshape(-1, 1))[..., None, None] * entries
 
 
@@ -142,7 +143,7 @@ def entry_states(initial, own, slopes, segments, *, reverse):
     """
     batch, heads, dim, _ = initial.shape
     count = own.shape[0] // batch
-    order = jnp.arange(count)
+    order = np.arange(count)
     tokens, lefts, rights = segments
     if reverse:
         lefts, rights, order = rights, lefts, order[::-1]
@@ -150,8 +151,8 @@ def entry_states(initial, own, slopes, segments, *, reverse):
     begins = jnp.sum(jnp.where(order[:, None] > order, tokens[:, None], 0), axis=2)
     ends = begins + tokens
     # The initial state is that of a segment of no tokens before all others.
-    first = jnp.argmin(order)
-    order_of_sources = jnp.append(-1, order)
+    first = np.argmin(order)
+    order_of_sources = np.append(-1, order)
     ends = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=1)
     rights = jnp.concatenate([lefts[:, first, None], rights], axis=1)
     reaches = (order_of_sources < order[:, None]) & (rights[:, None] == lefts[:, :, None])  # [B, S, S + 1]
