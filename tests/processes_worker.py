@@ -1,5 +1,7 @@
 """One of several processes that jax.distributed joins on the CPU; tests/test_processes.py starts them.
 
+python -m tests.processes_worker wait --distributed=ADDRESS,COUNT,INDEX: waits for ever, all in collectives.
+
 python -m tests.processes_worker FOLDER INDEX COUNT ADDRESS TASK...: runs the tasks in order, in folders of FOLDER,
 and prints a line of JSON for each. With COUNT=1 nothing is joined.
 """
@@ -11,6 +13,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 import traceback
 
 import jax
@@ -31,7 +34,7 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
-from mmx_jax.training import loop
+from mmx_jax.training import loop, processes
 from mmx_jax.training import step as train_step
 
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny/hf"
@@ -156,6 +159,18 @@ def load(folder, index, count, **mesh_sizes):
     return {"values": f"{stem}_values.npz", "touched": f"{stem}_touched.npz", "sharded": sharded}
 
 
+def hang_before_step(number, index):
+    """Process `index` waits for ever before the step of that number, in which the others wait for it."""
+    make_batch = loop._Run._global_batch
+
+    def global_batch(run, plan):
+        while jax.process_index() == index and run.step + 1 == number:
+            time.sleep(1)
+        return make_batch(run, plan)
+
+    loop._Run._global_batch = global_batch
+
+
 def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.total_tokens, save_every_steps=2):
     """A whole run in `folder`/`name`."""
     config = config_of_run(folder, **mesh)
@@ -183,6 +198,16 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     return dataclasses.asdict(result) | {"batches": batches, "out": out.getvalue()}
 
 
+def wait(address):
+    processes._LOST_SECONDS = 6
+    processes.join(address)
+    with processes.together(lambda: "do this"):
+        processes.largest(0)
+        print("waits", flush=True)
+        while True:
+            processes.largest(0)
+
+
 TASKS = {"steps": steps, "load": load, "train": train}
 
 
@@ -200,7 +225,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        wait(sys.argv[2].partition("=")[2]) if sys.argv[1] == "wait" else main()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

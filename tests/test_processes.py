@@ -23,13 +23,17 @@ MESHES = {"data": dict(data=2), "fsdp": dict(data=1, fsdp=2)}
 IMPORTS = {"fsdp": dict(data=1, fsdp=2), "expert": dict(data=1, expert=2)}
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 class Workers:
     """tests/processes_worker.py started `count` times on two devices in all."""
 
     def __init__(self, folder, count, tasks):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         environment = fake_devices.environment(2 // count)
         self._outputs, self.processes = [], []
         for index in range(count):
@@ -251,28 +255,76 @@ def test_import_onto_a_mesh_reads_in_each_process_what_its_shards_need(two, mesh
         assert not any(".experts.0." in name or ".experts.1." in name for name in second)
 
 
-def test_train_py_joins_processes(folder):
-    """The flag alone: what the runs do together is tested above."""
-    (folder / "flag.py").write_text(
-        "import pathlib\nfrom tests.processes_worker import config_of_run\n"
-        f"get_config = lambda: config_of_run(pathlib.Path({str(folder)!r}), data=2)\n"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "train.py", f"--config={folder}/flag.py", f"--workdir={folder}/flag", "--steps=2"]
-    runs = [
+def start_programs(*arguments):
+    """python ARGUMENTS --distributed=ADDRESS,2,INDEX in two processes of one device."""
+    address = free_address()
+    return [
         subprocess.Popen(
-            [*command, f"--distributed={address},2,{index}"],
+            [sys.executable, *arguments, f"--distributed={address},2,{index}"],
             cwd=REPOSITORY, env=fake_devices.environment(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for index in range(2)
     ]  # fmt: skip
-    outputs = [run.communicate(timeout=150) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert "512 tokens" in outputs[0][0]  # 2 steps of 256
+
+
+def kill_all(programs):
+    for program in programs:
+        program.kill()
+        program.communicate()
+
+
+def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoint(folder, two):
+    command = ["train.py", f"--config={folder}/run.py", f"--workdir={folder}/killed", "--steps=6"]
+    definition = (
+        "import pathlib\nfrom tests import processes_worker\n{}\n"
+        f"get_config = lambda: processes_worker.config_of_run(pathlib.Path({str(folder)!r}), data=1, fsdp=2)\n"
+    )
+    (folder / "run.py").write_text(definition.format("processes_worker.hang_before_step(4, index=1)"))
+    programs = start_programs(*command)
+    try:
+        deadline = time.monotonic() + 100
+        while len(metrics.read_rows(folder / "killed/metrics.jsonl")) < 3:
+            assert time.monotonic() < deadline and programs[0].poll() is None
+            time.sleep(0.1)
+        time.sleep(1)  # process 0 waits in step 4
+        programs[1].kill()
+        out, err = programs[0].communicate(timeout=60)
+    finally:
+        kill_all(programs)
+    assert programs[0].returncode not in (0, None), out
+    (message,) = [line for line in err.splitlines() if "another process of this run" in line]
+    assert message.endswith(
+        "start all processes again with the same --workdir, and the run continues from step 2 in "
+        f"{folder}/killed/checkpoints"
+    )
+
+    (folder / "run.py").write_text(definition.format(""))
+    programs = start_programs(*command)
+    try:
+        outputs = [program.communicate(timeout=150) for program in programs]
+    finally:
+        kill_all(programs)
+    assert [program.returncode for program in programs] == [0, 0], outputs
     assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
-    assert len(list((folder / "flag/checkpoints").iterdir())) == 1
+    assert "finished at step 6, 1,536 tokens" in outputs[0][0]
+    assert rows_of(folder / "killed") == rows_of(folder / "straight")
+    assert read_item(folder / "killed", 6, "checksums") == read_item(folder / "straight", 6, "checksums")
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_process_stops_the_other(silent):
+    """Where a collective waits for ever: jax aborts the program, which says what to do all the same."""
+    programs = start_programs("-m", "tests.processes_worker", "wait")
+    try:
+        for program in programs:
+            assert "waits\n" in iter(program.stdout.readline, "")
+        programs[silent].send_signal(signal.SIGSTOP)
+        _, err = programs[1 - silent].communicate(timeout=30)
+    finally:
+        kill_all(programs)
+    assert programs[1 - silent].returncode == -signal.SIGABRT
+    lost = "another process of this run has ended or was silent for 6 s (see jax's lines above), and so ends this"
+    assert err.splitlines()[-1] == f"{lost}: do this"
 
 
 def test_a_process_that_waits_in_vain_says_for_whom(monkeypatch):

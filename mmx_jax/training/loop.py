@@ -88,7 +88,7 @@ def train(
       console: rich console; None: standard output of process 0.
 
     Raises:
-      TrainingError, CheckpointError, ConfigError: with one clear message.
+      TrainingError, CheckpointError, ConfigError, processes.LostProcessError: with one clear message.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def train(
         keep_best=config.checkpoint.keep_best,
         asynchronous=config.checkpoint.asynchronous,
     )
-    try:
+    with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
         start = _resume_step(checkpointer, resume)
         notes = []
         if start:
@@ -119,6 +119,12 @@ def train(
                     return run.loop(steps, profile_steps, signals, progress)
                 finally:
                     run.close()
+
+
+@contextlib.contextmanager
+def _closing(checkpointer):
+    try:
+        yield
     finally:
         # An error on its way out is the one to report: a failed save has been raised by then, or will be below.
         with contextlib.suppress(Exception):
@@ -541,6 +547,13 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path):
         loaded.save(temporary)
         os.replace(temporary, folder)
     return loaded
+
+
+def how_to_continue(checkpointer) -> str:
+    """What to do about a run whose processes have ended."""
+    steps = checkpointer.steps_on_disk()
+    where = f"continues from step {steps[-1]} in" if steps else "begins anew: there is no checkpoint in"
+    return f"start all processes again with the same --workdir, and the run {where} {checkpointer.directory}"
 
 
 def _resume_step(checkpointer, resume) -> int:
