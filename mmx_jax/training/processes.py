@@ -49,7 +49,6 @@ def join(address: str):
             **settings,
             initialization_timeout=_JOIN_SECONDS,
             heartbeat_timeout_seconds=_LOST_SECONDS,
-            shutdown_timeout_seconds=_LOST_SECONDS,  # what a process that fails waits for those that wait for it
         )
     except (ValueError, RuntimeError) as error:
         raise RuntimeError(
@@ -99,7 +98,9 @@ def together(remedy: Callable[[], str]):
             if not _COLLECTIVE_FAILED.search(str(error)):
                 raise
             cause = str(error).splitlines()[0]
-            raise LostProcessError(f"another process of this run has ended ({cause[:300]}): {remedy()}") from error
+            raise LostProcessError(
+                f"another process of this run has ended or is out of reach ({cause[:300]}): {remedy()}"
+            ) from error
 
 
 # The words of gloo, of NCCL, and of jax's own service between processes.
