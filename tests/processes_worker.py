@@ -19,7 +19,7 @@ import traceback
 import jax
 import numpy as np
 import rich.console
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax import sharding
 from mmx_jax.config import (
@@ -82,9 +82,10 @@ def compile_once():
     )
 
 
-def whole(array):
-    """An array of all processes as NumPy."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def whole(arrays, mesh):
+    """Arrays of all processes as NumPy; one program for all of them."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated)(arrays))
 
 
 def own_rows(array, index, count):
@@ -121,7 +122,7 @@ def steps(folder, index, count, **mesh_sizes):
     leaves = flatten(state["params"])
     sharded = sum(not leaf.is_fully_replicated for leaf in leaves.values())
     path = folder / f"params_{'_'.join(mesh_sizes)}_{index}_of_{count}.npz"
-    np.savez(path, **{"/".join(name): whole(leaf) for name, leaf in leaves.items()})
+    np.savez(path, **whole({"/".join(name): leaf for name, leaf in leaves.items()}, mesh))
     return {"losses": losses, "norms": norms, "sharded": sharded, "params": str(path)}
 
 
@@ -147,11 +148,12 @@ def load(folder, index, count, **mesh_sizes):
 
     safetensors_io.TensorEntry.map, rules.copy_strips = map_and_note, copy_and_note
     try:
-        config, params = weights.load_params(TINY, mesh=sharding.make_mesh(MeshConfig(**mesh_sizes)))
+        mesh = sharding.make_mesh(MeshConfig(**mesh_sizes))
+        config, params = weights.load_params(TINY, mesh=mesh)
     finally:
         safetensors_io.TensorEntry.map, rules.copy_strips = map_whole, copy
     leaves = flatten(params)
-    arrays = {path: whole(leaf) for path, leaf in leaves.items()}
+    arrays = whole(leaves, mesh)
     tensors = {m.hf: m.to_hf(arrays[m.leaf][m.index]) for m in rules.expand(config)}
     stem = folder / f"load_{'_'.join(mesh_sizes)}_{index}"
     np.savez(f"{stem}_values.npz", **tensors)
@@ -192,7 +194,7 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
 
     def loop_and_keep(run, *arguments):
         result = run_loop(run, *arguments)
-        params = {"/".join(path): whole(leaf) for path, leaf in flatten(run.state["params"]).items()}
+        params = whole({"/".join(path): leaf for path, leaf in flatten(run.state["params"]).items()}, run.mesh)
         if index == 0:
             np.savez(folder / f"{name}.npz", **params)
         return result

@@ -307,7 +307,7 @@ def test_long_documents_are_cut_into_segments(tmp_path):
     tokens = np.arange(4, 104)
     write_jsonl(tmp_path / "t.jsonl", [{"tokens": tokens.tolist()}])
     source = SourceConfig(path=str(tmp_path / "t.jsonl"), format="tokens")
-    batch = next(iterator_of(DataConfig(sources=(source,), eval_fraction=0, packing_bins=4), rows=4))
+    batch = next(iterator_of(DataConfig(sources=(source,), eval_fraction=0, packing_bins=4, shards=1), rows=4))
     pieces = sorted((int(t[0]), t, y) for t, y, _ in segments(batch) if t[0] != TOKENIZER.eos_id)
     whole = np.append(tokens, TOKENIZER.eos_id)
     np.testing.assert_array_equal(pieces[0][1], whole[:32])

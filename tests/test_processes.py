@@ -133,8 +133,7 @@ def one(folder, two):
     """What one process with two devices makes of them; it also continues the run of two processes."""
     tasks = {
         **{f"steps {name}": dict(task="steps", **mesh) for name, mesh in MESHES.items()},
-        "by one": dict(task="train", name="by one", steps=6, mesh=MESHES["fsdp"]),
-        "alone": dict(task="train", name="alone", steps=2, mesh=MESHES["fsdp"]),
+        "by one": dict(task="train", name="by one", steps=5, mesh=MESHES["fsdp"]),
     }
     (results,) = start(folder, 1, *tasks.values()).results()
     return {name: (result,) for name, result in zip(tasks, results, strict=True)}
@@ -153,10 +152,10 @@ def four(folder, two):
 
 @pytest.fixture(scope="module")
 def resumed(folder, one):
-    """Two new processes that finish the run of `half` and the one of one process, and are asked to stop."""
+    """Two new processes that finish the run of `half`, also where one process went on with it; then asked to stop."""
     tasks = {
         "other half": dict(task="train", name="halves", steps=6, mesh=MESHES["fsdp"]),
-        "alone": dict(task="train", name="alone", steps=4, mesh=MESHES["fsdp"]),
+        "by one": dict(task="train", name="by one", steps=6, mesh=MESHES["fsdp"]),
         "endless": dict(
             task="train", name="endless", mesh=MESHES["fsdp"], total_tokens=10**9, save_every_steps=10**6
         ),
@@ -241,13 +240,16 @@ def batches_of(results):
     return [sum(parts, []) for parts in zip(*(result["batches"] for result in results), strict=True)]
 
 
-def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one, four):
+def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one, four, resumed):
+    """From two processes to one and back to two, and from two to four."""
     whole, steps = batches_of(two["straight"]), rows_of(folder / "straight")
     assert [len(set(batch)) for batch in whole] == [8] * 8  # six to learn from, two to evaluate on
     params = read_arrays(folder / "straight.npz")
-    for name, results in (("by one", one["by one"]), ("by four", four["by four"])):
-        assert batches_of(results) == whole[3:], name
-        got = [row for row in rows_of(folder / name) if (row["step"], "eval_loss" in row) != (3, True)]
+    for name, parts in (("by one", [one["by one"], resumed["by one"]]), ("by four", [four["by four"]])):
+        parts = [batches_of(part) for part in parts]
+        assert sum([part[:-2] for part in parts], []) == whole[3:6], name
+        assert all(part[-2:] == whole[6:] for part in parts), name
+        got = [row for row in rows_of(folder / name) if row["step"] == 6 or "loss" in row]
         assert [row.keys() for row in got] == [row.keys() for row in steps]
         for row, want in zip(got, steps, strict=True):
             loss = "eval_loss" if "eval_loss" in want else "loss"
@@ -255,14 +257,6 @@ def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one
         for path, array in read_arrays(folder / f"{name}.npz").items():
             np.testing.assert_allclose(array, params[path], rtol=1e-6, atol=1e-6, err_msg=f"{name} {path}")
         assert read_item(folder / name, 6, "data") == read_item(folder / "straight", 6, "data")
-
-
-def test_two_processes_go_on_where_one_was(folder, two, one, resumed):
-    whole = batches_of(two["straight"])
-    assert batches_of(one["alone"])[:2] + batches_of(resumed["alone"])[:2] == whole[:4]
-    assert [result["step"] for result in resumed["alone"]] == [4, 4]
-    loss = [row["loss"] for row in rows_of(folder / "alone") if "loss" in row]
-    np.testing.assert_allclose(loss, [row["loss"] for row in rows_of(folder / "straight")[:4]], rtol=1e-6)
 
 
 def test_parts_of_a_batch_are_joined_alike_by_any_number_of_processes():
