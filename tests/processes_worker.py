@@ -1,6 +1,7 @@
 """One of several processes that jax.distributed joins on the CPU; tests/test_processes.py starts them.
 
-python -m tests.processes_worker wait --distributed=ADDRESS,COUNT,INDEX: waits for ever, all in collectives.
+python -m tests.processes_worker wait --distributed=ADDRESS,COUNT,INDEX: waits for ever, all in collectives; "fail"
+in place of "wait": process 1 fails instead.
 
 python -m tests.processes_worker FOLDER INDEX COUNT ADDRESS TASK...: runs the tasks in order, in folders of FOLDER,
 and prints a line of JSON for each. With COUNT=1 nothing is joined.
@@ -209,11 +210,13 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     return dataclasses.asdict(result) | {"batches": batches, "out": out.getvalue()}
 
 
-def wait(address):
+def wait(address, *, fails):
     processes._LOST_SECONDS = 5
     processes.join(address)
     with processes.together(lambda: "do this"):
         processes.largest(0)
+        if fails and jax.process_index() == 1:
+            processes.leave("my own failure", lost=False)
         print("waits", flush=True)
         while True:
             processes.largest(0)
@@ -236,7 +239,9 @@ def main():
 
 if __name__ == "__main__":
     try:
-        wait(sys.argv[2].partition("=")[2]) if sys.argv[1] == "wait" else main()
+        if sys.argv[1] in ("wait", "fail"):
+            wait(sys.argv[2].partition("=")[2], fails=sys.argv[1] == "fail")
+        main()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -5,6 +5,7 @@ A run goes on where it was whatever their number, and they end if one of them do
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -373,9 +374,9 @@ def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoi
     assert read_item(folder / "killed", 6, "checksums") == read_item(folder / "straight", 6, "checksums")
 
 
-def test_a_silent_process_stops_the_other():
-    """Where a collective waits for ever: jax aborts the program, which says what to do all the same."""
-    pairs = [start_programs("-m", "tests.processes_worker", "wait") for _ in range(2)]
+def test_a_process_that_is_silent_or_fails_stops_the_other():
+    """A collective that waits for ever: jax aborts the program, which says what to do all the same."""
+    *pairs, failing = [start_programs("-m", "tests.processes_worker", *task) for task in (["wait"], ["wait"], ["fail"])]
     try:
         for silent, programs in enumerate(pairs):
             for program in programs:
@@ -386,8 +387,12 @@ def test_a_silent_process_stops_the_other():
             _, err = programs[other].communicate(timeout=60)
             assert programs[other].returncode == -signal.SIGABRT
             assert err.splitlines()[-1] == f"{lost}: do this"
+        errors = [program.communicate(timeout=60)[1] for program in failing]
+        assert [program.returncode for program in failing] == [1, 1]
+        assert re.search(r"LostProcessError: another process of this run has ended.*: do this\n$", errors[0]), errors[0]
+        assert errors[1] == "my own failure\n"
     finally:
-        kill_all(sum(pairs, []))
+        kill_all(sum(pairs, failing))
 
 
 def test_a_process_that_waits_in_vain_says_for_whom(monkeypatch):

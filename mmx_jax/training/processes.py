@@ -111,7 +111,8 @@ _COLLECTIVE_FAILED = re.compile(r"gloo|nccl|coordination service|^unavailable|^d
 def _last_words(text: Callable[[], str]):
     """Writes to standard error, should the process be aborted while the block runs.
 
-    By ctypes, for handlers of the signal module run in the main thread, which an abort does not wait for.
+    By ctypes, for handlers of the signal module run in the main thread, which an abort does not wait for. It needs the
+    GIL, which a thread that waits for devices or for other processes has given up.
     """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
@@ -119,7 +120,7 @@ def _last_words(text: Callable[[], str]):
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def speak(number):
         libc.signal(number, None)  # SIG_DFL, which ends the process once this returns
-        os.write(sys.__stderr__.fileno(), text().encode())
+        os.write(2, text().encode())
 
     previous = libc.signal(signal.SIGABRT, ctypes.cast(speak, ctypes.c_void_p))
     try:
