@@ -210,6 +210,11 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     return dataclasses.asdict(result) | {"batches": batches, "out": out.getvalue()}
 
 
+def rows(folder, index, count, **mesh_sizes):
+    """Of a batch of eight rows, those of each process."""
+    return loop.rows_by_process(sharding.make_mesh(MeshConfig(**mesh_sizes)), 8)
+
+
 def wait(address, *, fails):
     processes._LOST_SECONDS = 5
     processes.join(address)
@@ -222,7 +227,7 @@ def wait(address, *, fails):
             processes.largest(0)
 
 
-TASKS = {"steps": steps, "load": load, "train": train}
+TASKS = {"steps": steps, "load": load, "rows": rows, "train": train}
 
 
 def main():

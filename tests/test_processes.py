@@ -122,6 +122,8 @@ def two(folder):
         "straight": dict(task="train", name="straight", steps=6, mesh=MESHES["fsdp"]),
         "half": dict(task="train", name="halves", steps=3, mesh=MESHES["fsdp"]),
         "shared rows": dict(task="train", name="tensor", steps=1, mesh=dict(data=1, tensor=2)),
+        "shared tokens": dict(task="train", name="seq", steps=1, mesh=dict(data=1, seq=2)),
+        "own rows": dict(task="rows", data=1, expert=2),
     }
     results = start(folder, 2, *tasks.values()).results()
     for name in ("by one", "by four"):  # who will continue it
@@ -135,6 +137,7 @@ def one(folder, two):
     tasks = {
         **{f"steps {name}": dict(task="steps", **mesh) for name, mesh in MESHES.items()},
         "by one": dict(task="train", name="by one", steps=5, mesh=MESHES["fsdp"]),
+        "own rows": dict(task="rows", data=1, seq=2),
     }
     (results,) = start(folder, 1, *tasks.values()).results()
     return {name: (result,) for name, result in zip(tasks, results, strict=True)}
@@ -260,6 +263,11 @@ def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one
         assert read_item(folder / name, 6, "data") == read_item(folder / "straight", 6, "data")
 
 
+def test_rows_of_a_process_are_those_of_its_devices(one, two):
+    assert one["own rows"] == ({"0": [0, 1, 2, 3, 4, 5, 6, 7]},)  # each device a half of every row
+    assert two["own rows"] == ({"0": [0, 1, 2, 3], "1": [4, 5, 6, 7]},) * 2
+
+
 def test_parts_of_a_batch_are_joined_alike_by_any_number_of_processes():
     parts = [np.arange(16).reshape(8, 2) + 100 * part for part in range(3)]
     whole = loop.join_parts(parts)
@@ -282,7 +290,7 @@ def test_a_run_from_before_there_were_shards_is_refused():
 
 
 def test_processes_that_would_share_rows_are_refused(folder, two):
-    for result in two["shared rows"]:
+    for result in two["shared rows"] + two["shared tokens"]:
         assert result["error"].startswith("ConfigError: mesh.*: the 1 batch shards"), result
 
 

@@ -459,7 +459,7 @@ def rows_by_process(mesh, rows: int) -> dict[int, list[int]]:
     """The numbers of the rows of a batch that the devices of each process hold, ascending."""
     numbers = np.arange(rows)
     found = {}
-    for device, (own, _) in train_step.batch_sharding(mesh).devices_indices_map((rows, 1)).items():
+    for device, (own, _) in train_step.batch_sharding(mesh).devices_indices_map((rows, mesh.size)).items():
         found.setdefault(device.process_index, set()).update(numbers[own].tolist())
     return {process: sorted(own) for process, own in found.items()}
 
@@ -470,7 +470,7 @@ def check_rows(config: Config, mesh):
     if sum(map(len, rows_by_process(mesh, shards).values())) > shards:
         raise ConfigError(
             f"mesh.*: the {shards} batch shards of mesh {dict(mesh.shape)} do not give each of {jax.process_count()} "
-            "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor smaller"
+            "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor or seq smaller"
         )
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
