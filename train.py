@@ -91,7 +91,8 @@ def main(argv):
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
         if FLAGS["verbosity"].present:
             raise
-        sys.exit(f"train.py: {type(error).__name__}: {error}")
+        lost = isinstance(error, processes.LostProcessError)
+        processes.leave(f"train.py: {type(error).__name__}: {error}", lost=lost)
     loss = "none" if result.loss is None else f"{result.loss:.4f}"
     held_out = "none" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     print(

@@ -10,6 +10,7 @@ from mmx_jax.config import (
     BatchRampStep,
     CheckpointConfig,
     Config,
+    DataConfig,
     LearningRatePhase,
     MeshConfig,
     ModelConfig,
@@ -60,6 +61,7 @@ def get_config() -> Config:
         # 0.01 is the coefficient of the report, for its own form of the loss; the released config.json says 0.001.
         model=ModelConfig(router_aux_loss_coef=0.01, remat="full"),
         mesh=MeshConfig(data=1, fsdp=-1),
+        data=DataConfig(shards=256),  # up to so many hosts
         training=training,
         checkpoint=CheckpointConfig(save_every_steps=250),
     )

@@ -66,6 +66,10 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def steps_on_disk(self) -> list[int]:
+        """Steps that are whole by the names of their folders: what orbax believes it holds includes one that failed."""
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
     def save(self, step: int, state, *, position: dict, data, config: dict, eval_loss: float | None = None):
         """Saves the training state of `step`.
 
@@ -205,11 +209,9 @@ class Checkpointer:
         )
 
     def _save_error(self, error):
-        # What orbax believes it holds includes the step that failed; the disk knows better.
-        whole = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
         return CheckpointError(
             f"a checkpoint could not be written to {self.directory}: {_cause(error)}; "
-            f"older steps are untouched: {_listed(whole)}. Is the disk full?"
+            f"older steps are untouched: {_listed(self.steps_on_disk())}. Is the disk full?"
         )
 
 

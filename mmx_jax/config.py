@@ -218,6 +218,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  # folder or tokenizer.json; empty: train a byte-level BPE on the sources
     tokenizer_vocab_size: int = 0  # of a trained tokenizer; 0: the model's vocab_size
+    shards: int = 8  # parts of the data, each packed on its own; a process reads some of them, see BUILD.md
     eval_fraction: float = 0.02  # of the documents, chosen by a hash of their content
     packing_bins: int = 32  # rows kept open by first-fit packing
     packing_alignment: int = 1  # documents start at multiples of this (the lightning chunk, for aligned kernels)
@@ -228,7 +229,7 @@ class DataConfig:
     def __post_init__(self):
         object.__setattr__(self, "sources", tuple(self.sources))
         _require(0 <= self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
-        _require_positive(self, "packing_bins", "packing_alignment")
+        _require_positive(self, "shards", "packing_bins", "packing_alignment")
         for name in ("tokenizer_vocab_size", "shuffle_buffer", "prefetch"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 

@@ -1,5 +1,8 @@
 """One of several processes that jax.distributed joins on the CPU; tests/test_processes.py starts them.
 
+python -m tests.processes_worker wait --distributed=ADDRESS,COUNT,INDEX: waits for ever, all in collectives; "fail"
+in place of "wait": process 1 fails instead.
+
 python -m tests.processes_worker FOLDER INDEX COUNT ADDRESS TASK...: runs the tasks in order, in folders of FOLDER,
 and prints a line of JSON for each. With COUNT=1 nothing is joined.
 """
@@ -11,12 +14,13 @@ import json
 import os
 import pathlib
 import sys
+import time
 import traceback
 
 import jax
 import numpy as np
 import rich.console
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax import sharding
 from mmx_jax.config import (
@@ -31,7 +35,7 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
-from mmx_jax.training import loop
+from mmx_jax.training import loop, processes
 from mmx_jax.training import step as train_step
 
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny/hf"
@@ -42,6 +46,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 TRAINING = TrainingConfig(
     total_tokens=16 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, loss_chunk=64, eval_batches=2,
+    adam_eps=1e-3,  # so that the rounding of a gradient of about nothing stays what it is
 )  # fmt: skip
 
 
@@ -78,9 +83,10 @@ def compile_once():
     )
 
 
-def whole(array):
-    """An array of all processes as NumPy."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def whole(arrays, mesh):
+    """Arrays of all processes as NumPy; one program for all of them."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated)(arrays))
 
 
 def own_rows(array, index, count):
@@ -117,7 +123,7 @@ def steps(folder, index, count, **mesh_sizes):
     leaves = flatten(state["params"])
     sharded = sum(not leaf.is_fully_replicated for leaf in leaves.values())
     path = folder / f"params_{'_'.join(mesh_sizes)}_{index}_of_{count}.npz"
-    np.savez(path, **{"/".join(name): whole(leaf) for name, leaf in leaves.items()})
+    np.savez(path, **whole({"/".join(name): leaf for name, leaf in leaves.items()}, mesh))
     return {"losses": losses, "norms": norms, "sharded": sharded, "params": str(path)}
 
 
@@ -143,11 +149,12 @@ def load(folder, index, count, **mesh_sizes):
 
     safetensors_io.TensorEntry.map, rules.copy_strips = map_and_note, copy_and_note
     try:
-        config, params = weights.load_params(TINY, mesh=sharding.make_mesh(MeshConfig(**mesh_sizes)))
+        mesh = sharding.make_mesh(MeshConfig(**mesh_sizes))
+        config, params = weights.load_params(TINY, mesh=mesh)
     finally:
         safetensors_io.TensorEntry.map, rules.copy_strips = map_whole, copy
     leaves = flatten(params)
-    arrays = {path: whole(leaf) for path, leaf in leaves.items()}
+    arrays = whole(leaves, mesh)
     tensors = {m.hf: m.to_hf(arrays[m.leaf][m.index]) for m in rules.expand(config)}
     stem = folder / f"load_{'_'.join(mesh_sizes)}_{index}"
     np.savez(f"{stem}_values.npz", **tensors)
@@ -156,8 +163,20 @@ def load(folder, index, count, **mesh_sizes):
     return {"values": f"{stem}_values.npz", "touched": f"{stem}_touched.npz", "sharded": sharded}
 
 
+def hang_before_step(number, index):
+    """Process `index` waits for ever before the step of that number, in which the others wait for it."""
+    make_batch = loop._Run._global_batch
+
+    def global_batch(run, plan):
+        while jax.process_index() == index and run.step + 1 == number:
+            time.sleep(1)
+        return make_batch(run, plan)
+
+    loop._Run._global_batch = global_batch
+
+
 def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.total_tokens, save_every_steps=2):
-    """A whole run in `folder`/`name`."""
+    """A whole run in `folder`/`name`; its parameters go to `folder`/`name`.npz."""
     config = config_of_run(folder, **mesh)
     config = dataclasses.replace(
         config,
@@ -166,24 +185,49 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     )
     out = io.StringIO()
     console = rich.console.Console(file=out, width=200) if index == 0 else None
-    batches = []
-    to_devices = loop._Run._to_devices
+    batches = []  # of each, the digests of this process's rows
+    to_devices, run_loop = loop._Run._to_devices, loop._Run.loop
 
     def note(run, batch):
-        batches.append(hashlib.sha256(b"".join(batch[key].tobytes() for key in sorted(batch))).hexdigest())
+        rows = zip(*(batch[key] for key in sorted(batch)), strict=True)
+        batches.append([hashlib.sha256(b"".join(part.tobytes() for part in row)).hexdigest() for row in rows])
         return to_devices(run, batch)
 
-    loop._Run._to_devices = note
+    def loop_and_keep(run, *arguments):
+        result = run_loop(run, *arguments)
+        params = whole({"/".join(path): leaf for path, leaf in flatten(run.state["params"]).items()}, run.mesh)
+        if index == 0:
+            np.savez(folder / f"{name}.npz", **params)
+        return result
+
+    loop._Run._to_devices, loop._Run.loop = note, loop_and_keep
     try:
         result = loop.train(config, folder / name, steps=steps, console=console)
     except (ConfigError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        loop._Run._to_devices = to_devices
+        loop._Run._to_devices, loop._Run.loop = to_devices, run_loop
     return dataclasses.asdict(result) | {"batches": batches, "out": out.getvalue()}
 
 
-TASKS = {"steps": steps, "load": load, "train": train}
+def rows(folder, index, count, **mesh_sizes):
+    """Of a batch of eight rows, those of each process."""
+    return loop.rows_by_process(sharding.make_mesh(MeshConfig(**mesh_sizes)), 8)
+
+
+def wait(address, *, fails):
+    processes._LOST_SECONDS = 5
+    processes.join(address)
+    with processes.together(lambda: "do this"):
+        processes.largest(0)
+        if fails and jax.process_index() == 1:
+            processes.leave("my own failure", lost=False)
+        print("waits", flush=True)
+        while True:
+            processes.largest(0)
+
+
+TASKS = {"steps": steps, "load": load, "rows": rows, "train": train}
 
 
 def main():
@@ -193,13 +237,15 @@ def main():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, count, index, initialization_timeout=60)
     compile_once()
-    assert (jax.process_count(), jax.process_index(), len(jax.devices())) == (count, index, 2)
+    assert (jax.process_count(), jax.process_index(), len(jax.devices())) == (count, index, max(count, 2))
     for task in map(json.loads, tasks):
         print(json.dumps(TASKS[task.pop("task")](folder, index, count, **task)), flush=True)
 
 
 if __name__ == "__main__":
     try:
+        if sys.argv[1] in ("wait", "fail"):
+            wait(sys.argv[2].partition("=")[2], fails=sys.argv[1] == "fail")
         main()
     except BaseException:
         traceback.print_exc()

@@ -24,7 +24,9 @@ from mmx_jax.training.data import (
     make_eval_batches,
     make_split,
     make_train_iterator,
+    merge_states,
     open_sources,
+    own_shards,
 )
 from mmx_jax.training.packing import batches_of, pack, split_document
 from mmx_jax.training.sources import DataError, cut_text, open_source, standard_library
@@ -206,18 +208,47 @@ def test_resume_at_every_step_of_a_mixture(corpus, tmp_path, steps):
     assert_batches_equal(take(fresh, 6), expected)
 
 
-def test_position_may_be_restored_with_other_rows(corpus):
-    iterator = iterator_of(corpus, rows=4)
-    take(iterator, 3)
-    state = iterator.get_state()
-    expected = next(iterator)
-    fresh = iterator_of(corpus, rows=2)
-    fresh.set_state(state)
-    halves = take(fresh, 2)
-    for name in NAMES:
-        np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), expected[name])
-    iterator.close()
-    fresh.close()
+@pytest.mark.parametrize("rows, shards, counts", [(16, 8, (2, 4, 8)), (4, 8, (2, 4)), (12, 8, (2, 4)), (3, 9, (3,))])
+def test_any_number_of_processes_reads_the_same_batches_and_goes_on_with_another(
+    corpus, tmp_path, rows, shards, counts
+):
+    write_jsonl(tmp_path / "more.jsonl", [{"text": text[::-1]} for text in TEXTS])
+    sources = (*corpus.sources, SourceConfig(path=str(tmp_path / "more.jsonl"), weight=0.5))
+    data = DataConfig(sources=sources, packing_bins=2, shards=shards, prefetch=0)
+
+    def iterators(count):
+        parts = np.split(np.arange(rows), count)
+        return [iterator_of(data, rows=rows, own_rows=part.tolist()) for part in parts]
+
+    def joined(parts, n):
+        batches = [[next(part) for part in parts] for _ in range(n)]
+        return [{name: np.concatenate([batch[name] for batch in group]) for name in NAMES} for group in batches]
+
+    def state_of(parts):
+        return json.loads(json.dumps(merge_states([part.get_state() for part in parts])))
+
+    whole = iterators(1)
+    expected = joined(whole, 5)
+    for count in counts:
+        parts = iterators(count)
+        assert_batches_equal(joined(parts, 3), expected[:3])
+        saved = state_of(parts)
+        for other in (1, *counts):
+            parts = iterators(other)
+            for part in parts:
+                part.set_state(saved)
+            assert_batches_equal(joined(parts, 2), expected[3:])
+            assert state_of(parts) == state_of(whole)
+
+
+def test_rows_of_shards():
+    assert own_shards(16, 8, range(16)) == [[0], [1], [2], [3], [4], [5], [6], [7]]
+    assert own_shards(16, 8, range(4, 8)) == [[2], [3]]
+    assert own_shards(2, 8, [1]) == [[4, 5, 6, 7]]
+    assert own_shards(12, 8, [0, 1, 2, 9, 10, 11]) == [[0, 1], [6, 7]]  # not next to each other: a mesh may have it so
+    for rows, own in ((16, [0]), (12, range(4)), (3, [0, 1])):
+        with pytest.raises(ValueError, match="are not all those of groups of the 8 shards"):
+            own_shards(rows, 8, own)
 
 
 def test_position_of_other_data_is_refused(corpus):
@@ -248,33 +279,35 @@ def test_mixture_weights_are_shares_of_rows(tmp_path):
 
     assert share_of_a() == pytest.approx(0.5, abs=0.01)
     assert share_of_a(source_weights=(3, 1)) == pytest.approx(0.75, abs=0.01)
+    for batch in take(iterator_of(data, rows=8, source_weights=(3, 1)), 20):  # and of the rows of each batch
+        assert sum("b" not in TOKENIZER.decode(row) for row in batch["tokens"]) == 6
     with pytest.raises(DataError, match="source_weights"):
         iterator_of(data, source_weights=(1,))
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 8])
-def test_processes_read_disjoint_documents_and_all_of_them(tmp_path, shuffle_buffer):
+def test_shards_read_disjoint_documents_and_all_of_them(tmp_path, shuffle_buffer):
     write_jsonl(tmp_path / "t.jsonl", [{"text": f"{i:05d}"} for i in range(64)])
     source = SourceConfig(path=str(tmp_path / "t.jsonl"))
-    data = DataConfig(sources=(source,), eval_fraction=0, packing_bins=1, prefetch=0, shuffle_buffer=shuffle_buffer)
+    data = DataConfig(
+        sources=(source,), eval_fraction=0, packing_bins=1, prefetch=0, shuffle_buffer=shuffle_buffer, shards=2
+    )
     read = []
     for index in range(2):
-        iterator, documents = iterator_of(data, rows=1, process_index=index, process_count=2), []
+        iterator, documents = iterator_of(data, rows=2, own_rows=[index]), []
         while len(documents) < 32:
             documents += [TOKENIZER.decode(tokens) for tokens, _, _ in segments(next(iterator))]
         read.append(documents[:32])
-    # Bins are emitted in order with packing_bins=1, so the first 32 documents are this process' half of an epoch.
+    # Bins are emitted in order with packing_bins=1, so the first 32 documents are this shard's half of an epoch.
     assert len(set(read[0])) == len(set(read[1])) == 32
     assert not set(read[0]) & set(read[1])
-    with pytest.raises(ValueError, match="process_index=2"):
-        iterator_of(data, process_index=2, process_count=2)
 
 
 def test_long_documents_are_cut_into_segments(tmp_path):
     tokens = np.arange(4, 104)
     write_jsonl(tmp_path / "t.jsonl", [{"tokens": tokens.tolist()}])
     source = SourceConfig(path=str(tmp_path / "t.jsonl"), format="tokens")
-    batch = next(iterator_of(DataConfig(sources=(source,), eval_fraction=0, packing_bins=4), rows=4))
+    batch = next(iterator_of(DataConfig(sources=(source,), eval_fraction=0, packing_bins=4, shards=1), rows=4))
     pieces = sorted((int(t[0]), t, y) for t, y, _ in segments(batch) if t[0] != TOKENIZER.eos_id)
     whole = np.append(tokens, TOKENIZER.eos_id)
     np.testing.assert_array_equal(pieces[0][1], whole[:32])

@@ -1,7 +1,12 @@
-"""Two processes, joined by jax.distributed on the CPU, do what one process does: steps, whole runs, imports."""
+"""Two and four processes, joined by jax.distributed on the CPU, do what one process does: steps, whole runs, imports.
+
+A run goes on where it was whatever their number, and they end if one of them does.
+"""
 
 import json
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +18,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmx_jax import metrics
+from mmx_jax.config import ConfigError
 from mmx_jax.config_io import config_from_json
-from mmx_jax.training import processes
+from mmx_jax.training import loop, processes
 from tests import fake_devices
 from tests.processes_worker import TINY
 
@@ -23,14 +29,18 @@ MESHES = {"data": dict(data=2), "fsdp": dict(data=1, fsdp=2)}
 IMPORTS = {"fsdp": dict(data=1, fsdp=2), "expert": dict(data=1, expert=2)}
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 class Workers:
-    """tests/processes_worker.py started `count` times on two devices in all."""
+    """tests/processes_worker.py started `count` times, on two devices in all or one each."""
 
     def __init__(self, folder, count, tasks):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = fake_devices.environment(2 // count)
+        address = free_address()
+        environment = fake_devices.environment(max(1, 2 // count))
         self._outputs, self.processes = [], []
         for index in range(count):
             command = [sys.executable, "-W", "error", "-m", "tests.processes_worker"]
@@ -112,29 +122,44 @@ def two(folder):
         "straight": dict(task="train", name="straight", steps=6, mesh=MESHES["fsdp"]),
         "half": dict(task="train", name="halves", steps=3, mesh=MESHES["fsdp"]),
         "shared rows": dict(task="train", name="tensor", steps=1, mesh=dict(data=1, tensor=2)),
+        "shared tokens": dict(task="train", name="seq", steps=1, mesh=dict(data=1, seq=2)),
+        "own rows": dict(task="rows", data=1, expert=2),
     }
     results = start(folder, 2, *tasks.values()).results()
+    for name in ("by one", "by four"):  # who will continue it
+        shutil.copytree(folder / "halves", folder / name)
     return dict(zip(tasks, zip(*results, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def one(folder, two):
-    """What one process with two devices makes of them; it also tries to continue the run of two processes."""
+    """What one process with two devices makes of them; it also continues the run of two processes."""
     tasks = {
         **{f"steps {name}": dict(task="steps", **mesh) for name, mesh in MESHES.items()},
-        "straight": dict(task="train", name="straight", steps=8, mesh=MESHES["fsdp"]),
-        "alone": dict(task="train", name="alone", steps=2, mesh=MESHES["fsdp"]),
+        "by one": dict(task="train", name="by one", steps=5, mesh=MESHES["fsdp"]),
+        "own rows": dict(task="rows", data=1, seq=2),
     }
     (results,) = start(folder, 1, *tasks.values()).results()
-    return dict(zip(tasks, results, strict=True))
+    return {name: (result,) for name, result in zip(tasks, results, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    """What four processes of one device make of steps, and of the run of two processes."""
+    tasks = {
+        "steps": dict(task="steps", data=1, fsdp=4),
+        "by four": dict(task="train", name="by four", steps=6, mesh=dict(data=1, fsdp=4)),
+    }
+    results = start(folder, 4, *tasks.values()).results()
+    return dict(zip(tasks, zip(*results, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def resumed(folder, one):
-    """Two new processes that finish the run of `half`, try the one of one process, and are asked to stop."""
+    """Two new processes that finish the run of `half`, also where one process went on with it; then asked to stop."""
     tasks = {
         "other half": dict(task="train", name="halves", steps=6, mesh=MESHES["fsdp"]),
-        "alone": dict(task="train", name="alone", steps=4, mesh=MESHES["fsdp"]),
+        "by one": dict(task="train", name="by one", steps=6, mesh=MESHES["fsdp"]),
         "endless": dict(
             task="train", name="endless", mesh=MESHES["fsdp"], total_tokens=10**9, save_every_steps=10**6
         ),
@@ -146,19 +171,30 @@ def resumed(folder, one):
     return dict(zip(tasks, zip(*results, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_steps_of_two_processes_equal_those_of_one(one, two, mesh):
-    alone, (first, second) = one[f"steps {mesh}"], two[f"steps {mesh}"]
-    assert first["losses"] == second["losses"] and first["norms"] == second["norms"]
-    assert (first["sharded"] > 0) == (mesh == "fsdp") and first["sharded"] == alone["sharded"]
-    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
-    np.testing.assert_allclose(first["norms"], alone["norms"], rtol=1e-4)
+def assert_same_steps(results, alone):
+    for result in results:
+        assert result["losses"] == results[0]["losses"] and result["norms"] == results[0]["norms"]
+    np.testing.assert_allclose(results[0]["losses"], alone["losses"], rtol=1e-5)
+    np.testing.assert_allclose(results[0]["norms"], alone["norms"], rtol=1e-4)
     want = read_arrays(alone["params"])
-    for result in (first, second):
+    for result in results:
         got = read_arrays(result["params"])
         assert got.keys() == want.keys()
         for name in want:
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_steps_of_two_processes_equal_those_of_one(one, two, mesh):
+    (alone,), results = one[f"steps {mesh}"], two[f"steps {mesh}"]
+    assert_same_steps(results, alone)
+    assert (alone["sharded"] > 0) == (mesh == "fsdp") and {result["sharded"] for result in results} == {
+        alone["sharded"]
+    }
+
+
+def test_steps_of_four_processes_equal_those_of_one(one, four):
+    assert_same_steps(four["steps"], one["steps fsdp"][0])
 
 
 def read_item(workdir, step, name):
@@ -183,13 +219,13 @@ def test_a_run_of_two_processes_writes_one_set_of_files(folder, two):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "6"}
     assert [row["step"] for row in rows_of(workdir)] == [1, 2, 3, 4, 5, 6, 6]
     assert [first["loss"], first["eval_loss"]] == [rows_of(workdir)[5]["loss"], rows_of(workdir)[6]["eval_loss"]]
-    assert not set(first["batches"]) & set(second["batches"])  # each process learns from texts of its own
+    assert not set(sum(first["batches"], [])) & set(sum(second["batches"], []))  # each learns from texts of its own
 
 
-def test_a_checkpoint_holds_the_position_of_every_process(folder, two):
-    states = read_item(folder / "straight", 6, "data")
-    assert [state["identity"]["process"] for state in states] == [[0, 2], [1, 2]]
-    assert states[0]["iterator"] != states[1]["iterator"]
+def test_a_checkpoint_holds_the_position_of_every_shard(folder, two):
+    state = read_item(folder / "straight", 6, "data")
+    assert state["shards"].keys() == set("01234567")
+    assert {shard["rows"] for shard in state["shards"].values()} == {6}
 
 
 def test_a_run_of_two_processes_goes_on_as_if_it_had_not_stopped(folder, two, resumed):
@@ -203,19 +239,58 @@ def test_a_run_of_two_processes_goes_on_as_if_it_had_not_stopped(folder, two, re
     assert read_item(folder / "halves", 6, "checksums") == read_item(folder / "straight", 6, "checksums")
 
 
-def test_another_number_of_processes_is_refused(one, resumed):
-    assert one["straight"]["error"].startswith("TrainingError: step 6 holds the data positions of 2 process(es), and 1")
-    assert one["alone"]["step"] == 2
-    for result in resumed["alone"]:
-        assert result["error"].startswith("TrainingError: step 2 holds the data positions of 1 process(es), and 2")
+def batches_of(results):
+    """The digests of all rows of each batch, from those of the processes."""
+    return [sum(parts, []) for parts in zip(*(result["batches"] for result in results), strict=True)]
 
 
-def test_one_process_saves_its_position_as_it_is(folder, one):
-    assert read_item(folder / "alone", 2, "data")["identity"]["process"] == [0, 1]
+def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one, four, resumed):
+    """From two processes to one and back to two, and from two to four."""
+    whole, steps = batches_of(two["straight"]), rows_of(folder / "straight")
+    assert [len(set(batch)) for batch in whole] == [8] * 8  # six to learn from, two to evaluate on
+    params = read_arrays(folder / "straight.npz")
+    for name, parts in (("by one", [one["by one"], resumed["by one"]]), ("by four", [four["by four"]])):
+        parts = [batches_of(part) for part in parts]
+        assert sum([part[:-2] for part in parts], []) == whole[3:6], name
+        assert all(part[-2:] == whole[6:] for part in parts), name
+        got = [row for row in rows_of(folder / name) if row["step"] == 6 or "loss" in row]
+        assert [row.keys() for row in got] == [row.keys() for row in steps]
+        for row, want in zip(got, steps, strict=True):
+            loss = "eval_loss" if "eval_loss" in want else "loss"
+            np.testing.assert_allclose(row[loss], want[loss], rtol=1e-6, err_msg=f"{name} {want['step']}")
+        for path, array in read_arrays(folder / f"{name}.npz").items():
+            np.testing.assert_allclose(array, params[path], rtol=1e-6, atol=1e-6, err_msg=f"{name} {path}")
+        assert read_item(folder / name, 6, "data") == read_item(folder / "straight", 6, "data")
+
+
+def test_rows_of_a_process_are_those_of_its_devices(one, two):
+    assert one["own rows"] == ({"0": [0, 1, 2, 3, 4, 5, 6, 7]},)  # each device a half of every row
+    assert two["own rows"] == ({"0": [0, 1, 2, 3], "1": [4, 5, 6, 7]},) * 2
+
+
+def test_parts_of_a_batch_are_joined_alike_by_any_number_of_processes():
+    parts = [np.arange(16).reshape(8, 2) + 100 * part for part in range(3)]
+    whole = loop.join_parts(parts)
+    assert sorted(whole.ravel()) == sorted(np.ravel(parts))
+    for count in (2, 4):
+        own = [loop.join_parts([np.split(part, count)[index] for part in parts]) for index in range(count)]
+        np.testing.assert_array_equal(np.concatenate(own), whole)
+
+
+def test_processes_that_would_share_shards_are_refused():
+    rows = {process: list(range(4 * process, 4 * process + 4)) for process in range(3)}
+    loop.check_data_shards(9, rows, 12)
+    with pytest.raises(ConfigError, match=r"data\.shards=8: .* the 12 rows of a batch, 4, is not a multiple of 3 proc"):
+        loop.check_data_shards(8, rows, 12)
+
+
+def test_a_run_from_before_there_were_shards_is_refused():
+    with pytest.raises(loop.TrainingError, match="position belongs to its processes.*continue with that version"):
+        loop.check_same_run({"data": {"seed": 0}}, {"data": {"seed": 0, "shards": 8}})
 
 
 def test_processes_that_would_share_rows_are_refused(folder, two):
-    for result in two["shared rows"]:
+    for result in two["shared rows"] + two["shared tokens"]:
         assert result["error"].startswith("ConfigError: mesh.*: the 1 batch shards"), result
 
 
@@ -251,28 +326,81 @@ def test_import_onto_a_mesh_reads_in_each_process_what_its_shards_need(two, mesh
         assert not any(".experts.0." in name or ".experts.1." in name for name in second)
 
 
-def test_train_py_joins_processes(folder):
-    """The flag alone: what the runs do together is tested above."""
-    (folder / "flag.py").write_text(
-        "import pathlib\nfrom tests.processes_worker import config_of_run\n"
-        f"get_config = lambda: config_of_run(pathlib.Path({str(folder)!r}), data=2)\n"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "train.py", f"--config={folder}/flag.py", f"--workdir={folder}/flag", "--steps=2"]
-    runs = [
+def start_programs(*arguments):
+    """python ARGUMENTS --distributed=ADDRESS,2,INDEX in two processes of one device."""
+    address = free_address()
+    return [
         subprocess.Popen(
-            [*command, f"--distributed={address},2,{index}"],
+            [sys.executable, *arguments, f"--distributed={address},2,{index}"],
             cwd=REPOSITORY, env=fake_devices.environment(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for index in range(2)
     ]  # fmt: skip
-    outputs = [run.communicate(timeout=150) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert "512 tokens" in outputs[0][0]  # 2 steps of 256
+
+
+def kill_all(programs):
+    for program in programs:
+        program.kill()
+        program.communicate()
+
+
+def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoint(folder, two):
+    command = ["train.py", f"--config={folder}/run.py", f"--workdir={folder}/killed", "--steps=6"]
+    definition = (
+        "import pathlib\nfrom tests import processes_worker\n{}\n"
+        f"get_config = lambda: processes_worker.config_of_run(pathlib.Path({str(folder)!r}), data=1, fsdp=2)\n"
+    )
+    (folder / "run.py").write_text(definition.format("processes_worker.hang_before_step(4, index=1)"))
+    programs = start_programs(*command)
+    try:
+        deadline = time.monotonic() + 100
+        while len(metrics.read_rows(folder / "killed/metrics.jsonl")) < 3:
+            assert time.monotonic() < deadline and programs[0].poll() is None
+            time.sleep(0.1)
+        time.sleep(1)  # process 0 waits in step 4
+        programs[1].kill()
+        out, err = programs[0].communicate(timeout=60)
+    finally:
+        kill_all(programs)
+    assert programs[0].returncode not in (0, None), out
+    (message,) = [line for line in err.splitlines() if "another process of this run" in line]
+    assert message.endswith(
+        "start all processes again with the same --workdir, and the run continues from step 2 in "
+        f"{folder}/killed/checkpoints"
+    )
+
+    (folder / "run.py").write_text(definition.format(""))
+    programs = start_programs(*command)
+    try:
+        outputs = [program.communicate(timeout=150) for program in programs]
+    finally:
+        kill_all(programs)
+    assert [program.returncode for program in programs] == [0, 0], outputs
     assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
-    assert len(list((folder / "flag/checkpoints").iterdir())) == 1
+    assert "finished at step 6, 1,536 tokens" in outputs[0][0]
+    assert rows_of(folder / "killed") == rows_of(folder / "straight")
+    assert read_item(folder / "killed", 6, "checksums") == read_item(folder / "straight", 6, "checksums")
+
+
+def test_a_process_that_is_silent_or_fails_stops_the_other():
+    """A collective that waits for ever: jax aborts the program, which says what to do all the same."""
+    *pairs, failing = [start_programs("-m", "tests.processes_worker", *task) for task in (["wait"], ["wait"], ["fail"])]
+    try:
+        for silent, programs in enumerate(pairs):
+            for program in programs:
+                assert "waits\n" in iter(program.stdout.readline, "")
+            programs[silent].send_signal(signal.SIGSTOP)
+        lost = "another process of this run has ended or was silent for 5 s (see jax's lines above), and so ends this"
+        for programs, other in zip(pairs, (1, 0), strict=True):
+            _, err = programs[other].communicate(timeout=60)
+            assert programs[other].returncode == -signal.SIGABRT
+            assert err.splitlines()[-1] == f"{lost}: do this"
+        errors = [program.communicate(timeout=60)[1] for program in failing]
+        assert [program.returncode for program in failing] == [1, 1]
+        assert re.search(r"LostProcessError: another process of this run has ended.*: do this\n$", errors[0]), errors[0]
+        assert errors[1] == "my own failure\n"
+    finally:
+        kill_all(sum(pairs, failing))
 
 
 def test_a_process_that_waits_in_vain_says_for_whom(monkeypatch):

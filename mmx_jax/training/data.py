@@ -1,7 +1,11 @@
 """The data pipeline: sources of documents to packed batches, deterministic, and resumable to the bit.
 
-    source -> shuffle -> repeat -> this process' share -> train split -> tokens -> pieces -> packed rows
-    rows of all sources -> mixture -> batches -> a thread that works ahead
+    source -> shuffle -> repeat -> a shard's share -> train split -> tokens -> pieces -> packed rows
+    rows of all sources -> mixture -> rows of the shard
+    rows of all shards in turn -> batches -> a thread that works ahead
+
+Batches are the same whatever processes read them: the shards are numbered, and a process reads those that its rows of
+a batch come from.
 
 grain is imported when a pipeline is built, not before.
 """
@@ -120,16 +124,15 @@ class _Tokenise:
         return tokens
 
 
-def _seeds(seed: int, source: int) -> tuple[int, int]:
-    """Seeds of the shuffle of documents and of rows; grain adds the epoch, so neighbours must lie far apart."""
-    first, second = np.random.SeedSequence([seed, source]).generate_state(2)
-    return int(first), int(second)
+def _seed_of(*numbers: int) -> int:
+    """A seed from several numbers; grain adds the epoch, so those of neighbours must lie far apart."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _shuffled(source: Source, index: int, seed: int) -> Iterator[Document]:
     """The documents of one epoch, in an order of its own."""
     grain = import_extra("grain")
-    shuffled = grain.MapDataset.source(source).shuffle(_seeds(seed, index)[0])
+    shuffled = grain.MapDataset.source(source).shuffle(_seed_of(seed, index))
     return (shuffled[i] for i in range(len(shuffled)))
 
 
@@ -211,11 +214,11 @@ class TrainIterator:
         return next(self._iterator)
 
     def get_state(self) -> dict:
-        """The position after the last batch given out, of JSON types. It may be restored with other `rows`."""
-        return {"identity": self._identity, "iterator": self._iterator.get_state()}
+        """The position after the last batch given out, of JSON types: that of each shard which is read here."""
+        return {"identity": self._identity, "shards": self._iterator.get_state()}
 
     def set_state(self, state: dict) -> None:
-        """Continues where `get_state` was called.
+        """Continues where `get_state` was called, here or, `merge_states`, in the processes that read the shards.
 
         Raises:
           DataError: the state was saved with other data; the message names what differs.
@@ -228,11 +231,99 @@ class TrainIterator:
         ]
         if changed:
             raise DataError("the saved data position does not fit this run: " + "; ".join(changed))
-        self._iterator.set_state(state["iterator"])
+        self._iterator.set_state(state["shards"])
 
     def close(self) -> None:
         """Stops the thread that works ahead."""
         self._iterator.close()
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """The state of all shards, from `TrainIterator.get_state` of the processes that share them out."""
+    shards = {number: state for part in states for number, state in part["shards"].items()}
+    return {"identity": states[0]["identity"], "shards": shards}
+
+
+def own_shards(rows: int, shards: int, own_rows: Sequence[int]) -> list[list[int]]:
+    """The shards that rows of a batch come from, in groups: each group gives as many rows, from its shards in turn.
+
+    Of 8 shards and 16 rows, each shard gives two; of 8 shards and 12 rows, each two shards give three.
+
+    Args:
+      rows: of the whole batch.
+      own_rows: the numbers of those wanted, ascending.
+
+    Raises:
+      ValueError: a group gives other rows besides.
+    """
+    groups = math.gcd(rows, shards)
+    wanted = sorted({row * groups // rows for row in own_rows})
+    if len(own_rows) * groups != len(wanted) * rows:
+        raise ValueError(f"{len(own_rows)} of {rows} rows are not all those of groups of the {shards} shards")
+    size = shards // groups
+    return [list(range(group * size, (group + 1) * size)) for group in wanted]
+
+
+class _Shard:
+    """The rows of one shard: of all sources, by their weights.
+
+    Row j is of the source in whose share of [0, 1) the number j / golden ratio + `phase` falls, modulo 1: such numbers
+    fill it evenly, and those of shards whose phases lie evenly do so at every j.
+    """
+
+    _STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
+
+    def __init__(self, sources: list, weights: Sequence[float], phase: float):
+        self.rows = 0
+        self._sources = sources
+        self._ends = np.cumsum(weights)[:-1]
+        self._phase = int(phase * 2**64)
+
+    def __next__(self):
+        point = (self.rows * self._STEP + self._phase) % 2**64 / 2**64
+        row = next(self._sources[np.searchsorted(self._ends, point, side="right")])
+        self.rows += 1
+        return row
+
+    def get_state(self):
+        return {"rows": self.rows, "sources": [source.get_state() for source in self._sources]}
+
+    def set_state(self, state):
+        self.rows = state["rows"]
+        for source, saved in zip(self._sources, state["sources"], strict=True):
+            source.set_state(saved)
+
+    def close(self):
+        for source in self._sources:
+            source.close()
+
+
+class _Batches:
+    """Batches of `rows` rows of every group of shards."""
+
+    def __init__(self, groups: list[dict[int, _Shard]], rows: int):
+        self._groups = groups
+        self._rows = rows
+
+    def __next__(self):
+        rows = []
+        for group in self._groups:
+            for _ in range(self._rows):
+                rows.append(next(min(group.values(), key=lambda shard: shard.rows)))  # in turn
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def get_state(self):
+        return {str(number): shard.get_state() for group in self._groups for number, shard in group.items()}
+
+    def set_state(self, state):
+        for group in self._groups:
+            for number, shard in group.items():
+                shard.set_state(state[str(number)])
+
+    def close(self):
+        for group in self._groups:
+            for shard in group.values():
+                shard.close()
 
 
 def make_train_iterator(
@@ -241,76 +332,81 @@ def make_train_iterator(
     *,
     sequence_length: int,
     rows: int,
+    own_rows: Sequence[int] | None = None,
     source_weights: Sequence[float] = (),
-    process_index: int = 0,
-    process_count: int = 1,
     seed: int | None = None,
 ) -> TrainIterator:
     """Endless packed batches of the training documents.
 
     Every epoch of a source is shuffled anew; with `data.shuffle_buffer` only within windows of that many
-    neighbouring documents, for files that are slow to read at random. Each row holds documents of one source;
-    the weights of the mixture are shares of rows, hence of tokens, exact to about 1 % of the smallest weight.
-    Processes read disjoint documents within an epoch. Documents longer than a row are cut, see
-    `packing.split_document`.
+    neighbouring documents, for files that are slow to read at random. Its documents are dealt out to `data.shards`
+    shards, which pack them. Each row holds documents of one source; the weights of the mixture are shares of rows,
+    hence of tokens. Documents longer than a row are cut, see `packing.split_document`.
 
     Args:
       data: sources, split, packing.
       sequence_length: T.
-      rows: R, rows of a batch of this process.
+      rows: of a whole batch.
+      own_rows: the numbers of those to give out, ascending; None: all. Iterators with different rows together give
+        the batches that one gives, see `own_shards`.
       source_weights: in place of the config's.
       seed: of the shuffles; None takes `data.seed`.
 
     Returns:
-      Iterator over `{tokens, targets, segment_ids, positions}`, int32 [R, T]. `targets` is the next token of the
-      same document, -1 where there is none; `segment_ids` is 0 on padding.
+      Iterator over `{tokens, targets, segment_ids, positions}`, int32 [R, T] with R own rows. `targets` is the next
+      token of the same document, -1 where there is none; `segment_ids` is 0 on padding.
 
     Raises:
       DataError, FileNotFoundError: data that cannot be used, here or when a document is reached.
       ImportError: grain is not installed.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"{process_index=} must lie in [0, {process_count=})")
+    own_rows = range(rows) if own_rows is None else own_rows
+    numbers = own_shards(rows, data.shards, own_rows)
     grain = import_extra("grain")
     seed = data.seed if seed is None else seed
     sources = open_sources(data, tokenizer)
     split = make_split(sources, data.eval_fraction)
     weights = mixture(data, source_weights)
 
-    def rows_of(index: int, source: Source):
-        document_seed, row_seed = _seeds(seed, index)
+    def rows_of(index: int, source: Source, shard: int):
         documents = grain.MapDataset.source(source)
+        document_seed = _seed_of(seed, index)
         if data.shuffle_buffer:
             documents = grain.experimental.WindowShuffleMapDataset(
                 documents.repeat(), window_size=data.shuffle_buffer, seed=document_seed
             )
         else:
             documents = documents.shuffle(document_seed).repeat()
-        documents = documents[process_index::process_count].filter(split.is_train)
-        return pack(
+        documents = documents[shard :: data.shards].filter(split.is_train)
+        packed = pack(
             grain, _pieces(grain, documents.map(_Tokenise(tokenizer, source)), sequence_length),
             length=sequence_length, bins=data.packing_bins, alignment=data.packing_alignment,
-            pad_id=tokenizer.pad_id or 0, seed=row_seed, shuffle=True,
+            pad_id=tokenizer.pad_id or 0, seed=_seed_of(seed, index, shard), shuffle=True,
         )  # fmt: skip
+        return iter(packed)
 
-    mixed = [rows_of(i, source) for i, source in enumerate(sources)]
-    dataset = mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights)
-    dataset = dataset.batch(rows)
+    def open_shard(number: int):
+        streams = [rows_of(i, source, number) for i, source in enumerate(sources)]
+        return _Shard(streams, weights, phase=number / data.shards)
+
+    groups = [{number: open_shard(number) for number in group} for group in numbers]
+    iterator = _Batches(groups, len(own_rows) // len(groups))
     if data.prefetch:
-        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=data.prefetch)
+        iterator = grain.experimental.ThreadPrefetchDatasetIterator(iterator, data.prefetch)
     identity = {
         "sources": [[source.name, len(source)] for source in sources],
         "weights": list(weights),
         "vocab_size": tokenizer.vocab_size,
         "eval_fraction": data.eval_fraction,
         "sequence_length": sequence_length,
+        "rows": rows,
+        "shards": data.shards,
         "packing_bins": data.packing_bins,
         "packing_alignment": data.packing_alignment,
         "shuffle_buffer": data.shuffle_buffer,
-        "process": [process_index, process_count],
         "seed": seed,
     }
-    return TrainIterator(iter(dataset), identity)
+    return TrainIterator(iterator, identity)
 
 
 def _pieces(grain, documents, length: int):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -88,7 +89,7 @@ def train(
       console: rich console; None: standard output of process 0.
 
     Raises:
-      TrainingError, CheckpointError, ConfigError: with one clear message.
+      TrainingError, CheckpointError, ConfigError, processes.LostProcessError: with one clear message.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def train(
         keep_best=config.checkpoint.keep_best,
         asynchronous=config.checkpoint.asynchronous,
     )
-    try:
+    with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
         start = _resume_step(checkpointer, resume)
         notes = []
         if start:
@@ -119,6 +120,12 @@ def train(
                     return run.loop(steps, profile_steps, signals, progress)
                 finally:
                     run.close()
+
+
+@contextlib.contextmanager
+def _closing(checkpointer):
+    try:
+        yield
     finally:
         # An error on its way out is the one to report: a failed save has been raised by then, or will be below.
         with contextlib.suppress(Exception):
@@ -148,7 +155,7 @@ class _Run:
             self.tokens_seen = position["tokens_seen"]
             if position["stage_index"] is not None:
                 self._open_stage(position["stage_index"])
-                self.iterator.set_state(own_data_state(data_state, start))
+                self.iterator.set_state(data_state)
         else:
             self.state = train_step.init_state(config, mesh)
         self.writer = metrics.MetricsWriter(workdir, resume_step=start) if processes.is_first() else None
@@ -248,10 +255,9 @@ class _Run:
             self.config.data,
             self.tokenizer,
             sequence_length=stage.sequence_length,
-            rows=unit // jax.process_count(),
+            rows=unit,
+            own_rows=rows_by_process(self.mesh, unit)[jax.process_index()],
             source_weights=stage.source_weights,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
             seed=self.config.data.seed + index,
         )
         self.iterator_stage = index
@@ -259,7 +265,7 @@ class _Run:
     def _global_batch(self, plan):
         unit = schedule.row_unit(self.config.training, plan.stage)
         parts = [next(self.iterator) for _ in range(plan.rows // unit)]
-        return self._to_devices({key: np.concatenate([part[key] for part in parts]) for key in train_step.BATCH_KEYS})
+        return self._to_devices({key: join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS})
 
     def _to_devices(self, batch):
         return {
@@ -359,6 +365,7 @@ class _Run:
             progress.message(f"step {self.step} is not saved: the last {self.nonfinite_in_a_row} steps were not finite")
             return
         states = processes.gather(None if self.iterator is None else self.iterator.get_state())
+        data_state = None if self.iterator is None else data_pipeline.merge_states(states)
         self.checkpointer.save(
             self.step,
             self.state,
@@ -366,7 +373,7 @@ class _Run:
                 "tokens_seen": self.tokens_seen,
                 "stage_index": self.iterator_stage,
             },
-            data=states if len(states) > 1 else states[0],
+            data=data_state,
             config=json.loads(config_io.config_to_json(self.config)),
             eval_loss=self.eval_loss if self.eval_at == self.step else None,
         )
@@ -442,16 +449,28 @@ class _Clock:
         return lap
 
 
+def join_parts(parts: list[np.ndarray]) -> np.ndarray:
+    """The rows of several batches [R, T] in one: first the first of each, so that the processes, each with its rows of
+    all parts, together join them as one process does."""
+    return np.stack(parts, axis=1).reshape(-1, parts[0].shape[1])
+
+
+def rows_by_process(mesh, rows: int) -> dict[int, list[int]]:
+    """The numbers of the rows of a batch that the devices of each process hold, ascending."""
+    numbers = np.arange(rows)
+    found = {}
+    for device, (own, _) in train_step.batch_sharding(mesh).devices_indices_map((rows, mesh.size)).items():
+        found.setdefault(device.process_index, set()).update(numbers[own].tolist())
+    return {process: sorted(own) for process, own in found.items()}
+
+
 def check_rows(config: Config, mesh):
     """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis."""
     shards = train_step.batch_shards(mesh)
-    holders = {}  # first row -> processes
-    for device, (rows, _) in train_step.batch_sharding(mesh).devices_indices_map((shards, 1)).items():
-        holders.setdefault(rows.start, set()).add(device.process_index)
-    if any(len(found) > 1 for found in holders.values()):
+    if sum(map(len, rows_by_process(mesh, shards).values())) > shards:
         raise ConfigError(
             f"mesh.*: the {shards} batch shards of mesh {dict(mesh.shape)} do not give each of {jax.process_count()} "
-            "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor smaller"
+            "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor or seq smaller"
         )
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
@@ -462,6 +481,26 @@ def check_rows(config: Config, mesh):
                 f"batch shards and {jax.process_count()} processes; change batch_tokens, microbatch_rows or mesh"
             )
         check_tokens(config.model, mesh, rows // shards, stage.sequence_length)
+        if jax.process_count() > 1:
+            check_data_shards(config.data.shards, rows_by_process(mesh, unit), unit)
+
+
+def check_data_shards(shards: int, rows_of_processes: dict[int, list[int]], rows: int):
+    """Raises ConfigError where two processes would read one shard of the data.
+
+    Args:
+      rows_of_processes: of a batch of `rows`.
+    """
+    count = len(rows_of_processes)
+    try:
+        for own in rows_of_processes.values():
+            data_pipeline.own_shards(rows, shards, own)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.shards={shards}: the greatest common divisor with the {rows} rows of a batch, "
+            f"{math.gcd(shards, rows)}, is not a multiple of {count} processes; start a number of processes that "
+            "divides it, or begin a new run with other data.shards"
+        ) from error
 
 
 def check_tokens(model, mesh, rows: int, length: int):
@@ -479,19 +518,16 @@ def check_tokens(model, mesh, rows: int, length: int):
         )
 
 
-def own_data_state(saved, step: int):
-    """Of the data item of a checkpoint, which holds a list if several processes saved it, the part of this process."""
-    states = saved if isinstance(saved, list) else [saved]
-    if len(states) != jax.process_count():
-        raise TrainingError(
-            f"step {step} holds the data positions of {len(states)} process(es), and {jax.process_count()} would "
-            f"continue it: start {len(states)}, or begin in a new --workdir"
-        )
-    return states[jax.process_index()]
-
-
 def check_same_run(stored: dict, current: dict) -> list[str]:
-    """The harmless fields that differ, as "field: old -> new"; raises ConfigError on any other difference."""
+    """The harmless fields that differ, as "field: old -> new"; raises ConfigError on any other difference.
+
+    Raises TrainingError where the run was saved before there were shards.
+    """
+    if "shards" not in stored.get("data", {}):
+        raise TrainingError(
+            "the run in this folder was saved by a version whose data position belongs to its processes, and "
+            "which this one does not read: continue with that version, or start in a new --workdir"
+        )
     old, new = _flatten(stored), _flatten(current)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if "training.total_tokens" in differing and _has_closed_schedule(current["training"]):
@@ -541,6 +577,13 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path):
         loaded.save(temporary)
         os.replace(temporary, folder)
     return loaded
+
+
+def how_to_continue(checkpointer) -> str:
+    """What to do about a run whose processes have ended."""
+    steps = checkpointer.steps_on_disk()
+    where = f"continues from step {steps[-1]} in" if steps else "begins anew: there is no checkpoint in"
+    return f"start all processes again with the same --workdir, and the run {where} {checkpointer.directory}"
 
 
 def _resume_step(checkpointer, resume) -> int:
