@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mmx_jax import generate
 from mmx_jax.config import MeshConfig
 from mmx_jax.layers.attention_ops import causal_attention
-from mmx_jax.models.decoder import init_params, param_shardings
+from mmx_jax.models.decoder import Decoder, init_params, param_shardings
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from mmx_jax.training.loss import chunked_cross_entropy
@@ -180,19 +180,27 @@ def visits_report():
     return report
 
 
+def gradient_function(config, weights):
+    def objective(params, tokens, segment_ids):
+        output = Decoder(config).apply({"params": params}, tokens, segment_ids)
+        return jnp.sum(weights * output.logits), output.logits
+
+    return jax.jit(jax.grad(objective, has_aux=True))
+
+
 def model_report():
     tokens = np.random.default_rng(0).integers(0, 64, (BATCH, LENGTH)).astype(np.int32)
     weights = random(1, BATCH, LENGTH, 64) * (SEGMENTS > 0)[..., None]
     report = {}
-    config = sharded_model.config(num_layers=2)
+    config = sharded_model.config()
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    gradient, (logits, _) = sharded_model.gradient_function(config, weights)(params, tokens, SEGMENTS)
+    gradient, logits = gradient_function(config, weights)(params, tokens, SEGMENTS)
     for name, sizes in MODELS.items():
-        other = sharded_model.config(num_layers=2, sequence_lightning="ring", sequence_softmax="gather")
-        run = sharded_model.gradient_function(other if name == "seq=8" else config, weights)
+        other = sharded_model.config(sequence_lightning="ring", sequence_softmax="gather")
+        run = gradient_function(other if name == "seq=8" else config, weights)
         mesh = make_mesh(MeshConfig(**sizes))
         with jax.set_mesh(mesh):
-            got, (got_logits, _) = run(jax.device_put(params, param_shardings(config, mesh)), tokens, SEGMENTS)
+            got, got_logits = run(jax.device_put(params, param_shardings(config, mesh)), tokens, SEGMENTS)
         report[name] = {
             "logits": sharded_model.error(np.asarray(got_logits)[SEGMENTS > 0], np.asarray(logits)[SEGMENTS > 0]),
             "gradients": sharded_model.error(got, gradient),
