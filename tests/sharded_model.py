@@ -1,45 +1,95 @@
-"""Runs a small model on 8 CPU devices under several meshes and prints how far it is from one device, as JSON.
+"""Trains a small model on 8 CPU devices under several meshes and prints how far it is from one device, as JSON.
 
 A program of its own, because the number of devices is fixed when jax starts; tests/test_sharding.py runs it.
 """
 
+import gc
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from mmx_jax.config import MeshConfig, ModelConfig
-from mmx_jax.models.decoder import Decoder, init_params, param_shardings
-from mmx_jax.sharding import logical_to_spec, make_mesh
+from mmx_jax.compiled import bytes_per_device
+from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mmx_jax.models.decoder import Decoder, init_params
+from mmx_jax.sharding import MESH_AXES, make_mesh
+from mmx_jax.training.optimizer import init_optimizer
+from mmx_jax.training.step import abstract_state, batch_sharding, make_train_step, state_shardings
 
-MESHES = {
-    "data=8": dict(data=8),
-    "fsdp=8": dict(data=1, fsdp=8),
+ROWS, LENGTH, STEPS = 8, 16, 10
+# With a small epsilon the first updates would be the signs of gradients, and of rounding errors where these are 0.
+EPSILON, LEARNING_RATE = 1e-2, 3e-2
+ALONE = {f"{axis}=8": {axis: 8} for axis in MESH_AXES}
+# 12 of the 15 pairs of axes; tests of experts and of sequences alone have fsdp with expert and tensor with seq.
+TOGETHER = {
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
-    "expert_tensor=4 tensor=2": dict(data=1, expert_tensor=4, tensor=2),
-    "fsdp=2 seq=4": dict(data=1, fsdp=2, seq=4),
-    "data=2 expert=4": dict(data=2, expert=4),
+    "fsdp=2 expert_tensor=2 seq=2": dict(fsdp=2, expert_tensor=2, seq=2),
+    "expert=2 expert_tensor=2 tensor=2": dict(expert=2, expert_tensor=2, tensor=2),
+    "data=2 expert=2 seq=2": dict(data=2, expert=2, seq=2),
 }
+MESHES = ALONE | TOGETHER
+CAPACITY_FACTORS = {"dropless": None, "capacity": 0.5}
+# Documents cross the borders of parts of 2, 4 and 8 tokens, and end at some; padding in front, inside and behind.
+PACKED = np.array(
+    [[0] * 1 + [1] * 7 + [2] * 8, [1] * 5 + [2] * 1 + [0] * 2 + [3] * 5 + [0] * 3] * (ROWS // 2), np.int32
+)
+SEGMENTS = {"packed": PACKED, "unpacked": np.ones_like(PACKED)}
 
 
-def config(num_layers=4, **changes):
+def config(num_layers=2, **changes):
     return ModelConfig(
-        vocab_size=64, hidden_size=32, num_layers=num_layers, layer_pattern=("lightning", "softmax"), num_heads=4,
-        num_kv_heads=2, head_dim=8, rotary_dim=4, rope_theta=1e4, mlp_dim=48, num_experts=4, experts_per_token=2,
-        dtype="float32", lightning_chunk=8, softmax_block=8, **changes,
+        vocab_size=64, hidden_size=32, num_layers=num_layers, layer_pattern=("lightning", "softmax"), num_heads=16,
+        num_kv_heads=8, head_dim=4, rotary_dim=2, rope_theta=1e4, mlp_dim=48, num_experts=8, experts_per_token=2,
+        dtype="float32", lightning_chunk=4, softmax_block=8, **changes,
     )  # fmt: skip
 
 
-def gradient_function(model_config, weights):
-    def objective(params, tokens, segment_ids):
-        output = Decoder(model_config).apply({"params": params}, tokens, segment_ids)
-        router = jnp.sum(output.router.probability * jnp.arange(4.0))
-        return jnp.sum(weights * output.logits) + router, (output.logits, output.router)
+def batch_of(segment_ids):
+    """A batch of the training step; the target of a token is the next one of its document."""
+    tokens = np.random.default_rng(0).integers(0, 64, segment_ids.shape).astype(np.int32)
+    following = np.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
+    goes_on = (np.pad(segment_ids, ((0, 0), (0, 1)))[:, 1:] == segment_ids) & (segment_ids > 0)
+    starts = np.argmax(segment_ids[:, None] == segment_ids[..., None], axis=-1)
+    return {
+        "tokens": tokens,
+        "targets": np.where(goes_on, following, -1).astype(np.int32),
+        "segment_ids": segment_ids,
+        "positions": (np.arange(LENGTH) - starts).astype(np.int32),
+    }
 
-    return jax.jit(jax.grad(objective, has_aux=True))
+
+def train(run_config, mesh, state):
+    """{packing: what `STEPS` steps from `state` on give}, on the host; both packings by one program."""
+    shardings = state_shardings(run_config, mesh)
+    step = make_train_step(run_config, mesh).__wrapped__  # jitted, it would not go into a larger program
+
+    def logits_and_step(state, batch):
+        inputs = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+        logits = Decoder(run_config.model).apply({"params": state["params"]}, *inputs).logits
+        return logits, *step(state, batch, LEARNING_RATE)
+
+    run = jax.jit(logits_and_step, out_shardings=(None, shardings, None))
+
+    def outcome(batch):
+        now, batch = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh))
+        logits, now, metrics = run(now, batch)
+        first, losses = now["opt_state"].mu, [metrics["loss"]]
+        for _ in range(STEPS - 1):
+            _, now, later = run(now, batch)
+            losses.append(later["loss"])
+        losses.append(run(now, batch)[2]["loss"])
+        real = np.asarray(batch["segment_ids"]) > 0
+        return jax.device_get({
+            "logits": np.asarray(logits)[real],
+            "metrics": metrics,
+            "gradients": first,  # Adam's first moment behind one step
+            "losses": jnp.stack(losses),
+            "parameters": now["params"],
+        })  # fmt: skip
+
+    with jax.set_mesh(mesh):
+        return {name: outcome(batch_of(segment_ids)) for name, segment_ids in SEGMENTS.items()}
 
 
 def error(got, want):
@@ -52,35 +102,40 @@ def error(got, want):
     return max(jax.tree.leaves(jax.tree.map(leaf_error, got, want)))
 
 
+def report_of(mode):
+    """What one device makes of a mode, and how far each mesh is from it."""
+    run_config = Config(
+        model=config(capacity_factor=CAPACITY_FACTORS[mode]),
+        training=TrainingConfig(sequence_length=LENGTH, batch_tokens=ROWS * LENGTH, adam_eps=EPSILON),
+    )
+    params = jax.jit(init_params, static_argnums=0)(run_config.model, jax.random.key(0))
+    state = {"step": jnp.int32(0), "params": params, "opt_state": init_optimizer(run_config.training, params)}
+    want = train(run_config, make_mesh(MeshConfig(), jax.devices()[:1]), state)
+    report = {
+        "losses": {packing: outcome["losses"].tolist() for packing, outcome in want.items()},
+        "drop_rates": {
+            packing: outcome["metrics"]["router"]["drop_rate"].tolist() for packing, outcome in want.items()
+        },
+        "meshes": {},
+    }
+    for name, sizes in MESHES.items():
+        mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+        got = train(run_config, mesh, state)
+        own = bytes_per_device(abstract_state(run_config, mesh)["params"])
+        report["meshes"][name] = {
+            "errors": {
+                packing: {part: error(got[packing][part], outcome[part]) for part in outcome}
+                for packing, outcome in want.items()
+            },
+            "tokens": batch_sharding(mesh).shard_shape((ROWS, LENGTH)),
+            "parameters": own / sum(x.nbytes for x in jax.tree.leaves(params)),
+        }
+    return report
+
+
 def main():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 64, (8, 20)).astype(np.int32)
-    segment_ids = np.array([[0] * 3 + [1] * 9 + [2] * 8, [1] * 15 + [0] * 5] * 4, np.int32)
-    weights = rng.normal(size=(8, 20, 64)).astype(np.float32) * (segment_ids > 0)[..., None]
-    report = {}
-    for capacity_factor, names in ((None, list(MESHES)), (0.5, ["data=2 expert=4"])):
-        model_config = config(capacity_factor=capacity_factor)
-        params = jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(0))
-        run = gradient_function(model_config, weights)
-        want_gradient, (want_logits, want_router) = run(params, tokens, segment_ids)
-        real = segment_ids > 0
-        for name in names:
-            mesh = make_mesh(MeshConfig(**MESHES[name]))
-            shardings = param_shardings(model_config, mesh)
-            placed = jax.device_put(params, shardings)
-            rows = NamedSharding(mesh, logical_to_spec(("batch", "length")))
-            with jax.set_mesh(mesh):
-                gradient, (logits, router) = run(placed, *jax.device_put((tokens, segment_ids), rows))
-            leaves = jax.tree.leaves(placed)
-            report[name if capacity_factor is None else f"{name} with capacity"] = {
-                "logits": error(np.asarray(logits)[real], np.asarray(want_logits)[real]),
-                "router": error(router, want_router),
-                "gradients": error(gradient, want_gradient),
-                "sharded": sum(leaf.sharding.spec != P() and not leaf.is_fully_replicated for leaf in leaves),
-                "rows_per_device": rows.shard_shape(tokens.shape)[0],
-                "dropped": float(np.sum(router.dropped)),
-            }
-    print(json.dumps(report))
+    gc.disable()  # tracing makes many objects that stay: looking for garbage among them is a third of its time
+    print(json.dumps({mode: report_of(mode) for mode in CAPACITY_FACTORS}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A program of its own, because the number of devices is fixed when jax starts; tests/test_sequence.py runs it.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -16,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 from mmx_jax import generate
 from mmx_jax.config import MeshConfig
 from mmx_jax.layers.attention_ops import causal_attention
-from mmx_jax.models.decoder import init_params, param_shardings
+from mmx_jax.models.decoder import Decoder, abstract_params, init_params, param_shardings
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from mmx_jax.training.loss import chunked_cross_entropy
+from mmx_jax.training.step import batch_sharding
 from pallas_kernels import blockwise_attention as blocks
 from pallas_kernels.lightning_attention import document_runs, lightning_attention
-from tests import oracles, sharded_model
+from tests import oracles, sharded_experts, sharded_model
 
 BATCH, HEADS, KV_HEADS, DIM, LENGTH = 2, 4, 2, 4, 32
 SLOPES = np.array([0.917, 0.25, 0.05, 0.004], np.float32)
@@ -38,6 +40,7 @@ LIGHTNING = {
     "one device": (1, "gather", True, True),
     **{f"{method} {n}": (n, method, True, True) for method in sequence.METHODS for n in (2, 4, 8)},
     **{f"{method} whole rows": (8, method, False, False) for method in sequence.METHODS},
+    "gather 4, no state": (4, "gather", True, False),
 }
 # Name: (devices, method, packed, block, length); blocks that do and do not divide a half of a part.
 SOFTMAX = {
@@ -100,7 +103,7 @@ def lightning_report():
         return output, None if state is None else final
 
     report, want = {}, {}
-    for options in ((True, True), (False, False)):
+    for options in ((True, True), (True, False), (False, False)):
         run, arguments = lightning_problem(whole, *options)
         want[options] = run(*arguments)
         q, k, v = (x.reshape(BATCH, LENGTH, HEADS, DIM) for x in arguments[:3])
@@ -180,19 +183,27 @@ def visits_report():
     return report
 
 
+def gradient_function(config, weights):
+    def objective(params, tokens, segment_ids):
+        output = Decoder(config).apply({"params": params}, tokens, segment_ids)
+        return jnp.sum(weights * output.logits), output.logits
+
+    return jax.jit(jax.grad(objective, has_aux=True))
+
+
 def model_report():
     tokens = np.random.default_rng(0).integers(0, 64, (BATCH, LENGTH)).astype(np.int32)
     weights = random(1, BATCH, LENGTH, 64) * (SEGMENTS > 0)[..., None]
     report = {}
-    config = sharded_model.config(num_layers=2)
+    config = sharded_model.config()
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    gradient, (logits, _) = sharded_model.gradient_function(config, weights)(params, tokens, SEGMENTS)
+    gradient, logits = gradient_function(config, weights)(params, tokens, SEGMENTS)
     for name, sizes in MODELS.items():
-        other = sharded_model.config(num_layers=2, sequence_lightning="ring", sequence_softmax="gather")
-        run = sharded_model.gradient_function(other if name == "seq=8" else config, weights)
+        other = sharded_model.config(sequence_lightning="ring", sequence_softmax="gather")
+        run = gradient_function(other if name == "seq=8" else config, weights)
         mesh = make_mesh(MeshConfig(**sizes))
         with jax.set_mesh(mesh):
-            got, (got_logits, _) = run(jax.device_put(params, param_shardings(config, mesh)), tokens, SEGMENTS)
+            got, got_logits = run(jax.device_put(params, param_shardings(config, mesh)), tokens, SEGMENTS)
         report[name] = {
             "logits": sharded_model.error(np.asarray(got_logits)[SEGMENTS > 0], np.asarray(logits)[SEGMENTS > 0]),
             "gradients": sharded_model.error(got, gradient),
@@ -208,6 +219,22 @@ def model_report():
     with jax.set_mesh(mesh):
         params = jax.device_put(params, param_shardings(config, mesh))
         report["prefill"] = sharded_model.error(prefill(), want)
+    return report
+
+
+def layers_report():
+    """What the gradient of a model of two lightning layers gathers, for rows of two lengths: types in the program."""
+    config = dataclasses.replace(sharded_model.config(), layer_pattern=("lightning",) * 2)
+    mesh, report = make_mesh(MeshConfig(data=1, seq=8)), {}
+    place = lambda tree, shardings: jax.tree.map(  # noqa: E731
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings
+    )
+    params = place(abstract_params(config), param_shardings(config, mesh))
+    for length in (LENGTH, 2 * LENGTH):
+        rows = jax.ShapeDtypeStruct((BATCH, length), jnp.int32, sharding=batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            compiled = gradient_function(config, 1.0).lower(params, rows, rows).compile()
+        report[str(length)] = sharded_experts.collectives(compiled.as_text()).get("all-gather", [])
     return report
 
 
@@ -232,5 +259,5 @@ def loss_report():
 
 
 if __name__ == "__main__":
-    reports = lightning_report, softmax_report, visits_report, model_report, loss_report
+    reports = lightning_report, softmax_report, visits_report, model_report, layers_report, loss_report
     print(json.dumps({report.__name__.removesuffix("_report"): report() for report in reports}))

@@ -12,6 +12,7 @@ from mmx_jax.sharding import MESH_AXES, RULES, over_mesh, row_axis
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import default_implementation
 from tests import fake_devices
+from tests.sharded_model import config
 from tests.sharded_sequence import BATCH, DIM, HEADS, KV_HEADS, LENGTH, LIGHTNING, MODELS, SOFTMAX
 
 STATE = 4 * BATCH * HEADS * DIM * DIM  # bytes
@@ -45,6 +46,15 @@ def test_lasp_plus_moves_the_same_whatever_the_length(report):
     want = report["lightning"]["gather whole rows"]["collectives"]
     assert want["all-reduce"] == [4]  # the loss of this test
     assert report["lightning"]["longer, recomputed"] == want
+
+
+def test_lasp_plus_gathers_one_state_of_each_layer(report):
+    """The gradient of a whole model of two lightning layers, of packed rows; longer ones move no more."""
+    model = config()
+    heads, dim = model.num_heads, model.head_dim
+    states = [f"f32[8,{BATCH},{heads},{rows},{dim}]" for rows in (dim, dim + 2)]
+    for length, found in report["layers"].items():
+        assert sorted(kind for kind in found if kind.startswith("f32")) == sorted(2 * states), length
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])

@@ -1,6 +1,7 @@
 """Sharded equals unsharded, and the errors of mesh and rules."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -11,34 +12,48 @@ from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.models.decoder import param_shardings
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from tests import fake_devices
+from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SEGMENTS, STEPS
 
 
 @pytest.fixture(scope="module")
 def report():
-    """{mesh: relative errors of a model on 8 devices}."""
-    return fake_devices.answer_of("tests.sharded_model")
+    """What tests/sharded_model.py found on 8 devices."""
+    return fake_devices.answer_of("tests.sharded_model", timeout=900)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "rows_per_device", "sharded"),
-    [
-        ("data=8", 1, False),
-        ("fsdp=8", 1, True),
-        ("data=2 fsdp=2 tensor=2", 2, True),
-        ("expert_tensor=4 tensor=2", 2, True),
-        ("fsdp=2 seq=4", 4, True),
-        ("data=2 expert=4", 1, True),
-        ("data=2 expert=4 with capacity", 1, True),
-    ],
-)
-def test_sharded_equals_unsharded(report, mesh, rows_per_device, sharded):
-    """Packed and padded rows: logits, router sums and gradients."""
-    result = report[mesh]
-    assert result["rows_per_device"] == rows_per_device
-    assert (result["sharded"] > 0) == sharded
-    assert (result["dropped"] > 0) == ("capacity" in mesh)
-    for part in ("logits", "router", "gradients"):
-        assert result[part] < 1e-5, part
+@pytest.mark.parametrize("packing", SEGMENTS)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mode", CAPACITY_FACTORS)
+def test_sharded_equals_unsharded(report, mode, mesh, packing):
+    """Logits, metrics and gradients of the first step; the loss of ten steps and behind them; the parameters then."""
+    for part, error in report[mode]["meshes"][mesh]["errors"][packing].items():
+        assert error < 1e-5, part
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_mesh_divides_what_its_axes_say(report, mesh):
+    sizes = dict.fromkeys(MESH_AXES, 1) | MESHES[mesh]
+    found = report["dropless"]["meshes"][mesh]
+    rows = ROWS // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "expert_tensor"))
+    assert found["tokens"] == [rows, LENGTH // sizes["seq"]]
+    # Of the parameters all but the norms and the router; the experts alone are half of them and more.
+    most = {"data": 1, "seq": 1, "fsdp": 1 / 7, "tensor": 1 / 7, "expert": 1 / 3, "expert_tensor": 1 / 3}
+    if mesh in ALONE:
+        (axis,) = ALONE[mesh]
+        assert found["parameters"] <= most[axis]
+        assert (found["parameters"] == 1) == (most[axis] == 1)
+    else:
+        assert found["parameters"] < 0.7
+
+
+@pytest.mark.parametrize("packing", SEGMENTS)
+@pytest.mark.parametrize("mode", CAPACITY_FACTORS)
+def test_the_steps_compared_train_and_drop(report, mode, packing):
+    """Or the equality above would say little."""
+    losses = report[mode]["losses"][packing]
+    assert len(losses) == STEPS + 1
+    assert losses[-1] < losses[0] - 1
+    assert all((rate > 0.1) == (mode == "capacity") for rate in report[mode]["drop_rates"][packing])
 
 
 def test_rules_give_mesh_axes():
