@@ -16,6 +16,7 @@ from mmx_jax.models.decoder import Decoder, init_params
 from mmx_jax.sharding import MESH_AXES, make_mesh
 from mmx_jax.training.optimizer import init_optimizer
 from mmx_jax.training.step import abstract_state, batch_sharding, make_train_step, state_shardings
+from tests import sharded_experts
 
 ROWS, LENGTH, STEPS = 8, 16, 10
 # With a small epsilon the first updates would be the signs of gradients, and of rounding errors where these are 0.
@@ -60,7 +61,7 @@ def batch_of(segment_ids):
 
 
 def train(run_config, mesh, state):
-    """{packing: what `STEPS` steps from `state` on give}, on the host; both packings by one program."""
+    """({packing: what `STEPS` steps from `state` on give, on the host}, the program of both)."""
     shardings = state_shardings(run_config, mesh)
     step = make_train_step(run_config, mesh).__wrapped__  # jitted, it would not go into a larger program
 
@@ -69,11 +70,15 @@ def train(run_config, mesh, state):
         logits = Decoder(run_config.model).apply({"params": state["params"]}, *inputs).logits
         return logits, *step(state, batch, LEARNING_RATE)
 
-    run = jax.jit(logits_and_step, out_shardings=(None, shardings, None))
+    state = jax.device_put(state, shardings)
+    batches = {name: batch_of(segment_ids) for name, segment_ids in SEGMENTS.items()}
+    batches = jax.device_put(batches, batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        run = jax.jit(logits_and_step, out_shardings=(None, shardings, None))
+        run = run.lower(state, batches["packed"]).compile()
 
     def outcome(batch):
-        now, batch = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh))
-        logits, now, metrics = run(now, batch)
+        logits, now, metrics = run(state, batch)
         first, losses = now["opt_state"].mu, [metrics["loss"]]
         for _ in range(STEPS - 1):
             _, now, later = run(now, batch)
@@ -88,8 +93,7 @@ def train(run_config, mesh, state):
             "parameters": now["params"],
         })  # fmt: skip
 
-    with jax.set_mesh(mesh):
-        return {name: outcome(batch_of(segment_ids)) for name, segment_ids in SEGMENTS.items()}
+    return {name: outcome(batch) for name, batch in batches.items()}, run
 
 
 def error(got, want):
@@ -110,7 +114,7 @@ def report_of(mode):
     )
     params = jax.jit(init_params, static_argnums=0)(run_config.model, jax.random.key(0))
     state = {"step": jnp.int32(0), "params": params, "opt_state": init_optimizer(run_config.training, params)}
-    want = train(run_config, make_mesh(MeshConfig(), jax.devices()[:1]), state)
+    want, _ = train(run_config, make_mesh(MeshConfig(), jax.devices()[:1]), state)
     report = {
         "losses": {packing: outcome["losses"].tolist() for packing, outcome in want.items()},
         "drop_rates": {
@@ -120,7 +124,7 @@ def report_of(mode):
     }
     for name, sizes in MESHES.items():
         mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-        got = train(run_config, mesh, state)
+        got, program = train(run_config, mesh, state)
         own = bytes_per_device(abstract_state(run_config, mesh)["params"])
         report["meshes"][name] = {
             "errors": {
@@ -129,6 +133,7 @@ def report_of(mode):
             },
             "tokens": batch_sharding(mesh).shard_shape((ROWS, LENGTH)),
             "parameters": own / sum(x.nbytes for x in jax.tree.leaves(params)),
+            "gathered": sharded_experts.collectives(program.as_text()).get("all-gather", []),
         }
     return report
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.models.decoder import param_shardings
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from tests import fake_devices
-from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SEGMENTS, STEPS
+from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SEGMENTS, STEPS, config
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,22 @@ def test_each_mesh_divides_what_its_axes_say(report, mesh):
         assert (found["parameters"] == 1) == (most[axis] == 1)
     else:
         assert found["parameters"] < 0.7
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "fsdp" not in mesh])
+@pytest.mark.parametrize("mode", CAPACITY_FACTORS)
+def test_no_step_gathers_experts(report, mode, mesh):
+    """Of arrays only their weights have the width of an expert, or of its slice on a device, as a dimension."""
+    width = config().mlp_dim
+    widths = {str(width), str(width // MESHES[mesh].get("expert_tensor", 1))}
+    gathered = [kind for kind in report[mode]["meshes"][mesh]["gathered"] if widths & set(re.findall(r"\d+", kind[3:]))]
+    assert not gathered
+
+
+def test_with_fsdp_experts_are_gathered(report):
+    """So that the test above would see it: the experts of one layer, of all widths."""
+    gathered = report["dropless"]["meshes"]["fsdp=8"]["gathered"]
+    assert f"f32[8,32,{config().mlp_dim}]" in gathered
 
 
 @pytest.mark.parametrize("packing", SEGMENTS)
