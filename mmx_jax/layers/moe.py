@@ -42,7 +42,13 @@ def route(x, router, experts_per_token) -> Routing:
     logits = jnp.einsum("rm,me->re", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
     probability = jax.nn.softmax(logits, axis=-1)
     chosen, experts = lax.top_k(probability, experts_per_token)
-    return Routing(experts, chosen / jnp.sum(chosen, axis=-1, keepdims=True), probability)
+    if x.shape[0] == 1:
+        total = jnp.sum(chosen, axis=-1, keepdims=True)
+    else:
+        # By columns: XLA takes a division by the sum of a row for a softmax, which on a GPU is a kernel of its own. For
+        # a single token that kernel goes on to the norm behind the experts.
+        total = sum(jnp.split(chosen, experts_per_token, axis=-1))
+    return Routing(experts, chosen / total, probability)
 
 
 def router_stats(routing: Routing, real, kept) -> RouterStats:
