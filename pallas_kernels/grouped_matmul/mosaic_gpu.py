@@ -11,7 +11,7 @@ have to stay together for it to be in the L2 cache.
 
 TMA reads and writes swizzled blocks at rows that are multiples of 8, so the first block of a group may begin with
 rows of the group before it, and its last one end with rows of the next: they are left out where a block is written,
-and zeroed where it is summed over.
+and zeroed in the left factor where it is summed over.
 """
 
 import functools
@@ -368,33 +368,41 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
             start = pl.multiple_of(lax.div(begin, ALIGNMENT) * ALIGNMENT, ALIGNMENT)
             steps = lax.div(end - start + DEPTH - 1, DEPTH)
             corner = pl.multiple_of(row * tile_rows, ROWS), pl.multiple_of(column * width, PIECE)
-            return steps, (0, ROWS), (group, start, begin - start, end - start, *corner)
+            used = bounds_ref[groups - 1, 1] - start  # rows of any group, from `start` on
+            return steps, (0, ROWS), (group, start, begin - start, end - start, used, *corner)
 
         def load(where, step, slot, barrier):
-            _, start, _, _, row, column = where
+            _, start, _, _, _, row, column = where
             inner = pl.ds(start + step * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(lhs_ref.at[inner, pl.ds(row, tile_rows)], lhs_smem.at[slot], barrier)
             plgpu.copy_gmem_to_smem(rhs_ref.at[inner, pl.ds(column, width)], rhs_smem.at[slot], barrier)
 
         def multiply(sums, where, step, slot):
-            _, _, first, last, *_ = where
+            _, _, first, last, used, *_ = where
             own = lhs_smem.at[slot, :, pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)]
             first, last = _inside(first, last, step)
 
+            def clear_other_rows(part):
+                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
+
             @pl.when((first > 0) | (last < DEPTH))
             def _():
-                # 0 on both sides, for rows of other groups may hold what is not a number. The workers write the same
-                # to the right side.
-                for part in (own, *(rhs_smem.at[slot, :, pl.ds(c, PIECE)] for c in range(0, width, PIECE))):
-                    values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                    row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-                    part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
+                clear_other_rows(own)
+                plgpu.commit_smem()
+
+            @pl.when(used - step * DEPTH < DEPTH)
+            def _():
+                # Rows of no group may hold what is not a number, which 0 does not clear. The workers write the same.
+                for c in range(0, width, PIECE):
+                    clear_other_rows(rhs_smem.at[slot, :, pl.ds(c, PIECE)])
                 plgpu.commit_smem()
 
             plgpu.wgmma(sums[0], own.transpose((1, 0)), rhs_smem.at[slot])
 
         def destination(_, where, p, first, rows):
-            group, _, _, _, row, column = where
+            group, _, _, _, _, row, column = where
             own = pl.ds(row + worker * ROWS + first, rows), pl.ds(column + p * PIECE, PIECE)
             return out_ref.at[(group, *own)]
 
