@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 import sys
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from mmx_jax.config import ModelConfig
+from mmx_jax.layers import moe
 from mmx_jax.models import decoder
 from pallas_kernels import hopper, platform
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, mosaic_gpu
+from pallas_kernels.grouped_matmul import few_tokens_swiglu, grouped_matmul, grouped_swiglu, mosaic_gpu
 from tests import interpreter, oracles
 
 # Name -> rows, width, columns, sizes of the groups.
@@ -36,6 +38,13 @@ SWIGLU = {
     "several_pieces": (290, 64, 256, [3, 0, 287]),  # of the columns of a tile, and several tiles
     "decoding": (3, 128, 64, [1, 0, 0, 2]),
     "no_rows_used": (9, 64, 64, [0, 0]),
+}
+# Few tokens, of which nothing is sorted. Name -> tokens, width, inner width, groups, groups of each token.
+TOKENS = {
+    "one_token": (1, 128, 64, 4, 2),
+    "padded_rows": (12, 64, 128, 32, 3),
+    "unchosen_groups": (3, 64, 64, 6, 2),
+    "whole_tile": (64, 64, 64, 2, 1),
 }
 
 
@@ -65,6 +74,24 @@ def swiglu_inputs(case):
     return (x, *weights), np.array(sizes, np.int32), d_output
 
 
+def tokens_inputs(case):
+    """(x, weights, the groups of each token from the best on int32 [R, G]), bfloat16.
+
+    Groups that no token has among its first ones are NaN: they may not reach any result.
+    """
+    tokens, width, inner, groups, chosen = TOKENS[case]
+    rng = np.random.default_rng(len(case))
+    shapes = (tokens, width), *[(groups, width, inner)] * 2, (groups, inner, width)
+    x, *weights = (0.3 * rng.normal(size=shape) for shape in shapes)
+    wanted = groups if case != "unchosen_groups" else groups - 3
+    ranking = np.array([rng.permutation(wanted) for _ in range(tokens)])
+    ranking = np.concatenate([ranking, np.tile(np.arange(wanted, groups), (tokens, 1))], axis=1).astype(np.int32)
+    unused = np.setdiff1d(np.arange(groups), ranking[:, :chosen])
+    for w in weights:
+        w[unused] = np.nan
+    return (*(jnp.asarray(a, jnp.bfloat16) for a in (x, *weights)),), ranking
+
+
 def compute_all(path):
     hopper.MULTIPROCESSORS = 1  # so that tiles are as wide as those of large products
     arrays = {}
@@ -91,6 +118,17 @@ def compute_all(path):
         names = ("without_gradients", *SWIGLU_NAMES)
         for name, x in zip(names, both(operands, d_output), strict=True):
             arrays[f"swiglu/{case}/{name}"] = np.asarray(x, np.float32)
+    for case, (*_, chosen) in TOKENS.items():
+        (x, *weights), ranking = tokens_inputs(case)
+        rows = jax.jit(few_tokens_swiglu, static_argnums=2)(x, ranking, chosen, *weights)
+        arrays[f"tokens/{case}"] = np.asarray(rows, np.float32)
+        # The same rows one group after the other.
+        assignment = ranking[:, :chosen].reshape(-1)
+        order = np.argsort(assignment, kind="stable")
+        sizes = np.bincount(assignment, minlength=ranking.shape[1]).astype(np.int32)
+        expert = jax.jit(functools.partial(grouped_swiglu, implementation="mosaic_gpu"))
+        rows = expert(np.repeat(x, chosen, axis=0)[order], *weights, sizes)
+        arrays[f"tokens/{case}/sorted"] = np.asarray(rows, np.float32)[np.argsort(order)].reshape(len(x), chosen, -1)
     np.savez(path, **arrays)
 
 
@@ -125,6 +163,28 @@ def test_swiglu_is_the_experts_with_gradients(computed, case):
         assert oracles.relative_error(computed[f"swiglu/{case}/{name}"], x) < 8e-3, name
     # The same products, but that neither gate nor up is written.
     np.testing.assert_array_equal(computed[f"swiglu/{case}/without_gradients"], computed[f"swiglu/{case}/output"])
+
+
+@interpreter.needed
+@pytest.mark.parametrize("case", TOKENS)
+def test_few_tokens_get_bit_for_bit_what_sorted_rows_get(computed, case):
+    got = computed[f"tokens/{case}"]
+    assert np.all(np.isfinite(got)) and np.any(got)
+    np.testing.assert_array_equal(got, computed[f"tokens/{case}/sorted"])
+
+
+@interpreter.needed
+@pytest.mark.parametrize("case", TOKENS)
+def test_few_tokens_lower_for_cuda_as_two_kernels_without_tables(case):
+    (x, *weights), ranking = tokens_inputs(case)
+    with platform.target("gpu"):
+        traced = jax.jit(lambda *operands: few_tokens_swiglu(*operands[:2], TOKENS[case][-1], *operands[2:])).trace(
+            x, ranking, *weights
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert len(calls) == 2
+    assert all("x".join(map(str, ranking.shape)) + "xi32" in line for line in calls)  # as it came
 
 
 def test_tiles_cover_every_row_once():
@@ -172,6 +232,29 @@ def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
     assert lowered("dots")[0] == calls
     full = lowered("full")[0]
     assert full - calls == collections.Counter(_multiply_rows=2 * layers, _jitted_scan=layers)
+
+
+@interpreter.needed
+def test_few_tokens_of_a_layer_are_not_sorted_unless_differentiated():
+    config = ModelConfig(
+        vocab_size=64, hidden_size=128, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
+        head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=4, dtype="bfloat16",
+    )  # fmt: skip
+
+    def total(params, x):
+        return jnp.sum(moe.MixtureOfExperts(config).apply({"params": params}, x, None)[0])
+
+    def calls(compute, tokens):
+        stacked = decoder.abstract_params(config)["blocks"]["layer_0"]["mlp"]
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+        with platform.target("gpu"):
+            traced = jax.jit(compute).trace(params, jax.ShapeDtypeStruct((1, tokens, 128), jnp.bfloat16))
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return collections.Counter(re.findall(r"call @(_multiply_[a-z]+)", text))
+
+    assert calls(total, 3) == dict(_multiply_tokens=2)
+    assert calls(jax.grad(total, argnums=(0, 1)), 3) == dict(_multiply_rows=4, _multiply_columns=3)
+    assert calls(total, mosaic_gpu.ROWS + 1) == dict(_multiply_rows=2)
 
 
 @interpreter.needed

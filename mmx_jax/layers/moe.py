@@ -12,7 +12,7 @@ from jax import lax
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.projection import deepnorm_gain, product, weight
 from mmx_jax.parallel import expert
-from pallas_kernels.grouped_matmul import grouped_swiglu, order_by_group, swiglu
+from pallas_kernels.grouped_matmul import few_tokens_swiglu, grouped_swiglu, order_by_group, serves_few_tokens, swiglu
 
 
 class RouterStats(NamedTuple):
@@ -42,7 +42,13 @@ def route(x, router, experts_per_token) -> Routing:
     logits = jnp.einsum("rm,me->re", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
     probability = jax.nn.softmax(logits, axis=-1)
     chosen, experts = lax.top_k(probability, experts_per_token)
-    return Routing(experts, chosen / jnp.sum(chosen, axis=-1, keepdims=True), probability)
+    if x.shape[0] == 1:
+        total = jnp.sum(chosen, axis=-1, keepdims=True)
+    else:
+        # By columns: XLA takes a division by the sum of a row for a softmax, which on a GPU is a kernel of its own. For
+        # a single token that kernel goes on to the norm behind the experts.
+        total = sum(jnp.split(chosen, experts_per_token, axis=-1))
+    return Routing(experts, chosen / total, probability)
 
 
 def router_stats(routing: Routing, real, kept) -> RouterStats:
@@ -79,17 +85,46 @@ _permute.defvjp(
 
 
 def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
-    """Every token through its k experts, rows sorted by expert. x: [R, M]; returns [R, M]."""
+    """Every token through its k experts. x: [R, M]; returns [R, M]."""
+    weights = tuple(w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     k = config.experts_per_token
-    assignment = routing.experts.reshape(-1)  # [R * k]
-    order, inverse, group_sizes = order_by_group(assignment, config.num_experts)
+    if serves_few_tokens(x, k, weights[0], implementation=config.moe_implementation):
+        # The whole order of the experts: the first k of it would be a copy, a kernel of its own.
+        ranking = lax.top_k(routing.probability, config.num_experts)[1]
+        rows = _few_tokens(config, x, ranking, *weights)
+    else:
+        rows = _sorted_by_expert(config, x, routing.experts, *weights)
+    return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
+
+
+def _sorted_by_expert(config, x, experts, *weights):
+    """[R, k, M]: tokens x [R, M] through experts [R, k], rows sorted by expert."""
+    k = config.experts_per_token
+    order, inverse, group_sizes = order_by_group(experts.reshape(-1), config.num_experts)
     rows = jnp.repeat(x, k, axis=0)
     if x.shape[0] > 1:  # the rows of one token are the same in every order
         rows = _permute(rows, order, inverse)
-    weights = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     rows = grouped_swiglu(rows, *weights, group_sizes, implementation=config.moe_implementation)
-    rows = _permute(rows, inverse, order).reshape(x.shape[0], k, -1)
-    return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
+    return _permute(rows, inverse, order).reshape(x.shape[0], k, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _few_tokens(config, x, ranking, *weights):
+    """As `_sorted_by_expert`, by kernels that need no order of rows. ranking: int32 [R, E], the best expert first."""
+    return few_tokens_swiglu(x, ranking, config.experts_per_token, *weights)
+
+
+def _few_tokens_forward(config, x, ranking, *weights):
+    experts = ranking[:, : config.experts_per_token]
+    return jax.vjp(lambda x, *weights: _sorted_by_expert(config, x, experts, *weights), x, *weights)
+
+
+def _few_tokens_backward(config, vjp, d_rows):
+    d_x, *d_weights = vjp(d_rows)
+    return d_x, None, *d_weights
+
+
+_few_tokens.defvjp(_few_tokens_forward, _few_tokens_backward)
 
 
 def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, w_down):

@@ -65,8 +65,12 @@ class DecoderLayer(nn.Module):
         c = self.config
         alpha, beta = c.residual_scales(self.kind)
 
+        decoding = state is not None and x.shape[1] == 1
+
         def normed(name, x):
-            return RMSNorm(c.rms_norm_eps, c.param_dtype, name=name)(x)
+            y = RMSNorm(c.rms_norm_eps, c.param_dtype, name=name)(x)
+            # XLA would compute it again in everything that reads it, from a sum of squares that is a kernel of its own.
+            return lax.optimization_barrier(y) if decoding else y
 
         def residual(x, r, update, alpha, beta):
             # DeepNorm: with postnorm the branch that is kept is the normed input, not x.

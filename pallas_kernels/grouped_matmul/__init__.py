@@ -3,9 +3,14 @@
 from pallas_kernels.grouped_matmul.api import (
     IMPLEMENTATIONS,
     default_implementation,
+    few_tokens_swiglu,
     grouped_matmul,
     grouped_swiglu,
+    serves_few_tokens,
 )
 from pallas_kernels.grouped_matmul.order import order_by_group
 
-__all__ = ["IMPLEMENTATIONS", "default_implementation", "grouped_matmul", "grouped_swiglu", "order_by_group"]
+__all__ = [
+    "IMPLEMENTATIONS", "default_implementation", "few_tokens_swiglu", "grouped_matmul", "grouped_swiglu",
+    "order_by_group", "serves_few_tokens",
+]  # fmt: skip

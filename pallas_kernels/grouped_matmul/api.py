@@ -1,4 +1,4 @@
-"""The two entry points, one product and a whole SwiGLU expert: validation, choice of backend, differentiation."""
+"""The entry points, one product and a whole SwiGLU expert: validation, choice of backend, differentiation."""
 
 import functools
 
@@ -85,6 +85,38 @@ def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto
             f"{', '.join(str(w.dtype) for w in weights)}, {group_sizes.dtype}"
         )
     return _swiglu(_resolve(implementation, x, w_gate), x, *weights, group_sizes)
+
+
+def serves_few_tokens(x, chosen, w_gate, *, implementation="auto") -> bool:
+    """Whether `few_tokens_swiglu` serves x [R, M], of which each row has `chosen` experts, and w_gate [G, M, F].
+
+    `implementation` is that of `grouped_swiglu`, in whose place it would be.
+    """
+    return _resolve(implementation, x, w_gate) == "mosaic_gpu" and mosaic_gpu.serves_few_tokens(x, chosen, w_gate)
+
+
+def few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down):
+    """Every token through the SwiGLU experts that it has chosen, in two kernels, with nothing sorted: for decoding.
+
+    Args:
+      x: [R, M], bfloat16.
+      ranking: int32 [R, G], all experts of each token; the first `chosen` take it.
+      w_gate, w_up: [G, M, F], w_down: [G, F, M], all in the dtype of `x`.
+
+    Returns:
+      [R, chosen, M] in the dtype of `x`: bit for bit what `grouped_swiglu` on "mosaic_gpu" gives for these rows. It
+      has no derivative.
+
+    Raises:
+      NotImplementedError: `serves_few_tokens` says no.
+    """
+    if not serves_few_tokens(x, chosen, w_gate, implementation="mosaic_gpu"):
+        raise NotImplementedError(
+            f"few_tokens_swiglu serves {mosaic_gpu.ROWS} tokens, {mosaic_gpu.MOST_CHOICES} choices and "
+            f"{mosaic_gpu.MOST_CHOSEN_GROUPS} experts at most, got {x.shape[0]}, {x.shape[0] * chosen} and "
+            f"{w_gate.shape[0]}; 'grouped_swiglu' serves every number"
+        )
+    return mosaic_gpu.few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down)
 
 
 def _resolve(implementation, lhs, rhs):

@@ -11,10 +11,11 @@ have to stay together for it to be in the L2 cache.
 
 TMA reads and writes swizzled blocks at rows that are multiples of 8, so the first block of a group may begin with
 rows of the group before it, and its last one end with rows of the next: they are left out where a block is written,
-and zeroed where it is summed over.
+and zeroed in the left factor where it is summed over.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ PIECE = 64  # columns that leave a worker at once
 PANEL = 8  # column tiles that are visited before the next row tile, for the L2 cache
 CLAIMS = 8  # tiles that the loading threads can be ahead of the others
 INTERPRETED_PROGRAMS = 2
+# Of few tokens: choices that a kernel reads one by one, and groups that it marks in the bits of an integer.
+MOST_CHOICES, MOST_CHOSEN_GROUPS = 128, 32
 
 
 def check(lhs, rhs):
@@ -72,6 +75,26 @@ def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
     hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
     (d_x,) = _rows([(d_gate, [w_gate]), (d_up, [w_up])], group_sizes, transposed=True)
     return d_x, *(_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
+
+
+def serves_few_tokens(x, chosen, w_gate):
+    """Whether one tile of rows holds all tokens, and a kernel can find the chosen groups by itself."""
+    tokens = x.shape[0]
+    return tokens <= ROWS and tokens * chosen <= MOST_CHOICES and w_gate.shape[0] <= MOST_CHOSEN_GROUPS
+
+
+def few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down):
+    """See `api.few_tokens_swiglu`.
+
+    A group that any token has chosen takes all of them, for a tile of rows has room for them; so there is no order, no
+    table and no copy of rows, each a kernel of its own. Matrices that nobody has chosen are not read.
+    """
+    multiply = functools.partial(_multiply_tokens, ranking=ranking, chosen=chosen, interpreted=platform() == "cpu")
+    hidden = multiply(x, [w_gate, w_up], finish=_activate)
+    output = multiply(hidden, [w_down], finish=_as_it_is).reshape(-1, ROWS, x.shape[1])
+    if x.shape[0] == 1:
+        return output[:, 0][None]
+    return output[ranking[:, :chosen], jnp.arange(x.shape[0])[:, None]]
 
 
 # What becomes of the sums of a piece of rows, float32, before they are rounded and written.
@@ -123,6 +146,16 @@ def _tiling(kernel, shape, workers, tiles_of, *, matrices=1):
     return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
 
 
+class _RowTile(NamedTuple):
+    """Rows of one group, int32 ()."""
+
+    group: jax.Array
+    source: jax.Array  # its first row in the left factors, a multiple of 8
+    target: jax.Array  # its first row in the results, too
+    first: jax.Array  # [first, last) of its rows are the group's
+    last: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("transposed", "finish", "interpreted"))
 def _multiply_rows(terms, group_sizes, *, transposed, finish, interpreted):
     """finish(sum_i lhs_i @ rhs_i[0][g], sum_i lhs_i @ rhs_i[1][g], ...) for the rows of group g.
@@ -136,21 +169,57 @@ def _multiply_rows(terms, group_sizes, *, transposed, finish, interpreted):
     """
     real_rows = terms[0][0].shape[0]
     terms = [(_whole_blocks(lhs), rhs) for lhs, rhs in terms]
-    num_rows, depth = terms[0][0].shape
-    dtype = terms[0][0].dtype
+    num_rows = terms[0][0].shape[0]
     groups = group_sizes.shape[0]
-    matrices = len(terms[0][1])
-    columns = terms[0][1][0].shape[1 if transposed else 2]
     occupied = min(groups, num_rows)
     # Few rows, as in decoding, read the matrices once whatever the tile, and all tiles take as long.
     workers = 1 if num_rows <= ROWS * groups else 2
-    name = ("rows, activated" if matrices > 1 else "rows") + (", transposed" if transposed else "")
-    tiling = _tiling(
-        name, dict(rows=num_rows, depth=depth, columns=columns, groups=groups), workers,
-        lambda rows, width: (occupied + (num_rows - occupied) // rows) * columns // width, matrices=matrices,
+    tiling = _row_tiling(
+        terms, num_rows, workers, lambda rows: occupied + (num_rows - occupied) // rows, transposed=transposed
+    )
+    table = _row_tiles(group_sizes, num_rows, workers * ROWS)
+
+    from jax.experimental import pallas as pl
+
+    def find(table_ref):
+        def tile_of(row):
+            group, start, first, last = (table_ref[row, i] for i in range(4))
+            start = pl.multiple_of(start, ALIGNMENT)
+            return _RowTile(group, start, start, first, last)
+
+        return table_ref[0, 4], tile_of
+
+    outputs = _multiply_tiles(
+        terms, table, find, tiling, out_rows=num_rows, most_tiles=table.shape[0], transposed=transposed, finish=finish,
+        interpreted=interpreted,
     )  # fmt: skip
+    return [x[:real_rows] for x in outputs]
+
+
+def _row_tiling(terms, num_rows, workers, row_tiles_of, *, transposed=False):
+    """`_tiling` of the product of rows with one matrix of each group, or several."""
+    (lhs, matrices), *_ = terms
+    groups, columns = matrices[0].shape[0], matrices[0].shape[1 if transposed else 2]
+    name = ("rows, activated" if len(matrices) > 1 else "rows") + (", transposed" if transposed else "")
+    return _tiling(
+        name, dict(rows=num_rows, depth=lhs.shape[1], columns=columns, groups=groups), workers,
+        lambda rows, width: row_tiles_of(rows) * columns // width, matrices=len(matrices),
+    )  # fmt: skip
+
+
+def _multiply_tiles(terms, found_in, find, tiling, *, out_rows, most_tiles, transposed=False, finish, interpreted):
+    """The products of `_multiply_rows` for tiles of rows that the kernel finds.
+
+    Args:
+      found_in: an array that tells the tiles.
+      find: from its ref to (how many tiles of rows there are, a function from the number of one to its `_RowTile`).
+      out_rows: of the results; those that no tile covers hold anything.
+      most_tiles: of rows.
+    """
+    (lhs, matrices), *_ = terms
+    dtype, depth = lhs.dtype, lhs.shape[1]
+    groups, columns = matrices[0].shape[0], matrices[0].shape[1 if transposed else 2]
     tile_rows, width = tiling.workers * ROWS, tiling.columns
-    table = _row_tiles(group_sizes, num_rows, tile_rows)
     steps, column_tiles = depth // DEPTH, columns // width
     arrays, structure = jax.tree.flatten(terms)
 
@@ -158,23 +227,24 @@ def _multiply_rows(terms, group_sizes, *, transposed, finish, interpreted):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     piece = jax.ShapeDtypeStruct((ROWS, PIECE), jnp.float32)
-    results = len(jax.eval_shape(finish, *[piece] * matrices))
+    results = len(jax.eval_shape(finish, *[piece] * len(matrices)))
 
-    def kernel(table_ref, *refs):
+    def kernel(found_in_ref, *refs):
         term_refs = structure.unflatten(refs[: len(arrays)])
         out_refs, scratch = refs[len(arrays) :][:results], refs[len(arrays) + results :]
         lhs_smem, rhs_smem, *_ = scratch
         worker = lax.axis_index("thread")
+        row_tiles, tile_of = find(found_in_ref)
 
         def locate(index):
-            row, column = plgpu.planar_snake(index, (table_ref[0, 4], column_tiles), 1, min(PANEL, column_tiles))
-            group, start, first, last = (table_ref[row, i] for i in range(4))
+            row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 1, min(PANEL, column_tiles))
+            group, source, target, first, last = tile_of(row)
             here = jnp.where(group < groups, len(terms) * steps, 0)  # rows behind the last group are 0
             own = _inside(first, last, worker)
-            return here, own, (group, pl.multiple_of(start, ALIGNMENT), pl.multiple_of(column * width, PIECE))
+            return here, own, (group, source, target, pl.multiple_of(column * width, PIECE))
 
         def load(where, step, slot, barrier):
-            group, start, column = where
+            group, start, _, column = where
             for i, (lhs_ref, rhs_refs) in enumerate(term_refs):
 
                 @pl.when(step // steps == i)
@@ -193,21 +263,79 @@ def _multiply_rows(terms, group_sizes, *, transposed, finish, interpreted):
                 plgpu.wgmma(total, lhs_smem.at[slot, own_rows], matrix.transpose((1, 0)) if transposed else matrix)
 
         def destination(result, where, p, first, rows):
-            _, start, column = where
+            _, _, start, column = where
             own = pl.ds(start + worker * ROWS + first, rows), pl.ds(column + p * PIECE, PIECE)
             return out_refs[result].at[own]
 
         _walk(
-            tiling, table_ref[0, 4] * column_tiles, scratch, locate, load, multiply, destination, finish,
-            shared=workers > 1 and _shared(table.shape[0] * column_tiles, interpreted),
+            tiling, row_tiles * column_tiles, scratch, locate, load, multiply, destination, finish,
+            shared=tiling.workers > 1 and _shared(most_tiles * column_tiles, interpreted),
         )  # fmt: skip
 
-    outputs = _call(
-        kernel, (table, *arrays), [jax.ShapeDtypeStruct((num_rows, columns), dtype)] * results, tiling,
-        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width), matrices=matrices,
-        interpreted=interpreted,
+    return _call(
+        kernel, (found_in, *arrays), [jax.ShapeDtypeStruct((out_rows, columns), dtype)] * results, tiling,
+        lhs_block=(tile_rows, DEPTH), rhs_block=(width, DEPTH) if transposed else (DEPTH, width),
+        matrices=len(matrices), interpreted=interpreted,
     )  # fmt: skip
-    return [x[:real_rows] for x in outputs]
+
+
+@functools.partial(jax.jit, static_argnames=("chosen", "finish", "interpreted"))
+def _multiply_tokens(lhs, matrices, *, ranking, chosen, finish, interpreted):
+    """finish(lhs @ matrices[0][g], ...) for every group g that is among the first `chosen` of a row of `ranking`.
+
+    Args:
+      lhs: [R, K], the tokens, or what this gave for them.
+      matrices: each [G, K, N].
+
+    Returns:
+      [S * ROWS, N]. The tokens' rows for group g begin at g * ROWS; for the i-th choice of a single token at i * ROWS.
+      The other rows hold anything.
+    """
+    tokens = ranking.shape[0]
+    groups = matrices[0].shape[0]
+    slots = chosen if tokens == 1 else groups
+    occupied = min(groups, tokens * chosen)
+    same_for_all = lhs.shape[0] == tokens
+    terms = [(_whole_blocks(lhs) if same_for_all else lhs, matrices)]
+    tiling = _row_tiling(terms, tokens * chosen, 1, lambda rows: occupied)
+
+    from jax.experimental import pallas as pl
+
+    def find(ranking_ref):
+        count, group_of = _chosen_groups(ranking_ref, chosen, groups)
+
+        def tile_of(number):
+            group = group_of(number)
+            slot = number if tokens == 1 else group
+            # Not a plain 0: a constant slice may not reach behind an array, where TMA reads 0.
+            source = slot * (0 if same_for_all else ROWS)
+            return _RowTile(group, pl.multiple_of(source, ALIGNMENT), slot * ROWS, 0, tokens)
+
+        return count, tile_of
+
+    (output,) = _multiply_tiles(
+        terms, ranking, find, tiling, out_rows=slots * ROWS, most_tiles=occupied, finish=finish, interpreted=interpreted
+    )
+    return output
+
+
+def _chosen_groups(ranking_ref, chosen, groups):
+    """(how many groups are among the first `chosen` of the rows, a function from a number below it to such a group).
+
+    Those of a single row are in its order.
+    """
+    if ranking_ref.shape[0] == 1:
+        return jnp.int32(chosen), lambda number: ranking_ref[0, number]
+    marks = jnp.int32(0)
+    # Unrolled, so that no read waits for the one before.
+    for row, choice in itertools.product(range(ranking_ref.shape[0]), range(chosen)):
+        marks |= 1 << ranking_ref[row, choice]
+
+    def group_of(number):
+        rest = lax.fori_loop(0, number, lambda _, rest: rest & (rest - 1), marks)  # without the lowest mark
+        return 31 - lax.clz(rest & -rest)
+
+    return sum((marks >> group) & 1 for group in range(groups)), group_of
 
 
 @functools.partial(jax.jit, static_argnames="interpreted")
@@ -240,33 +368,41 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
             start = pl.multiple_of(lax.div(begin, ALIGNMENT) * ALIGNMENT, ALIGNMENT)
             steps = lax.div(end - start + DEPTH - 1, DEPTH)
             corner = pl.multiple_of(row * tile_rows, ROWS), pl.multiple_of(column * width, PIECE)
-            return steps, (0, ROWS), (group, start, begin - start, end - start, *corner)
+            used = bounds_ref[groups - 1, 1] - start  # rows of any group, from `start` on
+            return steps, (0, ROWS), (group, start, begin - start, end - start, used, *corner)
 
         def load(where, step, slot, barrier):
-            _, start, _, _, row, column = where
+            _, start, _, _, _, row, column = where
             inner = pl.ds(start + step * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(lhs_ref.at[inner, pl.ds(row, tile_rows)], lhs_smem.at[slot], barrier)
             plgpu.copy_gmem_to_smem(rhs_ref.at[inner, pl.ds(column, width)], rhs_smem.at[slot], barrier)
 
         def multiply(sums, where, step, slot):
-            _, _, first, last, *_ = where
+            _, _, first, last, used, *_ = where
             own = lhs_smem.at[slot, :, pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)]
             first, last = _inside(first, last, step)
 
+            def clear_other_rows(part):
+                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
+
             @pl.when((first > 0) | (last < DEPTH))
             def _():
-                # 0 on both sides, for rows of other groups may hold what is not a number. The workers write the same
-                # to the right side.
-                for part in (own, *(rhs_smem.at[slot, :, pl.ds(c, PIECE)] for c in range(0, width, PIECE))):
-                    values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                    row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-                    part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
+                clear_other_rows(own)
+                plgpu.commit_smem()
+
+            @pl.when(used - step * DEPTH < DEPTH)
+            def _():
+                # Rows of no group may hold what is not a number, which 0 does not clear. The workers write the same.
+                for c in range(0, width, PIECE):
+                    clear_other_rows(rhs_smem.at[slot, :, pl.ds(c, PIECE)])
                 plgpu.commit_smem()
 
             plgpu.wgmma(sums[0], own.transpose((1, 0)), rhs_smem.at[slot])
 
         def destination(_, where, p, first, rows):
-            group, _, _, _, row, column = where
+            group, _, _, _, _, row, column = where
             own = pl.ds(row + worker * ROWS + first, rows), pl.ds(column + p * PIECE, PIECE)
             return out_ref.at[(group, *own)]
 
