@@ -1,6 +1,7 @@
 """The decoder: embedding, scanned hybrid blocks, head (spec section C)."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -232,6 +233,10 @@ def _abstract_boxed(config):
 def abstract_params(config: ModelConfig):
     """The parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated, whatever the size."""
     return nn.unbox(_abstract_boxed(config))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def logical_axes(config: ModelConfig):

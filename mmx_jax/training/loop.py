@@ -169,7 +169,7 @@ class _Run:
         has_tensorboard = self.writer is not None and self.writer.has_tensorboard
         return [
             config_io.format_config(self.config),
-            f"parameters {count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length {length}; "
+            f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length {length}; "
             f"{devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
@@ -514,10 +514,6 @@ def stage_config(config: Config, rope_theta: float | None) -> Config:
     if rope_theta is None:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
-
-
-def count_parameters(model) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(decoder.abstract_params(model)))
 
 
 def prepare_tokenizer(config: Config, workdir: pathlib.Path):
