@@ -39,6 +39,7 @@ def dry_run(
     model = generate.inference_config(config.model, dtype)
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
+    decoder.check_sharded(model, mesh.shape)
     shardings = decoder.param_shardings(model, mesh)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(model), shardings
@@ -78,7 +79,7 @@ def cache_bytes(state) -> tuple[int, int]:
 
 
 def _placed(mesh, x, axes=()):
-    """`x` with the sharding that jit gives it under `constrain`: a dimension that the devices do not divide is whole."""
+    """`x` as jit shards it under `constrain`: a dimension that the devices do not divide is whole."""
     parts = []
     for size, axis in zip(x.shape, axes, strict=False):
         names = sharding.mesh_axes(axis)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mmx_jax import sharding
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.documents import at_positions, document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
@@ -248,3 +249,12 @@ def logical_axes(config: ModelConfig):
 def param_shardings(config: ModelConfig, mesh):
     """The parameter tree as `NamedSharding`s on `mesh`."""
     return shardings_of(logical_axes(config), abstract_params(config), mesh)
+
+
+def check_sharded(config: ModelConfig, sizes):
+    """Raises ConfigError for a large parameter that each of several devices would hold whole.
+
+    Args:
+      sizes: devices along each mesh axis.
+    """
+    sharding.check_sharded(logical_axes(config), abstract_params(config), sizes)

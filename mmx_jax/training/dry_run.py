@@ -21,10 +21,11 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
       topology: name of a TPU topology, such as v5p:8x8x16; "": the devices at hand.
 
     Raises:
-      ConfigError: no such topology; a mesh that does not divide the shapes.
+      ConfigError: no such topology; a mesh that does not divide the shapes, or leaves a large parameter whole.
     """
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
+    decoder.check_sharded(config.model, mesh.shape)
     loop.check_rows(config, mesh)
     plan = schedule.plan_step(config.training, 0)
     batch_sharding = train_step.batch_sharding(mesh)

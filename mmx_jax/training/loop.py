@@ -93,6 +93,7 @@ def train(
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh)
+    decoder.check_sharded(config.model, mesh.shape)
     check_rows(config, mesh)
     checkpointer = Checkpointer(
         workdir / "checkpoints",
@@ -169,8 +170,8 @@ class _Run:
         has_tensorboard = self.writer is not None and self.writer.has_tensorboard
         return [
             config_io.format_config(self.config),
-            f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length {length}; "
-            f"{devices.size} x {devices.flat[0].device_kind}",
+            f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length "
+            f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
         ]
