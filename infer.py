@@ -30,24 +30,22 @@ flags.DEFINE_list("stop_ids", [], "Token ids that end a continuation, besides th
 flags.DEFINE_multi_string("stop", [], "Text that ends a continuation and is not printed; may be given often.")
 flags.DEFINE_integer("prefill_chunk", 1024, "Tokens of a prompt in one pass.", 1)
 flags.DEFINE_bool("dry_run", False, "Compile prefill and decoding of --config, print memory and collectives, and end.")
-flags.DEFINE_string(
-    "config", None, "With --dry_run: config file, of which model and mesh count; no checkpoint is read."
-)
-flags.DEFINE_multi_string("set", [], "With --dry_run: override of the config, field.path=value; may be given often.")
-flags.DEFINE_string(
-    "topology", None, "With --dry_run: compile for this TPU topology, such as v5p:8x8x16, without having it."
-)
-flags.DEFINE_integer("batch", 1, "With --dry_run: sequences.", 1)
-flags.DEFINE_integer("prompt_length", 1024, "With --dry_run: tokens of each prompt.", 1)
-flags.DEFINE_integer("context", 2048, "With --dry_run: tokens of prompt and continuation.", 1)
+flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
+# Of --dry_run and --plan:
+flags.DEFINE_string("config", None, "Config file, of which model and mesh count; no checkpoint is read.")
+flags.DEFINE_multi_string("set", [], "Override of the config, field.path=value; may be given often.")
+flags.DEFINE_string("topology", None, "TPU topology to compile or plan for, such as v5p:8x8x16, without having it.")
+flags.DEFINE_integer("batch", 1, "Sequences.", 1)
+flags.DEFINE_integer("prompt_length", 1024, "Tokens of each prompt.", 1)
+flags.DEFINE_integer("context", 2048, "Tokens of prompt and continuation.", 1)
 
 
 @flags.multi_flags_validator(
-    ["dry_run", "config", "checkpoint", "topology"],
-    "give --checkpoint; or --dry_run with --config, which alone takes --topology",
+    ["dry_run", "plan", "config", "checkpoint", "topology"],
+    "give --checkpoint; or --config with --dry_run or --plan, which alone take --topology",
 )
 def _check_source(values):
-    if values["dry_run"]:
+    if values["dry_run"] or values["plan"]:
         return bool(values["config"]) and not values["checkpoint"]
     return bool(values["checkpoint"]) and not values["config"] and not values["topology"]
 
@@ -159,11 +157,12 @@ def score(model, text):
     print(f"bits per byte      {-total / math.log(2) / len(text.encode()):.4f} (of the whole file)")
 
 
-def dry_run():
-    from mmx_jax import config_io, generate_dry_run
+def foretell():
+    from mmx_jax import config_io, generate_dry_run, plan
 
     config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
-    lines = generate_dry_run.dry_run(
+    lines_of = plan.inference_lines if FLAGS.plan else generate_dry_run.dry_run
+    lines = lines_of(
         config, dtype=FLAGS.dtype, batch=FLAGS.batch, prompt_length=FLAGS.prompt_length, context=FLAGS.context,
         chunk=FLAGS.prefill_chunk, topology=FLAGS.topology or "",
     )  # fmt: skip
@@ -171,8 +170,8 @@ def dry_run():
 
 
 def run():
-    if FLAGS.dry_run:
-        dry_run()
+    if FLAGS.dry_run or FLAGS.plan:
+        foretell()
         return
     check_flags()
     text = read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None

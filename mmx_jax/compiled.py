@@ -16,7 +16,7 @@ from pallas_kernels import platform
 # What a program may use of the memory of one device as jax counts them, GiB, by the device kinds of libtpu: what libtpu
 # 0.0.52 says when a program needs more. The data sheets have 16, 95, 32 and 96.
 _DEVICE_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24, "TPU7x": 94.74}
-_NAMES = "v5e:4x4, v5p:8x8x16, v6e:16x16, tpu7x:4x4x8"
+NAMES = "v5e:4x4, v5p:8x8x16, v6e:16x16, tpu7x:4x4x8"
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
 }
@@ -46,13 +46,13 @@ def topology_devices(name: str):
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ConfigError(
             f"--topology={name} cannot be compiled for ({reason}): it needs libtpu, `pip install -e '.[tpu]'`, and a "
-            f"name such as {_NAMES}"
+            f"name such as {NAMES}"
         ) from error
 
 
-def device_bytes(device) -> int | None:
+def kind_bytes(device_kind: str) -> int | None:
     """Memory of a device; None for a kind that is not in the table."""
-    size = _DEVICE_GIB.get(device.device_kind)
+    size = _DEVICE_GIB.get(device_kind)
     return None if size is None else int(size * 2**30)
 
 
@@ -105,7 +105,7 @@ def report(lower, mesh, topology: str, *, of: str) -> list[str]:
         f"outputs {gib(memory.output_size_in_bytes)}; code {gib(memory.generated_code_size_in_bytes)}",
     ]
     if topology:
-        room = device_bytes(mesh.devices.flat[0])
+        room = kind_bytes(mesh.devices.flat[0].device_kind)
         if room is not None:
             lines.append(fits(peak_bytes(memory), room))
         lines += _collective_lines(compiled, of)

@@ -196,6 +196,11 @@ def slots_needed(width: int, chunk: int) -> int:
     return start + bucket
 
 
+def slots_for(prompt_length: int, context: int, chunk: int) -> int:
+    """Slots of a state that takes a prompt and then decodes up to a context."""
+    return slot_bucket(max(slots_needed(prompt_length, chunk), context))
+
+
 def prefill(config: ModelConfig, params, tokens, mask, state: DecodeState, *, chunk: int = PREFILL_CHUNK):
     """Runs prompts through the model; it continues `state`, so that the next turn of a chat is a prefill too.
 

@@ -45,7 +45,7 @@ def dry_run(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(model), shardings
     )
     pieces = list(generate.pieces(prompt_length, chunk))
-    slots = generate.slot_bucket(max(generate.slots_needed(prompt_length, chunk), context))
+    slots = generate.slots_for(prompt_length, context, chunk)
     state = abstract_state(model, mesh, batch, slots)
     caches, lightning = cache_bytes(state)
     lines = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ConfigError, MeshConfig
@@ -77,6 +77,11 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             "an axis is a product of sizes of the torus, and each of these serves one axis; set mesh.* to sizes of "
             f"{', '.join(map(str, sorted(possible)))}"
         ) from None
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of `make_mesh` without devices: it says what divides what."""
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:

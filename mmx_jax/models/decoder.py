@@ -258,3 +258,19 @@ def check_sharded(config: ModelConfig, sizes):
       sizes: devices along each mesh axis.
     """
     sharding.check_sharded(logical_axes(config), abstract_params(config), sizes)
+
+
+def bytes_of_share(config: ModelConfig, sizes) -> dict[str, int]:
+    """What one device holds of the parameters: {"blocks", "rest"}.
+
+    Args:
+      sizes: devices along each mesh axis.
+    """
+    total = {"blocks": 0, "rest": 0}
+
+    def add(path, leaf, axes):
+        parts = math.prod(sizes[name] for axis in axes for name in sharding.mesh_axes(axis))
+        total["blocks" if path[0].key == "blocks" else "rest"] += math.prod(leaf.shape) * leaf.dtype.itemsize // parts
+
+    jax.tree_util.tree_map_with_path(add, abstract_params(config), logical_axes(config))
+    return total

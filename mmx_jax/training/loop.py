@@ -444,16 +444,23 @@ class _Clock:
 
 
 def check_rows(config: Config, mesh):
-    """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis."""
+    """Raises ConfigError where the processes, or the devices that share the batch axis, do not divide a batch."""
     shards = train_step.batch_shards(mesh)
     holders = {}  # first row -> processes
-    for device, (rows, _) in train_step.batch_sharding(mesh).devices_indices_map((shards, 1)).items():
+    for device, (rows, _) in train_step.batch_sharding(mesh).devices_indices_map((shards, mesh.shape["seq"])).items():
         holders.setdefault(rows.start, set()).add(device.process_index)
     if any(len(found) > 1 for found in holders.values()):
         raise ConfigError(
             f"mesh.*: the {shards} batch shards of mesh {dict(mesh.shape)} do not give each of {jax.process_count()} "
             "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor smaller"
         )
+    check_batches(config, mesh)
+
+
+def check_batches(config: Config, mesh):
+    """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis, or tokens not
+    over all devices."""
+    shards = train_step.batch_shards(mesh)
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
         rows = config.training.microbatch_rows or unit
