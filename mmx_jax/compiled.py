@@ -78,12 +78,13 @@ def compiling_for(mesh, topology: str):
             yield
 
 
-def report(lower, mesh, topology: str, *, of: str) -> list[str]:
+def report(lower, mesh, topology: str, *, of: str, beside: int = 0) -> list[str]:
     """Compiles a program and tells of it, in lines to print: time, memory of one device, whether it fits, collectives.
 
     Args:
       lower: () -> `jax.stages.Lowered`; it is called inside `compiling_for(mesh, topology)`.
       of: what the program does once, such as "step".
+      beside: bytes of one device that the program has no use for, and others do.
     """
     began = time.monotonic()
     with compiling_for(mesh, topology):
@@ -107,7 +108,7 @@ def report(lower, mesh, topology: str, *, of: str) -> list[str]:
     if topology:
         room = kind_bytes(mesh.devices.flat[0].device_kind)
         if room is not None:
-            lines.append(fits(peak_bytes(memory), room))
+            lines.append(fits(peak_bytes(memory) + beside, room))
         lines += _collective_lines(compiled, of)
     return lines
 

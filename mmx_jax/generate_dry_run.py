@@ -59,7 +59,8 @@ def dry_run(
     prefill = functools.partial(_lower_prefill, model, mesh, params, state, bucket)
     decode = functools.partial(_lower_decode, model, mesh, params, state)
     lines.append(f"prefill of {prompt_length} tokens in pieces of up to {bucket}, {len(pieces)} of them; one piece:")
-    lines += compiled.report(prefill, mesh, topology, of="piece")
+    head = compiled.bytes_per_device(params["lm_head"])  # a program of its own, behind the last piece
+    lines += compiled.report(prefill, mesh, topology, of="piece", beside=head)
     lines.append("decoding, one step:")
     return lines + compiled.report(decode, mesh, topology, of="step")
 

@@ -160,6 +160,29 @@ class Share:
         return whole // self.along("heads")
 
     @property
+    def gathered(self) -> bool:
+        """Whether matrices lie in slices that are gathered where they are used."""
+        return self.sizes["fsdp"] > 1
+
+    @property
+    def unscattered(self) -> int:
+        """Bytes that a layer's gradients take above their slices, where XLA sums them whole.
+
+        Over all devices of a slice, from 8 on, it makes all-reduces of the reduce-scatters of the experts' gradients and
+        cuts them where they are used, in the optimizer. (libtpu 0.0.52; not on v5e:2x4. Inside a loop they are cut at
+        once.)
+        """
+        slices = self.sizes["fsdp"]
+        if slices < 8 or slices < math.prod(self.sizes.values()):
+            return 0
+        return self.expert_weights * ITEM_BYTES["float32"] * (slices - 1) // slices
+
+    @property
+    def logits(self) -> int:
+        """[B, V] in float32, bytes."""
+        return self.rows * self.model.vocab_size // self.along("vocab") * ITEM_BYTES["float32"]
+
+    @property
     def vocabulary(self) -> int:
         """[V, M], the head, gathered."""
         return self.model.vocab_size * self.model.hidden_size // self.along("vocab")
@@ -207,9 +230,9 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
 def training(config: Config, sizes: Mapping[str, int]) -> Plan:
     """The training step of the first stage.
 
-    Memory is that of the worst moment of the backward pass. Where the blocks are unrolled it goes through the layers
-    from the last one, each of which leaves its gradients and frees what it kept. In a loop both are stacks that are
-    there from beginning to end, with the gradients of one block beside them.
+    Memory is that of the worst moment of the backward pass. Where there is one block it goes through the layers from
+    the last one, each of which leaves its gradients and frees what it kept. In a loop over blocks both are stacks that
+    are there from beginning to end, with the gradients of one block beside them.
 
     Args:
       sizes: devices along each mesh axis.
@@ -226,7 +249,7 @@ def training(config: Config, sizes: Mapping[str, int]) -> Plan:
     if looped:
         moments = [(model.num_blocks * sum(kept), gradients["blocks"] * (1 + 1 / model.num_blocks) + loss + max(work))]
     else:
-        own = gradients["blocks"] / model.num_layers
+        own = gradients["blocks"] / model.num_layers + share.unscattered
         moments = [
             (sum(kept[: i + 1]), own * (model.num_layers - 1 - i) + max(loss, gradients["rest"]) + work[i])
             for i in range(model.num_layers)
@@ -269,7 +292,9 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
     if slices > 1:
         traffic["all-gather"] += experts * share.item * (1 if model.remat == "none" else 2)
         traffic["all-gather"] += (dense * (3 if again else 2) + share.vocabulary) * share.item
-        traffic["reduce-scatter"] += experts * f32 // slices
+        traffic["all-reduce" if share.unscattered else "reduce-scatter"] += (
+            experts * f32 if share.unscattered else experts * f32 // slices
+        )
         traffic["all-to-all"] += share.stream * (share.item + f32) // sizes["tensor"]
     if share.along("tokens") > 1:
         traffic["all-reduce"] += (dense + share.vocabulary) * f32
@@ -300,8 +325,8 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
 def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, length: int, slots: int) -> Plan:
     """A pass over `length` new tokens of each of `batch` sequences: a piece of a prompt, or a step of decoding.
 
-    Nothing is kept. What is alive together is the work of one layer: its tokens, the gathered matrices of its experts
-    and of its attention, the rows of the experts, and blocks of scores over the cache; or that of the head.
+    Nothing is kept. What is alive together is the work of one layer, in its attention or in its experts, or that of the
+    head behind a step.
 
     Args:
       model: of `generate.inference_config`.
@@ -310,16 +335,24 @@ def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, lengt
     """
     share = Share(model, sizes, batch, length)
     caches, lightning = state_bytes(share, slots)
+    work = [attention_work(share, kind, slots) for kind in _whole_layers(share)] + [expert_work(share)]
+    if length == 1:
+        work.append(share.gathered * share.vocabulary * share.item + 2 * share.logits)
     memory = {
         "parameters": sum(decoder.bytes_of_share(model, sizes).values()),
         "key-value caches": caches,
         "lightning states": lightning,
-        "temporaries": max(
-            max(_forward_work(share, kind, slots) for kind in model.layer_pattern), _head_work(share, batch)
-        ),
+        "temporaries": max(work),
         "code": CODE_OF_LAYER["inference"] * len(model.layer_pattern),
     }
     return Plan(memory, _inference_traffic(share))
+
+
+def _whole_layers(share: Share) -> tuple[str, ...]:
+    """The layers that work on all tokens: of a piece of a prompt the last one, if it is not in a loop, does not."""
+    model = share.model
+    last_token = share.length > 1 and model.num_blocks == 1 and model.num_layers > 1
+    return model.layer_kinds[:-1] if last_token else model.layer_kinds
 
 
 def state_bytes(share: Share, slots: int) -> tuple[int, int]:
@@ -331,24 +364,48 @@ def state_bytes(share: Share, slots: int) -> tuple[int, int]:
     return 2 * softmax * keys * slots * share.item, (model.num_layers - softmax) * states * ITEM_BYTES["float32"]
 
 
-def _forward_work(share, kind, slots):
-    model, item, f32 = share.model, share.item, ITEM_BYTES["float32"]
-    wide, narrow = share.received * model.mlp_dim // share.width, share.received * model.hidden_size
-    experts = share.expert_weights + narrow + 2 * wide
-    routing = (share.chosen + share.routed * model.hidden_size) * f32
-    attention = share.dense_weights(kind) + (
-        7 * share.inner if kind == "lightning" else 2 * share.inner + 4 * share.keys
-    )
-    return 3 * share.stream * item + max(experts * item + routing, attention * item)
+def attention_work(share: Share, kind: str, slots: int) -> int:
+    """What the attention of one layer holds when nothing is kept.
+
+    Tokens three times; gathered matrices; q, k, v before and behind the activation and the output (lightning); or
+    queries, keys, output, and two blocks of scores in float32 (softmax). A loop over blocks takes the keys and values
+    of a layer out of the stack of all.
+    """
+    model, f32 = share.model, ITEM_BYTES["float32"]
+    elements = 3 * share.stream + share.gathered * share.dense_weights(kind)
+    if kind == "lightning":
+        return (elements + 7 * share.inner) * share.item
+    heads = model.num_heads // share.along("heads_act")
+    # As `attention_ops.cached_attention` cuts them; one token meets all slots at once.
+    queries = min(share.length, 16 * model.softmax_block)
+    scores = share.rows * heads * queries * (slots if share.length == 1 else min(slots, model.softmax_block))
+    cache = state_bytes(share, slots)[0] // model.layer_kinds.count("softmax") if model.num_blocks > 1 else 0
+    return (elements + 2 * share.inner + 2 * share.keys) * share.item + 2 * scores * f32 + cache
 
 
-def _head_work(share, batch):
-    logits = share.rows * share.model.vocab_size // share.along("vocab") * ITEM_BYTES["float32"]
-    return share.vocabulary * share.item + 2 * logits
+def expert_work(share: Share) -> int:
+    """What the experts of one layer hold when nothing is kept: tokens three times, the matrices of gate and up if they
+    are gathered, the rows that came, and both products."""
+    matrices = share.gathered * share.expert_weights * 2 // 3
+    rows = share.received * (share.model.hidden_size + 2 * share.model.mlp_dim // share.width)
+    return (3 * share.stream + matrices + rows) * share.item
 
 
-def _inference_traffic(share):
-    return {}
+def _inference_traffic(share: Share) -> dict[str, int]:
+    """Bytes of the results of collectives in one pass, as in `_training_traffic` and forward alone."""
+    model, traffic, layers = share.model, {}, len(_whole_layers(share))
+    if share.gathered:
+        matrices = share.expert_weights * model.num_layers + sum(map(share.dense_weights, model.layer_kinds))
+        matrices += share.vocabulary if share.length == 1 else 0
+        traffic["all-gather"] = matrices * share.item
+        traffic["all-to-all"] = share.stream * share.item
+    if share.sizes["tensor"] > 1:
+        traffic["all-gather"] = traffic.get("all-gather", 0) + layers * share.stream * share.item
+        traffic["all-reduce"] = (layers + 1) * share.stream * share.item
+    if share.owners > 1:
+        rows = share.received // share.width * model.hidden_size + share.chosen
+        traffic["ragged-all-to-all"] = layers * rows * share.item
+    return traffic
 
 
 def _devices(config: Config, topology: str) -> tuple[Mapping[str, int], int | None]:
