@@ -24,8 +24,8 @@ from mmx_jax.training import loop, schedule
 from pallas_kernels.platform import cdiv
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-# Machine code of one layer as it stands in a program, measured: 24 to 37 MiB in training, less in inference.
-CODE_OF_LAYER = {"training": 32 << 20, "inference": 12 << 20}
+# Machine code of one layer as it stands in a program; nothing but measured (24 to 43 MiB in training, 3 to 11 else).
+CODE_OF_LAYER = {"training": 32 << 20, "prefill": 10 << 20, "decoding": 4 << 20}
 # Devices of a chip, and the device kind, by the first part of the name of a TPU topology.
 _CHIPS = {"v5e": (1, "TPU v5 lite"), "v5p": (1, "TPU v5"), "v6e": (1, "TPU v6 lite"), "tpu7x": (2, "TPU7x")}
 
@@ -168,9 +168,9 @@ class Share:
     def unscattered(self) -> int:
         """Bytes that a layer's gradients take above their slices, where XLA sums them whole.
 
-        Over all devices of a slice, from 8 on, it makes all-reduces of the reduce-scatters of the experts' gradients and
-        cuts them where they are used, in the optimizer. (libtpu 0.0.52; not on v5e:2x4. Inside a loop they are cut at
-        once.)
+        Over all devices of a slice, from 8 on, it makes all-reduces of the reduce-scatters of the experts' gradients
+        and cuts them where they are used: in the optimizer, or at the end of a round of the loop over blocks. (libtpu
+        0.0.52; not on v5e:2x4.)
         """
         slices = self.sizes["fsdp"]
         if slices < 8 or slices < math.prod(self.sizes.values()):
@@ -219,6 +219,9 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
 
     The gradients of the experts' matrices come whole before they are summed over devices, and in a loop wait for that
     in float32; beside them lie the gradients of the rows that came, and of one product inside the experts.
+
+    Args:
+      looped: the layer is in a loop over blocks.
     """
     again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.model.remat)
     gradients = share.expert_weights * (ITEM_BYTES["float32"] if looped else share.item)
@@ -247,13 +250,13 @@ def training(config: Config, sizes: Mapping[str, int]) -> Plan:
     # The last hidden state and its gradient, and the gradient of the head, whole and in float32.
     loss = 2 * share.stream * share.item + share.vocabulary * ITEM_BYTES["float32"]
     if looped:
-        moments = [(model.num_blocks * sum(kept), gradients["blocks"] * (1 + 1 / model.num_blocks) + loss + max(work))]
+        summed = gradients["blocks"] * (1 + 1 / model.num_blocks) + share.unscattered * len(model.layer_pattern)
+        moments = [(model.num_blocks * sum(kept), summed + loss + max(work))]
     else:
-        own = gradients["blocks"] / model.num_layers + share.unscattered
-        moments = [
-            (sum(kept[: i + 1]), own * (model.num_layers - 1 - i) + max(loss, gradients["rest"]) + work[i])
-            for i in range(model.num_layers)
-        ]
+        own, last = gradients["blocks"] / model.num_layers + share.unscattered, model.num_layers - 1
+        # The gradient of the head is soon a slice, unless that waits for the optimizer too.
+        ends = [loss if i == last or share.unscattered else gradients["rest"] for i in range(last + 1)]
+        moments = [(sum(kept[: i + 1]), own * (last - i) + ends[i] + work[i]) for i in range(last + 1)]
     activations, temporaries = max(moments, key=sum)
     if step.microbatches > 1:  # the sum over micro-batches
         temporaries += sum(gradients.values())
@@ -335,15 +338,18 @@ def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, lengt
     """
     share = Share(model, sizes, batch, length)
     caches, lightning = state_bytes(share, slots)
-    work = [attention_work(share, kind, slots) for kind in _whole_layers(share)] + [expert_work(share)]
-    if length == 1:
-        work.append(share.gathered * share.vocabulary * share.item + 2 * share.logits)
+    attention = max(attention_work(share, kind, slots) for kind in _whole_layers(share))
+    if length == 1:  # a step is short: the matrices of the experts are on their way while attention works
+        head = share.gathered * share.vocabulary * share.item + 2 * share.logits
+        work = max(attention + expert_work(share), head)
+    else:
+        work = max(attention, expert_work(share))
     memory = {
         "parameters": sum(decoder.bytes_of_share(model, sizes).values()),
         "key-value caches": caches,
         "lightning states": lightning,
-        "temporaries": max(work),
-        "code": CODE_OF_LAYER["inference"] * len(model.layer_pattern),
+        "temporaries": work,
+        "code": CODE_OF_LAYER["decoding" if length == 1 else "prefill"] * len(model.layer_pattern),
     }
     return Plan(memory, _inference_traffic(share))
 
@@ -367,12 +373,12 @@ def state_bytes(share: Share, slots: int) -> tuple[int, int]:
 def attention_work(share: Share, kind: str, slots: int) -> int:
     """What the attention of one layer holds when nothing is kept.
 
-    Tokens three times; gathered matrices; q, k, v before and behind the activation and the output (lightning); or
+    Tokens twice; gathered matrices; q, k, v before and behind the activation and the output (lightning); or
     queries, keys, output, and two blocks of scores in float32 (softmax). A loop over blocks takes the keys and values
     of a layer out of the stack of all.
     """
     model, f32 = share.model, ITEM_BYTES["float32"]
-    elements = 3 * share.stream + share.gathered * share.dense_weights(kind)
+    elements = 2 * share.stream + share.gathered * share.dense_weights(kind)
     if kind == "lightning":
         return (elements + 7 * share.inner) * share.item
     heads = model.num_heads // share.along("heads_act")
@@ -384,11 +390,13 @@ def attention_work(share: Share, kind: str, slots: int) -> int:
 
 
 def expert_work(share: Share) -> int:
-    """What the experts of one layer hold when nothing is kept: tokens three times, the matrices of gate and up if they
-    are gathered, the rows that came, and both products."""
+    """What the experts of one layer hold when nothing is kept.
+
+    Tokens; the matrices of gate and up, if they are gathered; the rows that came, and both products.
+    """
     matrices = share.gathered * share.expert_weights * 2 // 3
     rows = share.received * (share.model.hidden_size + 2 * share.model.mlp_dim // share.width)
-    return (3 * share.stream + matrices + rows) * share.item
+    return (share.stream + matrices + rows) * share.item
 
 
 def _inference_traffic(share: Share) -> dict[str, int]:
