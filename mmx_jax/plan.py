@@ -18,6 +18,7 @@ import jax
 
 from mmx_jax import compiled, generate, sharding
 from mmx_jax.config import Config, ConfigError, ModelConfig
+from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import decoder
 from mmx_jax.parallel.expert import BUFFER_ALIGNMENT
 from mmx_jax.training import loop, schedule
@@ -30,8 +31,9 @@ CODE_OF_LAYER = {"training": 32 << 20, "prefill": 10 << 20, "decoding": 4 << 20}
 _CHIPS = {"v5e": (1, "TPU v5 lite"), "v5p": (1, "TPU v5"), "v6e": (1, "TPU v6 lite"), "tpu7x": (2, "TPU7x")}
 
 _CAVEAT = (
-    "from formulas: peak memory within 15 % of --dry_run where that was tried, the order of the compiler's work not "
-    "foreseen; it may replace a collective by another kind, reduce-scatter by all-reduce above all"
+    "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it where that was tried. Not "
+    "foreseen: the order of the compiler's work, the size of the code (a constant for a layer), a collective that is "
+    "replaced by another kind or runs in pieces, what a ring of keys and values holds on its way"
 )
 
 
@@ -140,6 +142,8 @@ class Share:
     def received(self) -> int:
         """Rows that come to a device, or the buffer that is kept for them, the slices of experts taken together."""
         model, group = self.model, cdiv(self.routed, self.model.token_groups)
+        if model.capacity_factor is not None and math.prod(self.sizes.values()) == 1:
+            return model.num_experts * expert_capacity(model, self.routed)
         rows = self.owners * group * min(model.experts_per_token, model.num_experts // self.owners)
         if model.expert_buffer is not None:
             bound = math.ceil(model.expert_buffer * group * model.experts_per_token)
@@ -225,9 +229,8 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
     """
     again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.model.remat)
     gradients = share.expert_weights * (ITEM_BYTES["float32"] if looped else share.item)
-    return (
-        again + gradients + share.received * (share.model.hidden_size + share.model.mlp_dim // share.width) * share.item
-    )
+    rows = share.received * (share.model.hidden_size + share.model.mlp_dim // share.width) * share.item
+    return again + gradients + rows
 
 
 def training(config: Config, sizes: Mapping[str, int]) -> Plan:
@@ -421,7 +424,8 @@ def _devices(config: Config, topology: str) -> tuple[Mapping[str, int], int | No
     if topology:
         count, room = topology_devices(topology)
     else:
-        count, room = len(jax.devices()), None
+        devices = jax.devices()
+        count, room = len(devices), (devices[0].memory_stats() or {}).get("bytes_limit")
     return sharding.mesh_sizes(config.mesh, count), room
 
 
