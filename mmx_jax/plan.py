@@ -221,16 +221,18 @@ def kept_bytes(share: Share, kind: str, remat: str) -> int:
 def layer_work(share: Share, kind: str, *, looped: bool) -> int:
     """What the backward pass of one layer holds besides what was kept: what is computed again, and gradients.
 
-    The gradients of the experts' matrices come whole before they are summed over devices, and in a loop wait for that
-    in float32; beside them lie the gradients of the rows that came, and of one product inside the experts.
+    In the experts that is either four arrays of the width of an expert (its hidden rows, their gradient, those of gate
+    and up), or one of them and the gradients of the matrices; beside it the gradient of the rows that came. The
+    gradients of the matrices are whole until they are summed over devices, and in a loop wait for that in float32.
 
     Args:
       looped: the layer is in a loop over blocks.
     """
     again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.model.remat)
-    gradients = share.expert_weights * (ITEM_BYTES["float32"] if looped else share.item)
-    rows = share.received * (share.model.hidden_size + share.model.mlp_dim // share.width) * share.item
-    return again + gradients + rows
+    matrices = share.expert_weights * (ITEM_BYTES["float32"] if looped else share.item)
+    wide = share.received * share.model.mlp_dim // share.width * share.item
+    narrow = share.received * share.model.hidden_size * share.item
+    return again + max(4 * wide, matrices + wide) + narrow
 
 
 def training(config: Config, sizes: Mapping[str, int]) -> Plan:
@@ -285,7 +287,8 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
     - all-to-all: rows of the embedding and their gradient, where its columns are divided.
     - ragged-all-to-all: tokens to their experts and back, in the forward pass, where layers are computed again, and in
       the backward pass.
-    - collective-permute: keys and values round the ring, and on the way back their gradients.
+    - collective-permute: keys and values round the ring, and in the backward pass their gradients in float32; half of
+      the queries and of the outputs, and their gradients.
     """
     model, sizes = share.model, share.sizes
     f32, slices, again = ITEM_BYTES["float32"], sizes["fsdp"], model.remat in ("full", "attention_out")
@@ -323,8 +326,9 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
         heads, dim = model.num_heads // share.along("heads"), model.head_dim
         states = share.rows * heads * dim * dim * f32 * model.layer_kinds.count("lightning")
         traffic["all-gather"] += states * parts * passes
-        hops = model.layer_kinds.count("softmax") * (parts - 1) * 2 * share.keys
-        traffic["collective-permute"] += hops * (share.item * passes + f32)
+        ring = 2 * share.keys * ((parts - 1) * share.item * passes + parts * f32)
+        halves = share.inner * share.item * (passes + 1)
+        traffic["collective-permute"] += model.layer_kinds.count("softmax") * (ring + halves)
     return {kind: size * microbatches for kind, size in traffic.items()}
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax import compiled, config_io, generate_dry_run, plan
@@ -100,6 +101,11 @@ def test_the_plan_agrees_with_what_is_compiled(foretold, what):
     assert planned == pytest.approx(compiled_peaks, rel=0.15)
 
 
+def test_a_program_that_does_not_fit_says_what_it_needs_and_what_there_is(foretold):
+    (line,) = foretold["too large"]
+    assert line.startswith("does not fit: ") and "256.00G" in line and "15.75G" in line, line
+
+
 def test_a_mesh_that_no_torus_holds_is_an_error_that_says_which_do(foretold):
     assert "fsdp=8, expert=1, expert_tensor=1, tensor=8" in foretold["torus"]
     assert "torus of 4 x 4 x 4 devices" in foretold["torus"] and "sizes of 1, 4, 16, 64" in foretold["torus"]
@@ -175,9 +181,11 @@ def foretell(topology):
         answers[name] = plan.training_lines(config, topology), dry_run(config, topology)
     config = config_io.apply_overrides(base, (*SMALL, "mesh.fsdp=2", "mesh.tensor=2"))
     answers["inference"] = [
-        foretell(config, topology=topology, **INFERENCE)
-        for foretell in (plan.inference_lines, generate_dry_run.dry_run)
+        tell(config, topology=topology, **INFERENCE) for tell in (plan.inference_lines, generate_dry_run.dry_run)
     ]
+    mesh = make_mesh(MeshConfig(), compiled.topology_devices(topology))
+    tebibyte = jax.ShapeDtypeStruct((4, 2**36), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    answers["too large"] = compiled.report(lambda: jax.jit(lambda x: x + 1).lower(tebibyte), mesh, topology, of="sum")
     try:
         make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), compiled.topology_devices("v5p:4x4x4"))
     except ConfigError as error:
