@@ -223,7 +223,8 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
 
     In the experts that is either four arrays of the width of an expert (its hidden rows, their gradient, those of gate
     and up), or one of them and the gradients of the matrices; beside it the gradient of the rows that came. The
-    gradients of the matrices are whole until they are summed over devices, and in a loop wait for that in float32.
+    gradients of the matrices are whole until they are summed over devices, and in a loop wait for that in float32. In a
+    loop over single layers, where nothing of another layer is under way, three of the four were seen.
 
     Args:
       looped: the layer is in a loop over blocks.
@@ -232,7 +233,8 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
     matrices = share.expert_weights * (ITEM_BYTES["float32"] if looped else share.item)
     wide = share.received * share.model.mlp_dim // share.width * share.item
     narrow = share.received * share.model.hidden_size * share.item
-    return again + max(4 * wide, matrices + wide) + narrow
+    arrays = 3 if looped and len(share.model.layer_pattern) == 1 else 4
+    return again + max(arrays * wide, matrices + wide) + narrow
 
 
 def training(config: Config, sizes: Mapping[str, int]) -> Plan:
