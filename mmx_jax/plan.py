@@ -352,7 +352,7 @@ def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, lengt
         head = share.gathered * share.vocabulary * share.item + 2 * share.logits
         work = max(attention + expert_work(share), head)
     else:
-        work = max(attention, expert_work(share))
+        work = max(attention, expert_work(share) + cache_taken_out(share, slots))
     memory = {
         "parameters": sum(decoder.bytes_of_share(model, sizes).values()),
         "key-value caches": caches,
@@ -383,8 +383,7 @@ def attention_work(share: Share, kind: str, slots: int) -> int:
     """What the attention of one layer holds when nothing is kept.
 
     Tokens twice; gathered matrices; q, k, v before and behind the activation and the output (lightning); or
-    queries, keys, output, and two blocks of scores in float32 (softmax). A loop over blocks takes the keys and values
-    of a layer out of the stack of all.
+    queries, keys, output, and two blocks of scores in float32, with `cache_taken_out` (softmax).
     """
     model, f32 = share.model, ITEM_BYTES["float32"]
     elements = 2 * share.stream + share.gathered * share.dense_weights(kind)
@@ -394,8 +393,19 @@ def attention_work(share: Share, kind: str, slots: int) -> int:
     # As `attention_ops.cached_attention` cuts them; one token meets all slots at once.
     queries = min(share.length, 16 * model.softmax_block)
     scores = share.rows * heads * queries * (slots if share.length == 1 else min(slots, model.softmax_block))
-    cache = state_bytes(share, slots)[0] // model.layer_kinds.count("softmax") if model.num_blocks > 1 else 0
-    return (elements + 2 * share.inner + 2 * share.keys) * share.item + 2 * scores * f32 + cache
+    elements += 2 * share.inner + 2 * share.keys
+    return elements * share.item + 2 * scores * f32 + cache_taken_out(share, slots)
+
+
+def cache_taken_out(share: Share, slots: int) -> int:
+    """What a loop over blocks takes out of the stack of all caches: keys or values of a layer, or both.
+
+    Seen were one and two of them, and this is the mean.
+    """
+    softmax = share.model.layer_kinds.count("softmax")
+    if share.model.num_blocks == 1 or not softmax:
+        return 0
+    return state_bytes(share, slots)[0] * 3 // (4 * softmax)
 
 
 def expert_work(share: Share) -> int:
