@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 
 from mmx_jax.config import ConfigError
-from mmx_jax.training.progress import format_seconds
 from pallas_kernels import platform
 
 # What a program may use of the memory of one device as jax counts them, GiB, by the device kinds of libtpu: what libtpu
@@ -96,11 +95,12 @@ def report(lower, mesh, topology: str, *, of: str, beside: int = 0) -> list[str]
             if not topology or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return [f"does not fit: {_out_of_memory(str(error))}"]
+    compiled_at = time.monotonic()
     operations = sum(" = " in line for line in lowered.as_text().splitlines())
     memory = compiled.memory_analysis()
     lines = [
-        f"lowered in {format_seconds(lowered_at - began)} to {operations:,} HLO operations, "
-        f"compiled in {format_seconds(time.monotonic() - lowered_at)}",
+        f"lowered in {lowered_at - began:.0f} s to {operations:,} HLO operations, "
+        f"compiled in {compiled_at - lowered_at:.0f} s",
         f"memory of one device: arguments {gib(memory.argument_size_in_bytes)}, of which "
         f"{gib(memory.alias_size_in_bytes)} are updated in place; temporaries {gib(memory.temp_size_in_bytes)}; "
         f"outputs {gib(memory.output_size_in_bytes)}; code {gib(memory.generated_code_size_in_bytes)}",

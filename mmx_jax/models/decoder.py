@@ -96,9 +96,11 @@ class HybridBlock(nn.Module):
         index, slopes = scanned  # int32 (), float32 [P, H]
         layer_class = DecoderLayer
         if c.remat != "none":
-            # A loop of one trip is none: XLA would find the repeated layer beside the first one, and keep that.
-            looped = c.scan_blocks and c.num_blocks > 1
-            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not looped)
+            # Barriers, but where the repeated layer is alone in its loop. Without a loop (one trip is none) XLA would
+            # find it beside the first one, and keep that; in a loop of several layers it would repeat all of them
+            # before the gradient of the last one is there, and hold what they keep at once.
+            alone = c.scan_blocks and c.num_blocks > 1 and len(c.layer_pattern) == 1
+            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not alone)
         stats = []
         for i, kind in enumerate(c.layer_pattern):
             name = f"layer_{i}"
