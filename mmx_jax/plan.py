@@ -222,15 +222,15 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
     """What the backward pass of one layer holds besides what was kept: what is computed again, and gradients.
 
     In the experts that is either four arrays of the width of an expert (its hidden rows, their gradient, those of gate
-    and up), or one of them and the gradients of the matrices; beside it the gradient of the rows that came. The
-    gradients of the matrices are whole until they are summed over devices, and in a loop wait for that in float32. In a
-    loop over single layers, where nothing of another layer is under way, three of the four were seen.
+    and up), or one of them and the gradients of the matrices, whole and not yet summed over devices; beside it the
+    gradient of the rows that came. In a loop over single layers, where nothing of another layer is under way, three of
+    the four were seen.
 
     Args:
       looped: the layer is in a loop over blocks.
     """
     again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.model.remat)
-    matrices = share.expert_weights * (ITEM_BYTES["float32"] if looped else share.item)
+    matrices = share.expert_weights * share.item
     wide = share.received * share.model.mlp_dim // share.width * share.item
     narrow = share.received * share.model.hidden_size * share.item
     arrays = 3 if looped and len(share.model.layer_pattern) == 1 else 4
