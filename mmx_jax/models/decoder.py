@@ -97,8 +97,8 @@ class HybridBlock(nn.Module):
         layer_class = DecoderLayer
         if c.remat != "none":
             # Barriers, but where the repeated layer is alone in its loop. Without a loop (one trip is none) XLA would
-            # find it beside the first one, and keep that; in a loop of several layers it would repeat all of them
-            # before the gradient of the last one is there, and hold what they keep at once.
+            # find it beside the first one, and keep that; in a loop of several layers it would begin to repeat a layer
+            # before the gradient of the layer behind it is there.
             alone = c.scan_blocks and c.num_blocks > 1 and len(c.layer_pattern) == 1
             layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not alone)
         stats = []
