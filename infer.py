@@ -1,4 +1,7 @@
-"""Generates text: python infer.py --checkpoint=runs/demo/export --prompt='def main('."""
+"""Generates text: python infer.py --checkpoint=runs/demo/export --prompt='def main('.
+
+Or tells what it would take: python infer.py --config=configs/small_1b.py --dry_run --topology=v5e:2x2 --dtype=bfloat16.
+"""
 
 import math
 import os
@@ -8,9 +11,7 @@ import sys
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "checkpoint", None, "Folder: safetensors, a converted checkpoint, a training run or a step of one.", required=True
-)
+flags.DEFINE_string("checkpoint", None, "Folder: safetensors, a converted checkpoint, a training run or a step of one.")
 flags.DEFINE_multi_string("prompt", [], "Text to continue; given often, the prompts run as one batch.")
 flags.DEFINE_string("prompt_file", None, "UTF-8 file whose whole text is the prompt.")
 flags.DEFINE_bool("chat", False, "Talk: a line on standard input is a turn; end with end-of-file.")
@@ -28,6 +29,25 @@ flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", 1)
 flags.DEFINE_list("stop_ids", [], "Token ids that end a continuation, besides the tokenizer's own.")
 flags.DEFINE_multi_string("stop", [], "Text that ends a continuation and is not printed; may be given often.")
 flags.DEFINE_integer("prefill_chunk", 1024, "Tokens of a prompt in one pass.", 1)
+flags.DEFINE_bool("dry_run", False, "Compile prefill and decoding of --config, print memory and collectives, and end.")
+flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
+# Of --dry_run and --plan:
+flags.DEFINE_string("config", None, "Config file, of which model and mesh count; no checkpoint is read.")
+flags.DEFINE_multi_string("set", [], "Override of the config, field.path=value; may be given often.")
+flags.DEFINE_string("topology", None, "TPU topology to compile or plan for, such as v5p:8x8x16, without having it.")
+flags.DEFINE_integer("batch", 1, "Sequences.", 1)
+flags.DEFINE_integer("prompt_length", 1024, "Tokens of each prompt.", 1)
+flags.DEFINE_integer("context", 2048, "Tokens of prompt and continuation.", 1)
+
+
+@flags.multi_flags_validator(
+    ["dry_run", "plan", "config", "checkpoint", "topology"],
+    "give --checkpoint; or --config with --dry_run or --plan, which alone take --topology",
+)
+def _check_source(values):
+    if values["dry_run"] or values["plan"]:
+        return bool(values["config"]) and not values["checkpoint"]
+    return bool(values["checkpoint"]) and not values["config"] and not values["topology"]
 
 
 @flags.validator("stop_ids", "give token ids: --stop_ids=2,7")
@@ -137,7 +157,22 @@ def score(model, text):
     print(f"bits per byte      {-total / math.log(2) / len(text.encode()):.4f} (of the whole file)")
 
 
+def foretell():
+    from mmx_jax import config_io, generate_dry_run, plan
+
+    config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
+    lines_of = plan.inference_lines if FLAGS.plan else generate_dry_run.dry_run
+    lines = lines_of(
+        config, dtype=FLAGS.dtype, batch=FLAGS.batch, prompt_length=FLAGS.prompt_length, context=FLAGS.context,
+        chunk=FLAGS.prefill_chunk, topology=FLAGS.topology or "",
+    )  # fmt: skip
+    print("\n".join(lines))
+
+
 def run():
+    if FLAGS.dry_run or FLAGS.plan:
+        foretell()
+        return
     check_flags()
     text = read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
     # Imported late, so that --help and a mistyped flag answer at once.

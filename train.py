@@ -26,9 +26,10 @@ flags.DEFINE_string(
     "HOST:PORT,COUNT,INDEX with an address of process 0, the number of processes and the number of this one.",
 )
 flags.DEFINE_string(
-    "topology", None, "With --dry_run: compile for this TPU topology, such as v5p:8x8x16, without having it."
+    "topology", None, "With --dry_run or --plan: for this TPU topology, such as v5p:8x8x16, without having it."
 )
 flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
+flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
 
 
 @flags.validator("profile_steps", "give FIRST:LAST, two step numbers with 1 <= FIRST <= LAST")
@@ -45,10 +46,10 @@ def _check_resume(value):
 
 
 @flags.multi_flags_validator(
-    ["topology", "dry_run"], "--topology is for --dry_run: nothing runs on devices that are not there"
+    ["topology", "dry_run", "plan"], "--topology is for --dry_run or --plan: nothing runs on devices that are not there"
 )
 def _check_topology(values):
-    return values["dry_run"] or not values["topology"]
+    return values["dry_run"] or values["plan"] or not values["topology"]
 
 
 @flags.validator("distributed", "give auto, or HOST:PORT,COUNT,INDEX with 0 <= INDEX < COUNT")
@@ -65,7 +66,7 @@ def main(argv):
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of what it also raises
     # Imported late, so that --help and a mistyped flag answer at once.
-    from mmx_jax import config_io
+    from mmx_jax import config_io, plan
     from mmx_jax.config import SourceConfig
     from mmx_jax.training import dry_run, loop, processes
 
@@ -76,7 +77,12 @@ def main(argv):
         if FLAGS.data:
             data = dataclasses.replace(config.data, sources=(SourceConfig(path=FLAGS.data),))
             config = dataclasses.replace(config, data=data)
+        if FLAGS.plan:
+            print("\n".join(plan.training_lines(config, FLAGS.topology or "")))
+            return
         if FLAGS.dry_run:
+            if FLAGS.topology and (shortage := plan.shortage(config, FLAGS.topology)):
+                print(f"train.py: {shortage}", file=sys.stderr, flush=True)
             print(config_io.format_config(config))
             print("\n".join(dry_run.dry_run(config, FLAGS.topology or "")))
             return

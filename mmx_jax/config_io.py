@@ -53,14 +53,21 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     tuples of dataclasses (a JSON list, in which left out fields take their defaults). An entry of such a
     tuple is reached by its index (`training.stages.0.tokens=1e9`); the index one past the end appends.
 
-    Raises ConfigError: unknown path (with the nearest valid one), wrong type, or impossible value.
+    Raises ConfigError: unknown path (with the nearest valid one), wrong type, impossible value, or an axis of the mesh
+    that is named twice: the product of the axes is checked, so that an override that was forgotten would only surprise.
     """
     root = _plain(config)
+    axes = {}
     for override in overrides:
         path, equals, text = override.partition("=")
+        path = path.strip()
         if not equals:
             raise ConfigError(f"{override!r} is not of the form path.to.field=value")
-        _set(root, path.strip(), text)
+        if path in axes:
+            raise ConfigError(f"{path} is named twice, with {axes[path]} and with {text}: give each axis once")
+        if path.startswith("mesh."):
+            axes[path] = text
+        _set(root, path, text)
     return _build(Config, root, "")
 
 

@@ -1,6 +1,7 @@
 """Decoding: prefill in buckets and chunks, a loop of steps inside one jit, sequences that go on where they stopped."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from mmx_jax import sampling
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.decoder import Decoder, head_logits
-from mmx_jax.models.state import DecodeState, init_state
+from mmx_jax.models.state import LAYER_AXES, DecodeState, init_state
 from mmx_jax.sharding import constrain
 
 DECODE_STEPS = 32  # most tokens of one dispatch
@@ -26,6 +27,24 @@ _SCORE_PIECE = 64  # tokens whose logits are held at once
 
 class GenerationError(ValueError):
     """Tokens or settings that cannot be generated from; the message names them and the remedy."""
+
+
+def inference_config(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The model as it generates, with weights and computation in `dtype`.
+
+    A token's result must not hang on its neighbours, so nothing is dropped whatever training did.
+    """
+    return dataclasses.replace(
+        config, dtype=dtype, param_dtype=dtype, capacity_factor=None, expert_buffer=None, remat="none"
+    )
+
+
+def check_lengths(config: ModelConfig, prompt_length: int, context: int):
+    """Raises GenerationError where no `context` holds the prompt, or the model has no such context."""
+    if prompt_length > context:
+        raise GenerationError(f"a prompt of {prompt_length} tokens needs a context of as many; got {context}")
+    if context > config.max_position_embeddings:
+        raise GenerationError(f"{context} tokens exceed max_position_embeddings={config.max_position_embeddings}")
 
 
 def power_of_two(n: int) -> int:
@@ -118,9 +137,7 @@ def new_state(config: ModelConfig, params, batch: int, slots: int) -> DecodeStat
 @functools.partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def _new_state(config, batch, slots):
     state = init_state(config, batch, slots)
-    # Axis 2 is heads in lightning states and key-value heads in caches.
-    spread = lambda x: constrain(x, None, "batch", "heads_act", None, None)  # noqa: E731
-    return state.replace(layers=jax.tree.map(spread, state.layers))
+    return state.replace(layers=jax.tree.map(lambda x: constrain(x, *LAYER_AXES), state.layers))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -149,7 +166,9 @@ def _advance(config, params, tokens, mask, state, last=None):
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("last", "state"))
-def _prefill_piece(config, params, tokens, mask, last, state):
+def prefill_piece(config: ModelConfig, params, tokens, mask, last, state: DecodeState):
+    """(last, state) behind one piece of a prompt: tokens, mask [B, T]; last [B, M], the hidden state of the last real
+    token of each row so far."""
     index = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), -1), axis=1)  # of the last real token, or -1
     hidden, state = _advance(config, params, tokens, mask, state, jnp.maximum(index, 0))
     return jnp.where((index >= 0)[:, None], hidden[:, 0], last), state
@@ -160,7 +179,7 @@ def _head(params, hidden):
     return head_logits(hidden, params["lm_head"]["kernel"])
 
 
-def _pieces(width: int, chunk: int):
+def pieces(width: int, chunk: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, bucket) of the pieces of a prompt: whole chunks, then the rest in a power of two."""
     for start in range(0, width, chunk):
         stop = min(start + chunk, width)
@@ -173,8 +192,13 @@ def _piece(x, start, stop, bucket):
 
 def slots_needed(width: int, chunk: int) -> int:
     """Slots that prefill of `width` columns writes to, the padding of its last piece included."""
-    start, _, bucket = list(_pieces(width, chunk))[-1]
+    start, _, bucket = list(pieces(width, chunk))[-1]
     return start + bucket
+
+
+def slots_for(prompt_length: int, context: int, chunk: int) -> int:
+    """Slots of a state that takes a prompt and then decodes up to a context."""
+    return slot_bucket(max(slots_needed(prompt_length, chunk), context))
 
 
 def prefill(config: ModelConfig, params, tokens, mask, state: DecodeState, *, chunk: int = PREFILL_CHUNK):
@@ -191,8 +215,8 @@ def prefill(config: ModelConfig, params, tokens, mask, state: DecodeState, *, ch
       (float32 logits [B, V] behind the last real token, state). A row needs a real token for its logits.
     """
     last = beside(params, np.zeros((tokens.shape[0], config.hidden_size), jnp.dtype(config.dtype)))
-    for piece in _pieces(tokens.shape[1], chunk):
-        last, state = _prefill_piece(config, params, _piece(tokens, *piece), _piece(mask, *piece), last, state)
+    for piece in pieces(tokens.shape[1], chunk):
+        last, state = prefill_piece(config, params, _piece(tokens, *piece), _piece(mask, *piece), last, state)
     return _head(params, last), state
 
 
@@ -280,7 +304,7 @@ def score(config: ModelConfig, params, tokens, mask, *, chunk: int = PREFILL_CHU
         return result
     state = new_state(config, params, len(tokens), slot_bucket(slots_needed(inputs.shape[1], chunk)))
     scores = np.zeros(tokens.shape, np.float32)
-    for piece in _pieces(inputs.shape[1], chunk):
+    for piece in pieces(inputs.shape[1], chunk):
         start, stop, _ = piece
         values, state = _score_piece(config, params, *(_piece(x, *piece) for x in (inputs, real, targets)), state)
         scores[:, start + 1 : stop + 1] = np.asarray(values)[:, : stop - start]
@@ -318,7 +342,7 @@ class Session:
         self._vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self._sampler, self._keys = sampling_params.sampler(), sampling.row_keys(seed, batch)
         # In buckets too, so that one more stop token does not compile anew.
-        self._stop_ids = np.full(max(8, power_of_two(len(stop_tokens))), -1, np.int32)
+        self._stop_ids = np.full(power_of_two(len(stop_tokens)), -1, np.int32)
         self._stop_ids[: len(stop_tokens)] = stop_tokens
         self._carry: DecodeCarry | None = None
         self._seen = np.zeros((batch, config.vocab_size), bool) if self._sampler.repetition_penalty else None

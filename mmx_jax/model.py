@@ -1,6 +1,5 @@
 """The Python interface: a model with its tokenizer, to evaluate, to generate from, to export."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -31,8 +30,7 @@ def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
     source = weights.resolve(path)
     config, params = weights.load_params(path, param_dtype=dtype, mesh=mesh)
-    # A token's result must not hang on its neighbours, so nothing is dropped whatever training did.
-    config = dataclasses.replace(config, dtype=dtype, capacity_factor=None, remat="none")
+    config = generate.inference_config(config, dtype)
     has_tokenizer = source.tokenizer_dir is not None and (source.tokenizer_dir / "tokenizer.json").is_file()
     return Model(config, params, source.tokenizer_dir if has_tokenizer else None, mesh)
 

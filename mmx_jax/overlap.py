@@ -46,5 +46,7 @@ def overlap(text: str, kinds=("all-to-all", "ragged-all-to-all")) -> Overlap:
             elif size and any(f" {kind}(" in line for kind in kinds):
                 found.append((size, False))
     return Overlap(
-        count=len(found), bytes=sum(size for size, _ in found), exposed_bytes=sum(s for s, hidden in found if not hidden)
+        count=len(found),
+        bytes=sum(size for size, _ in found),
+        exposed_bytes=sum(s for s, hidden in found if not hidden),
     )

@@ -1,9 +1,12 @@
 """The mesh, the one table of logical axes, and what follows from it."""
 
+import itertools
 import math
+from collections.abc import Mapping
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ConfigError, MeshConfig
@@ -32,18 +35,53 @@ RULES = {
 }
 
 
+# A parameter of more bytes than this, all of it, is not to lie whole on each of several devices.
+LARGEST_COPY = 64 * 10**6
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of each of `MESH_AXES`; raises ConfigError if they do not make `num_devices`."""
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: max(num_devices // known, 1) if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
+        raise ConfigError(
+            f"mesh {_shape(sizes)} does not make {num_devices} devices; set mesh.* so that the product does"
+        )
+    return sizes
+
+
+def _shape(sizes):
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh with axes `MESH_AXES` over `devices` (default: all); raises if the sizes do not fit their number."""
+    """A mesh with axes `MESH_AXES` over `devices` (default: all).
+
+    Raises:
+      ConfigError: the sizes do not make the number of devices, or cannot be laid over the torus that they are in.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
-        shape = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        raise ConfigError(f"mesh {shape} does not make {len(devices)} devices; set mesh.* so that the product does")
-    # make_mesh defaults to Explicit axes, where a sharding constraint is an assertion.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    sizes = mesh_sizes(config, len(devices))
+    try:
+        # make_mesh defaults to Explicit axes, where a sharding constraint is an assertion.
+        return jax.make_mesh(
+            tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+        )
+    except NotImplementedError:
+        places = [(*device.coords, device.core_on_chip) for device in devices]
+        torus = [size for size in np.max(places, axis=0) + 1 if size > 1]
+        possible = {math.prod(some) for n in range(len(torus) + 1) for some in itertools.combinations(torus, n)}
+        raise ConfigError(
+            f"mesh {_shape(sizes)} cannot be laid over the torus of {' x '.join(map(str, torus))} devices: the size of "
+            "an axis is a product of sizes of the torus, and each of these serves one axis; set mesh.* to sizes of "
+            f"{', '.join(map(str, sorted(possible)))}"
+        ) from None
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of `make_mesh` without devices: it says what divides what."""
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
@@ -152,3 +190,27 @@ def shardings_of(logical_axes, abstract, mesh: Mesh):
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, abstract, logical_axes)
+
+
+def check_sharded(logical_axes, abstract, sizes: Mapping[str, int]):
+    """Raises ConfigError for a parameter above `LARGEST_COPY` that each of several devices would hold whole.
+
+    Args:
+      logical_axes, abstract: as `shardings_of` takes them.
+      sizes: devices along each of `MESH_AXES`.
+    """
+    if math.prod(sizes.values()) == 1:
+        return
+
+    def check(path, leaf, axes):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        dividing = [name for name in MESH_AXES if any(name in mesh_axes(axis) for axis in axes)]
+        if size > LARGEST_COPY and all(sizes[name] == 1 for name in dividing):
+            raise ConfigError(
+                f"the parameter {jax.tree_util.keystr(path, simple=True, separator='/')} of {size / 1e6:,.0f} MB would "
+                f"lie whole on each of the {math.prod(sizes.values())} devices of mesh {_shape(sizes)}; above "
+                f"{LARGEST_COPY / 1e6:.0f} MB it must be divided: make "
+                f"{' or '.join(f'mesh.{name}' for name in dividing)} larger than 1"
+            )
+
+    jax.tree_util.tree_map_with_path(check, abstract, logical_axes)

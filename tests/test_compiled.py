@@ -1,6 +1,8 @@
 """What a compiled program says of itself, on fake devices and for a TPU topology that is not there."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +11,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax import compiled, config_io
+from mmx_jax import compiled, config_io, generate_dry_run, plan
 from mmx_jax.config import ConfigError, MeshConfig
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training.dry_run import dry_run
 from tests import ahead_of_time, fake_devices
 
 REPOSITORY = Path(__file__).parent.parent
+# Small to compile, and large enough that arrays and not the program fill the memory.
 SMALL = (
-    "model.num_layers=4", "model.layer_pattern=lightning,softmax", "model.hidden_size=256", "model.mlp_dim=256",
-    "model.vocab_size=512", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=64", "model.rotary_dim=32",
-    "training.sequence_length=256", "training.batch_tokens=1024", "training.microbatch_rows=4",
-    "mesh.data=1", "mesh.fsdp=4",
+    "model.num_layers=4", "model.layer_pattern=lightning,softmax", "model.hidden_size=512", "model.mlp_dim=1024",
+    "model.vocab_size=4096", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=128", "model.rotary_dim=64",
+    "model.num_experts=8", "model.dtype=bfloat16", "model.lightning_chunk=none", "model.max_position_embeddings=65536",
+    "training.sequence_length=4096", "training.batch_tokens=65536", "training.total_tokens=65536", "mesh.data=1",
 )  # fmt: skip
+TRAINING = "model.remat=full", "mesh.fsdp=2", "mesh.expert=2"
+INFERENCE = dict(dtype="bfloat16", batch=16, prompt_length=4096, context=32768, chunk=4096)
 
 
 def counted_by_hand():
@@ -56,11 +62,88 @@ def test_collectives_in_loops_count_as_often_as_they_go_round():
     assert found["all-gather"] == [1, 4 * 2 * 2]
 
 
-def test_a_step_compiled_for_a_topology_tells_memory_and_collectives():
-    lines = ahead_of_time.answer_of("tests.test_compiled", "v5e:2x2")
-    assert "of v5e:2x2, TPU v5 lite" in lines
-    assert "of 16.000 GiB: fits," in lines
-    assert "all-gather: " in lines and "a step and device" in lines
+@pytest.fixture(scope="module")
+def foretold():
+    """{what: [lines of the plan, lines of the dry run]} for four devices, and the error of a mesh without a torus."""
+    return ahead_of_time.answer_of("tests.test_compiled", "v5e:2x2")
+
+
+def peaks(lines):
+    """GiB, of each program that is compiled or planned."""
+    return [float(line.split()[1]) for line in lines if line.startswith("peak ")]
+
+
+def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(foretold):
+    text = "\n".join(foretold["training"][1])
+    assert "of v5e:2x2, TPU v5 lite" in text
+    assert "of 15.750 GiB: fits," in text
+    assert re.search(r"^(all-gather: .* a step and device|collectives unknown)", text, re.M)
+
+
+def test_prefill_and_decoding_compiled_for_a_topology_tell_memory(foretold):
+    lines = foretold["inference"][1]
+    # 2 x 2 layers x 16 rows x 2 heads x 32768 slots x 128 in bfloat16, 2 x 16 x 4 x 128 x 128 in float32, on 4 devices
+    assert "key-value caches 0.250 GiB, lightning states 0.002 GiB" in "\n".join(lines)
+    assert len(peaks(lines)) == 2
+    for title in ("prefill of 4096 tokens in pieces of up to 4096, 1 of them; one piece:", "decoding, one step:"):
+        assert lines[lines.index(title) + 1].startswith("lowered in ")
+
+
+@pytest.mark.parametrize("what", ["training", "inference"])
+def test_the_plan_agrees_with_what_is_compiled(foretold, what):
+    planned, compiled_peaks = map(peaks, foretold[what])
+    assert len(compiled_peaks) == (2 if what == "inference" else 1)
+    assert planned == pytest.approx(compiled_peaks, rel=0.15)
+
+
+def test_a_program_that_does_not_fit_says_what_it_needs_and_what_there_is(foretold):
+    (line,) = foretold["too large"]
+    assert line.startswith("does not fit: ") and "512.00G" in line and "15.75G" in line, line
+
+
+def test_a_mesh_that_no_torus_holds_is_an_error_that_says_which_do(foretold):
+    assert "fsdp=8, expert=1, expert_tensor=1, tensor=8" in foretold["torus"]
+    assert "torus of 4 x 4 x 4 devices" in foretold["torus"] and "sizes of 1, 4, 16, 64" in foretold["torus"]
+
+
+def small_1b(*overrides):
+    return config_io.apply_overrides(config_io.load_config(REPOSITORY / "configs/small_1b.py"), overrides)
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much():
+    overrides = "mesh.data=1", "mesh.fsdp=8", "training.batch_tokens=65536"
+    assert re.search(
+        r"peak .* of 15.750 GiB: does not fit, .* too much", plan.shortage(small_1b(*overrides), "v5e:2x4")
+    )
+    assert plan.shortage(small_1b(*overrides), "v5p:2x2x2") == ""
+    assert "does not fit" in "\n".join(plan.training_lines(small_1b(*overrides), "v5e:2x4"))
+
+
+def test_a_plan_of_text_01_follows_the_shapes():
+    """456,089,655,296 parameters, all of them divided over 1024 devices, but for norms and slopes."""
+    config = config_io.load_config(REPOSITORY / "configs/minimax_text_01.py")
+    training = dataclasses.replace(config.training, stages=())
+    made, sizes, room = plan.training_plan(dataclasses.replace(config, training=training), "v5p:8x8x16")
+    assert sizes["fsdp"] == 1024 and room == int(95.73 * 2**30)
+    assert made.memory["parameters"] == pytest.approx(456_089_655_296 * 4 / 1024, rel=0.01)
+    assert made.memory["optimizer"] == pytest.approx(2 * made.memory["parameters"], rel=1e-6)
+    # every layer's input: two rows of 8192 tokens in bfloat16
+    assert made.memory["activations kept for the backward"] == 80 * 2 * 8192 * 6144 * 2
+
+
+@pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:4xx4"])
+def test_an_unknown_topology_is_not_planned_for(name):
+    with pytest.raises(ConfigError, match=rf"--topology={name} .* a name such as v5e:4x4"):
+        plan.topology_devices(name)
+
+
+def test_a_large_parameter_that_no_axis_divides_is_refused():
+    with pytest.raises(ConfigError, match=r"embed/embedding of 268 MB .* make mesh.fsdp or mesh.tensor larger than 1"):
+        plan.training_plan(small_1b("mesh.expert=4", "mesh.data=1", "training.batch_tokens=32768"), "v5p:2x2x1")
+    with pytest.raises(
+        ConfigError, match=r"blocks/layer_0/mlp/down of 185 MB would lie whole on each of the 8 devices"
+    ):
+        plan.training_plan(small_1b("mesh.data=8", "training.batch_tokens=65536"), "v5p:2x2x2")
 
 
 def test_an_unknown_topology_is_one_error():
@@ -71,12 +154,41 @@ def test_an_unknown_topology_is_one_error():
 def test_topology_without_dry_run_is_refused():
     command = [sys.executable, "train.py", "--config=configs/debug.py", "--topology=v5e:2x2"]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert finished.returncode and "--topology is for --dry_run" in finished.stderr
+    assert finished.returncode and "--topology is for --dry_run or --plan" in finished.stderr
+
+
+def test_plans_are_printed_by_the_command_line():
+    flags = ["--config=configs/small_1b.py", "--plan", "--topology=v5e:4x4", "--set=mesh.data=1", "--set=mesh.fsdp=16"]
+    for program in ("train.py", "infer.py"):
+        batch = ["--set=training.batch_tokens=131072"] if program == "train.py" else ["--batch=16", "--dtype=bfloat16"]
+        finished = subprocess.run(
+            [sys.executable, program, *flags, *batch], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert "memory of one device: parameters " in finished.stdout and "of 15.750 GiB: " in finished.stdout
+
+
+def foretell(topology):
+    base = config_io.load_config(REPOSITORY / "configs/debug.py")
+    answers = {}
+    config = config_io.apply_overrides(base, SMALL + TRAINING)
+    answers["training"] = plan.training_lines(config, topology), dry_run(config, topology)
+    config = config_io.apply_overrides(base, (*SMALL, "mesh.fsdp=2", "mesh.tensor=2"))
+    answers["inference"] = [
+        tell(config, topology=topology, **INFERENCE) for tell in (plan.inference_lines, generate_dry_run.dry_run)
+    ]
+    mesh = make_mesh(MeshConfig(), compiled.topology_devices(topology))
+    too_large = jax.ShapeDtypeStruct((4, 2**36), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    answers["too large"] = compiled.report(lambda: jax.jit(lambda x: x + 1).lower(too_large), mesh, topology, of="sum")
+    try:
+        make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), compiled.topology_devices("v5p:4x4x4"))
+    except ConfigError as error:
+        answers["torus"] = str(error)
+    return answers
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(json.dumps(counted_by_hand()))
     else:
-        config = config_io.apply_overrides(config_io.load_config(REPOSITORY / "configs/debug.py"), SMALL)
-        print(json.dumps("\n".join(dry_run(config, sys.argv[1]))))
+        print(json.dumps(foretell(sys.argv[1])))

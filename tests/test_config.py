@@ -222,6 +222,11 @@ def test_an_index_one_past_the_end_appends():
     assert got.data.sources == (SourceConfig(path="/x", weight=2.0), SourceConfig(path="/y"))
 
 
+def test_a_mesh_axis_named_twice_is_an_error():
+    with pytest.raises(ConfigError, match="mesh.fsdp is named twice, with 2 and with 4: give each axis once"):
+        apply_overrides(Config(), ["mesh.fsdp=2", "mesh.data=1", "mesh.fsdp=4"])
+
+
 def test_overrides_are_checked_together_and_the_last_one_wins():
     # Neither is possible alone: 8192 does not divide 1536 and 131072 is no multiple of 768.
     got = apply_overrides(

@@ -255,7 +255,7 @@ DRAW = dict(max_new_tokens=12, temperature=1.5, top_k=40, top_p=0.95, min_p=0.01
 
 
 def test_other_lengths_and_turns_compile_nothing(model, alone):
-    compiled = [function._cache_size() for function in (generate._prefill_piece, generate.decode)]
+    compiled = [function._cache_size() for function in (generate.prefill_piece, generate.decode)]
     for length in (1, 16, 17, 40):
         session = model.session(1, prefill_chunk=16)
         session.extend([[7] * length])
@@ -263,7 +263,7 @@ def test_other_lengths_and_turns_compile_nothing(model, alone):
         session.finish(0)
         session.extend([[8] * 3])
         session.decode(8)
-    assert [function._cache_size() for function in (generate._prefill_piece, generate.decode)] == compiled
+    assert [function._cache_size() for function in (generate.prefill_piece, generate.decode)] == compiled
 
 
 def test_seeds(model):

@@ -1,6 +1,7 @@
 """The decoder: embedding, scanned hybrid blocks, head (spec section C)."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mmx_jax import sharding
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.documents import at_positions, document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
@@ -98,9 +100,11 @@ class HybridBlock(nn.Module):
         index, slopes = scanned  # int32 (), float32 [P, H]
         layer_class = DecoderLayer
         if c.remat != "none":
-            # A loop of one trip is none: XLA would find the repeated layer beside the first one, and keep that.
-            looped = c.scan_blocks and c.num_blocks > 1
-            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not looped)
+            # Barriers, but where the repeated layer is alone in its loop. Without a loop (one trip is none) XLA would
+            # find it beside the first one, and keep that; in a loop of several layers it would begin to repeat a layer
+            # before the gradient of the layer behind it is there.
+            alone = c.scan_blocks and c.num_blocks > 1 and len(c.layer_pattern) == 1
+            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not alone)
         stats = []
         for i, kind in enumerate(c.layer_pattern):
             name = f"layer_{i}"
@@ -238,6 +242,10 @@ def abstract_params(config: ModelConfig):
     return nn.unbox(_abstract_boxed(config))
 
 
+def count_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
 def logical_axes(config: ModelConfig):
     """The parameter tree as tuples of logical axis names (`mmx_jax.sharding.RULES`)."""
     specs = nn.get_partition_spec(_abstract_boxed(config))
@@ -247,3 +255,28 @@ def logical_axes(config: ModelConfig):
 def param_shardings(config: ModelConfig, mesh):
     """The parameter tree as `NamedSharding`s on `mesh`."""
     return shardings_of(logical_axes(config), abstract_params(config), mesh)
+
+
+def check_sharded(config: ModelConfig, sizes):
+    """Raises ConfigError for a large parameter that each of several devices would hold whole.
+
+    Args:
+      sizes: devices along each mesh axis.
+    """
+    sharding.check_sharded(logical_axes(config), abstract_params(config), sizes)
+
+
+def bytes_of_share(config: ModelConfig, sizes) -> dict[str, int]:
+    """What one device holds of the parameters: {"blocks", "rest"}.
+
+    Args:
+      sizes: devices along each mesh axis.
+    """
+    total = {"blocks": 0, "rest": 0}
+
+    def add(path, leaf, axes):
+        parts = math.prod(sizes[name] for axis in axes for name in sharding.mesh_axes(axis))
+        total["blocks" if path[0].key == "blocks" else "rest"] += math.prod(leaf.shape) * leaf.dtype.itemsize // parts
+
+    jax.tree_util.tree_map_with_path(add, abstract_params(config), logical_axes(config))
+    return total

@@ -7,6 +7,9 @@ from flax import struct
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.softmax_attention import KeyValueCache
 
+# Logical axes of every leaf of `layers`: heads are key-value heads in caches.
+LAYER_AXES = (None, "batch", "heads_act", None, None)
+
 
 @struct.dataclass
 class DecodeState:

@@ -94,6 +94,7 @@ def train(
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh)
+    decoder.check_sharded(config.model, mesh.shape)
     check_rows(config, mesh)
     checkpointer = Checkpointer(
         workdir / "checkpoints",
@@ -176,8 +177,8 @@ class _Run:
         has_tensorboard = self.writer is not None and self.writer.has_tensorboard
         return [
             config_io.format_config(self.config),
-            f"parameters {count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length {length}; "
-            f"{devices.size} x {devices.flat[0].device_kind}",
+            f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length "
+            f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
         ]
@@ -465,13 +466,20 @@ def rows_by_process(mesh, rows: int) -> dict[int, list[int]]:
 
 
 def check_rows(config: Config, mesh):
-    """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis."""
+    """Raises ConfigError where the processes, or the devices that share the batch axis, do not divide a batch."""
     shards = train_step.batch_shards(mesh)
     if sum(map(len, rows_by_process(mesh, shards).values())) > shards:
         raise ConfigError(
             f"mesh.*: the {shards} batch shards of mesh {dict(mesh.shape)} do not give each of {jax.process_count()} "
             "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor or seq smaller"
         )
+    check_batches(config, mesh)
+
+
+def check_batches(config: Config, mesh):
+    """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis, or tokens not
+    over all devices."""
+    shards = train_step.batch_shards(mesh)
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
         rows = config.training.microbatch_rows or unit
@@ -550,10 +558,6 @@ def stage_config(config: Config, rope_theta: float | None) -> Config:
     if rope_theta is None:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
-
-
-def count_parameters(model) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(decoder.abstract_params(model)))
 
 
 def prepare_tokenizer(config: Config, workdir: pathlib.Path):

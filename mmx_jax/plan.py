@@ -1,0 +1,525 @@
+"""What a run takes, from formulas in a second: memory of one device, and bytes over its links. Nothing is compiled.
+
+Sizes of arrays follow from the shapes, the mesh and the rules of `mmx_jax.sharding`. Which of them are alive together
+follows from the programs: what the backward pass keeps is what `jax.checkpoint` and the `custom_vjp`s save, listed
+below; what is alive beside it is the work of one layer. The latter depends on the order that the compiler finds, and
+is fitted to what `--dry_run` says (BUILD.md, "Plan without compiling").
+
+Letters are those of the house style: T tokens, M hidden size, H heads, K key-value heads, D head_dim, F width of an
+expert, E experts, V vocabulary; all numbers are those of one device.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+
+from mmx_jax import compiled, generate, sharding
+from mmx_jax.config import Config, ConfigError, ModelConfig
+from mmx_jax.layers.moe import expert_capacity
+from mmx_jax.models import decoder
+from mmx_jax.parallel.expert import BUFFER_ALIGNMENT
+from mmx_jax.training import loop, schedule
+from pallas_kernels.platform import cdiv
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+# Machine code of one layer as it stands in a program; nothing but measured (24 to 43 MiB in training, 3 to 11 else).
+CODE_OF_LAYER = {"training": 32 << 20, "prefill": 10 << 20, "decoding": 4 << 20}
+# Devices of a chip, and the device kind, by the first part of the name of a TPU topology.
+_CHIPS = {"v5e": (1, "TPU v5 lite"), "v5p": (1, "TPU v5"), "v6e": (1, "TPU v6 lite"), "tpu7x": (2, "TPU7x")}
+
+_CAVEAT = (
+    "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it where that was tried. Not "
+    "foreseen: the order of the compiler's work, the size of the code (a constant for a layer), a collective that is "
+    "replaced by another kind or runs in pieces, what a ring of keys and values holds on its way"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one device holds and sends.
+
+    Attributes:
+      memory: bytes by what they are for; together they are the peak.
+      traffic: bytes of the results of collectives, by kind.
+    """
+
+    memory: Mapping[str, int]
+    traffic: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def lines(self, of: str, room: int | None) -> list[str]:
+        """To print. of: what is done once, such as "step"; room: bytes of one device, None if they are not known."""
+        parts = "; ".join(f"{name} {compiled.gib(size)}" for name, size in self.memory.items())
+        lines = [f"memory of one device: {parts}"]
+        lines.append(f"peak {compiled.gib(self.peak)}" if room is None else compiled.fits(self.peak, room))
+        return lines + [
+            f"{kind}: {compiled.gib(size)} a {of} and device" for kind, size in self.traffic.items() if size
+        ]
+
+
+def topology_devices(name: str) -> tuple[int, int]:
+    """(number of devices, bytes of each) of a TPU topology, by its name alone; raises ConfigError for another name."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if match is None or match[1] not in _CHIPS:
+        raise ConfigError(f"--topology={name} is not planned for: give a name such as {compiled.NAMES}")
+    devices, kind = _CHIPS[match[1]]
+    return devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one device has of a pass of B rows of `length` tokens, in elements.
+
+    The dense part divides the batch and heads; the experts divide the tokens among all devices (`parallel.expert`).
+    """
+
+    model: ModelConfig
+    sizes: Mapping[str, int]
+    batch: int
+    length: int
+
+    def along(self, axis: str) -> int:
+        """Devices that divide a logical axis."""
+        return math.prod(self.sizes[name] for name in sharding.mesh_axes(axis))
+
+    @property
+    def item(self) -> int:
+        return ITEM_BYTES[self.model.dtype]
+
+    @property
+    def rows(self) -> int:
+        """Of the batch; one that the devices do not divide is whole on each."""
+        shards = self.along("batch")
+        return self.batch if self.batch % shards else self.batch // shards
+
+    @property
+    def tokens(self) -> int:
+        shards = self.along("length")
+        return self.rows * (self.length if self.length < shards else self.length // shards)
+
+    @property
+    def stream(self) -> int:
+        """[T, M]"""
+        return self.tokens * self.model.hidden_size
+
+    @property
+    def inner(self) -> int:
+        """[T, H*D]"""
+        return self.tokens * self.model.num_heads * self.model.head_dim // self.along("heads")
+
+    @property
+    def keys(self) -> int:
+        """[T, K*D]"""
+        return self.tokens * self.model.num_kv_heads * self.model.head_dim // self.along("kv_heads")
+
+    @property
+    def owners(self) -> int:
+        """Devices that hold different experts."""
+        return self.along("experts") if self.model.num_experts > 1 else 1
+
+    @property
+    def width(self) -> int:
+        """Devices that hold slices of the same experts."""
+        return self.along("mlp" if self.model.num_experts > 1 else "dense_mlp")
+
+    @property
+    def routed(self) -> int:
+        """Tokens that this device routes: every token is routed once."""
+        return cdiv(self.batch * self.length, math.prod(self.sizes.values()))
+
+    @property
+    def chosen(self) -> int:
+        """[k R, M], the rows that this device sends."""
+        return self.routed * self.model.experts_per_token * self.model.hidden_size
+
+    @property
+    def received(self) -> int:
+        """Rows that come to a device, or the buffer that is kept for them, the slices of experts taken together."""
+        model, group = self.model, cdiv(self.routed, self.model.token_groups)
+        if model.capacity_factor is not None and math.prod(self.sizes.values()) == 1:
+            return model.num_experts * expert_capacity(model, self.routed)
+        rows = self.owners * group * min(model.experts_per_token, model.num_experts // self.owners)
+        if model.expert_buffer is not None:
+            bound = math.ceil(model.expert_buffer * group * model.experts_per_token)
+            rows = min(rows, cdiv(bound, BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT)
+        return rows * model.token_groups * self.width
+
+    @property
+    def expert_weights(self) -> int:
+        """The matrices of one layer's experts, gathered."""
+        model = self.model
+        return 3 * model.num_experts * model.hidden_size * model.mlp_dim // (self.owners * self.width)
+
+    def dense_weights(self, kind: str) -> int:
+        """The matrices of one layer's attention, gathered."""
+        model = self.model
+        query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        whole = model.hidden_size * (5 * query if kind == "lightning" else 2 * query + 2 * key)
+        return whole // self.along("heads")
+
+    @property
+    def gathered(self) -> bool:
+        """Whether matrices lie in slices that are gathered where they are used."""
+        return self.sizes["fsdp"] > 1
+
+    @property
+    def unscattered(self) -> int:
+        """Bytes that a layer's gradients take above their slices, where XLA sums them whole.
+
+        Over all devices of a slice, from 8 on, it makes all-reduces of the reduce-scatters of the experts' gradients
+        and cuts them where they are used: in the optimizer, or at the end of a round of the loop over blocks. (libtpu
+        0.0.52; not on v5e:2x4.)
+        """
+        slices = self.sizes["fsdp"]
+        if slices < 8 or slices < math.prod(self.sizes.values()):
+            return 0
+        return self.expert_weights * ITEM_BYTES["float32"] * (slices - 1) // slices
+
+    @property
+    def logits(self) -> int:
+        """[B, V] in float32, bytes."""
+        return self.rows * self.model.vocab_size // self.along("vocab") * ITEM_BYTES["float32"]
+
+    @property
+    def vocabulary(self) -> int:
+        """[V, M], the head, gathered."""
+        return self.model.vocab_size * self.model.hidden_size // self.along("vocab")
+
+
+def kept_bytes(share: Share, kind: str, remat: str) -> int:
+    """What the forward pass of one layer keeps for its backward pass.
+
+    - "full": the layer's input.
+    - "attention_out": that and the output of attention.
+    - "dots": that and every product: q, k, v before their activation (lightning) or rotation (softmax); of lightning
+      the gate and the kernel's output; of the experts gate and up of every row, and the rows that come out.
+    - "none": the input, both normed inputs; of lightning q, k, v before and behind SiLU, output, gate, and the gated
+      output; of softmax q, k, v, and the output twice; of the experts the rows that came, gate, up, the gathered
+      matrices, and in float32 the router's input and the rows that came back.
+    """
+    item, rows = share.item, share.received
+    stream, inner, keys = share.stream * item, share.inner * item, share.keys * item
+    wide = rows * share.model.mlp_dim // share.width * item
+    narrow = rows * share.model.hidden_size // share.width * item
+    if remat == "full":
+        return stream
+    if remat == "attention_out":
+        return 2 * stream
+    if remat == "dots":
+        return 2 * stream + (5 * inner if kind == "lightning" else inner + 2 * keys) + 2 * wide + narrow
+    attention = 9 * inner if kind == "lightning" else 3 * inner + 2 * keys
+    routing = (share.routed * share.model.hidden_size + share.chosen) * ITEM_BYTES["float32"]
+    return 3 * stream + attention + 2 * wide + narrow + share.expert_weights * item + routing
+
+
+def layer_work(share: Share, kind: str, *, looped: bool) -> int:
+    """What the backward pass of one layer holds besides what was kept: what is computed again, and gradients.
+
+    In the experts that is either four arrays of the width of an expert (its hidden rows, their gradient, those of gate
+    and up), or one of them and the gradients of the matrices, whole and not yet summed over devices; beside it the
+    gradient of the rows that came. In a loop over single layers, where nothing of another layer is under way, three of
+    the four were seen.
+
+    Args:
+      looped: the layer is in a loop over blocks.
+    """
+    again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.model.remat)
+    matrices = share.expert_weights * share.item
+    wide = share.received * share.model.mlp_dim // share.width * share.item
+    narrow = share.received * share.model.hidden_size * share.item
+    arrays = 3 if looped and len(share.model.layer_pattern) == 1 else 4
+    return again + max(arrays * wide, matrices + wide) + narrow
+
+
+def put_off(share: Share) -> int:
+    """What the layers of a block in a loop hold for gradients of matrices that are not computed yet.
+
+    Where rows travel to their experts, the compiler puts off the products for these gradients until there is traffic to
+    hide, in all layers but the last two of the backward pass (seen with blocks of 2, 4 and 8 layers). They need the
+    hidden rows of the experts and the gradients of gate and up, the rows that came and the gradient of those that went
+    out; in attention the gradients of q, k, v, and of output and gate.
+    """
+    model = share.model
+    layers = len(model.layer_pattern) - 2
+    if share.owners == 1 or layers <= 0:
+        return 0
+    rows = share.received * (3 * model.mlp_dim // share.width + 2 * model.hidden_size)
+    return layers * (rows + 6 * share.inner) * share.item
+
+
+def training(config: Config, sizes: Mapping[str, int]) -> Plan:
+    """The training step of the first stage.
+
+    Memory is that of the worst moment of the backward pass. Where there is one block it goes through the layers from
+    the last one, each of which leaves its gradients and frees what it kept. In a loop over blocks both are stacks that
+    are there from beginning to end, with the gradients of one block beside them.
+
+    Args:
+      sizes: devices along each mesh axis.
+    """
+    model, step = config.model, schedule.plan_step(config.training, 0)
+    share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length)
+    parameters = decoder.bytes_of_share(model, sizes)
+    gradients = {name: size * 4 // ITEM_BYTES[model.param_dtype] for name, size in parameters.items()}
+    looped = model.num_blocks > 1
+    kept = [kept_bytes(share, kind, model.remat) for kind in model.layer_pattern]
+    work = [layer_work(share, kind, looped=looped) for kind in model.layer_pattern]
+    # The last hidden state and its gradient, and the gradient of the head, whole and in float32.
+    loss = 2 * share.stream * share.item + share.vocabulary * ITEM_BYTES["float32"]
+    if looped:
+        summed = gradients["blocks"] * (1 + 1 / model.num_blocks) + share.unscattered * len(model.layer_pattern)
+        moments = [(model.num_blocks * sum(kept), summed + loss + max(work) + put_off(share))]
+    else:
+        own, last = gradients["blocks"] / model.num_layers + share.unscattered, model.num_layers - 1
+        # The gradient of the head is soon a slice, unless that waits for the optimizer too.
+        ends = [loss if i == last or share.unscattered else gradients["rest"] for i in range(last + 1)]
+        moments = [(sum(kept[: i + 1]), own * (last - i) + ends[i] + work[i]) for i in range(last + 1)]
+    activations, temporaries = max(moments, key=sum)
+    if step.microbatches > 1:  # the sum over micro-batches
+        temporaries += sum(gradients.values())
+    total = sum(parameters.values())
+    memory = {
+        "parameters": total,
+        "optimizer": 2 * sum(gradients.values()),
+        "activations kept for the backward": int(activations),
+        "temporaries": int(temporaries),
+        "code": CODE_OF_LAYER["training"] * len(model.layer_pattern),
+    }
+    return Plan(memory, _training_traffic(share, step.microbatches))
+
+
+def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
+    """Bytes of the results of collectives in one step.
+
+    - all-gather: slices of matrices in the dtype of computation, over `fsdp`. Those of experts in the forward pass, and
+      again where layers are computed again; those of attention again in the backward pass; the head once.
+    - reduce-scatter: gradients of the experts' matrices, in float32.
+    - all-reduce: gradients of the matrices of attention and of the head, in float32 and whole; those of all others
+      where there are copies of them; sums over divided heads and vocabulary.
+    - all-to-all: rows of the embedding and their gradient, where its columns are divided.
+    - ragged-all-to-all: tokens to their experts and back, in the forward pass, where layers are computed again, and in
+      the backward pass.
+    - collective-permute: keys and values round the ring, and in the backward pass their gradients in float32; half of
+      the queries and of the outputs, and their gradients.
+    """
+    model, sizes = share.model, share.sizes
+    f32, slices, again = ITEM_BYTES["float32"], sizes["fsdp"], model.remat in ("full", "attention_out")
+    dense = sum(map(share.dense_weights, model.layer_kinds))
+    experts = share.expert_weights * model.num_layers
+    copies = sizes["data"] * sizes["seq"]
+    traffic = dict.fromkeys(
+        ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"), 0
+    )
+    if slices > 1:
+        traffic["all-gather"] += experts * share.item * (1 if model.remat == "none" else 2)
+        traffic["all-gather"] += (dense * (3 if again else 2) + share.vocabulary) * share.item
+        traffic["all-reduce" if share.unscattered else "reduce-scatter"] += (
+            experts * f32 if share.unscattered else experts * f32 // slices
+        )
+        traffic["all-to-all"] += share.stream * (share.item + f32) // sizes["tensor"]
+    if share.along("tokens") > 1:
+        traffic["all-reduce"] += (dense + share.vocabulary) * f32
+    if copies > 1:
+        traffic["all-reduce"] += (experts + share.vocabulary) * f32 // slices
+    passes = 2 if model.remat == "none" else 3
+    if sizes["tensor"] > 1:
+        # A layer: the output of attention and the gradient of its input, and tokens that the experts had in parts. The
+        # embedding, and the gradient of the head's input.
+        traffic["all-reduce"] += share.stream * (model.num_layers * (passes + 1) + 1) * share.item + share.stream * f32
+        traffic["all-gather"] += model.num_layers * passes * share.stream * share.item
+    if share.owners > 1:
+        rows = share.received // share.width * model.hidden_size + share.chosen
+        traffic["ragged-all-to-all"] += model.num_layers * passes * rows * share.item
+    if share.width > 1:
+        rows = share.received * model.hidden_size * share.item
+        traffic["all-gather"] += model.num_layers * passes * rows
+        traffic["reduce-scatter"] += model.num_layers * passes * rows // share.width
+    if (parts := sizes["seq"]) > 1:
+        heads, dim = model.num_heads // share.along("heads"), model.head_dim
+        states = share.rows * heads * dim * dim * f32 * model.layer_kinds.count("lightning")
+        traffic["all-gather"] += states * parts * passes
+        ring = 2 * share.keys * ((parts - 1) * share.item * passes + parts * f32)
+        halves = share.inner * share.item * (passes + 1)
+        traffic["collective-permute"] += model.layer_kinds.count("softmax") * (ring + halves)
+    return {kind: size * microbatches for kind, size in traffic.items()}
+
+
+def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, length: int, slots: int) -> Plan:
+    """A pass over `length` new tokens of each of `batch` sequences: a piece of a prompt, or a step of decoding.
+
+    Nothing is kept. What is alive together is the work of one layer, in its attention or in its experts, or that of the
+    head behind a step.
+
+    Args:
+      model: of `generate.inference_config`.
+      sizes: devices along each mesh axis.
+      slots: of the key-value caches.
+    """
+    share = Share(model, sizes, batch, length)
+    caches, lightning = state_bytes(share, slots)
+    attention = max(attention_work(share, kind, slots) for kind in _whole_layers(share))
+    if length == 1:  # a step is short: the matrices of the experts are on their way while attention works
+        head = share.gathered * share.vocabulary * share.item + 2 * share.logits
+        work = max(attention + expert_work(share), head)
+    else:
+        work = max(attention, expert_work(share) + cache_taken_out(share, slots))
+    memory = {
+        "parameters": sum(decoder.bytes_of_share(model, sizes).values()),
+        "key-value caches": caches,
+        "lightning states": lightning,
+        "temporaries": work,
+        "code": CODE_OF_LAYER["decoding" if length == 1 else "prefill"] * len(model.layer_pattern),
+    }
+    return Plan(memory, _inference_traffic(share))
+
+
+def _whole_layers(share: Share) -> tuple[str, ...]:
+    """The layers that work on all tokens: of a piece of a prompt the last one, if it is not in a loop, does not."""
+    model = share.model
+    last_token = share.length > 1 and model.num_blocks == 1 and model.num_layers > 1
+    return model.layer_kinds[:-1] if last_token else model.layer_kinds
+
+
+def state_bytes(share: Share, slots: int) -> tuple[int, int]:
+    """(key-value caches, lightning states) of all layers."""
+    model = share.model
+    softmax = model.layer_kinds.count("softmax")
+    keys = share.rows * model.num_kv_heads * model.head_dim // share.along("heads_act")
+    states = share.rows * model.num_heads * model.head_dim**2 // share.along("heads_act")
+    return 2 * softmax * keys * slots * share.item, (model.num_layers - softmax) * states * ITEM_BYTES["float32"]
+
+
+def attention_work(share: Share, kind: str, slots: int) -> int:
+    """What the attention of one layer holds when nothing is kept.
+
+    Tokens twice; gathered matrices; q, k, v before and behind the activation and the output (lightning); or
+    queries, keys, output, and two blocks of scores in float32, with `cache_taken_out` (softmax).
+    """
+    model, f32 = share.model, ITEM_BYTES["float32"]
+    elements = 2 * share.stream + share.gathered * share.dense_weights(kind)
+    if kind == "lightning":
+        return (elements + 7 * share.inner) * share.item
+    heads = model.num_heads // share.along("heads_act")
+    # As `attention_ops.cached_attention` cuts them; one token meets all slots at once.
+    queries = min(share.length, 16 * model.softmax_block)
+    scores = share.rows * heads * queries * (slots if share.length == 1 else min(slots, model.softmax_block))
+    elements += 2 * share.inner + 2 * share.keys
+    return elements * share.item + 2 * scores * f32 + cache_taken_out(share, slots)
+
+
+def cache_taken_out(share: Share, slots: int) -> int:
+    """What a loop over blocks takes out of the stack of all caches: keys or values of a layer, or both.
+
+    Seen were one and two of them, and this is the mean.
+    """
+    softmax = share.model.layer_kinds.count("softmax")
+    if share.model.num_blocks == 1 or not softmax:
+        return 0
+    return state_bytes(share, slots)[0] * 3 // (4 * softmax)
+
+
+def expert_work(share: Share) -> int:
+    """What the experts of one layer hold when nothing is kept.
+
+    Tokens; the matrices of gate and up, if they are gathered; the rows that came, and both products.
+    """
+    matrices = share.gathered * share.expert_weights * 2 // 3
+    rows = share.received * (share.model.hidden_size + 2 * share.model.mlp_dim // share.width)
+    return (share.stream + matrices + rows) * share.item
+
+
+def _inference_traffic(share: Share) -> dict[str, int]:
+    """Bytes of the results of collectives in one pass, as in `_training_traffic` and forward alone."""
+    model, traffic, layers = share.model, {}, len(_whole_layers(share))
+    if share.gathered:
+        matrices = share.expert_weights * model.num_layers + sum(map(share.dense_weights, model.layer_kinds))
+        matrices += share.vocabulary if share.length == 1 else 0
+        traffic["all-gather"] = matrices * share.item
+        traffic["all-to-all"] = share.stream * share.item
+    if share.sizes["tensor"] > 1:
+        traffic["all-gather"] = traffic.get("all-gather", 0) + layers * share.stream * share.item
+        traffic["all-reduce"] = (layers + 1) * share.stream * share.item
+    if share.owners > 1:
+        rows = share.received // share.width * model.hidden_size + share.chosen
+        traffic["ragged-all-to-all"] = layers * rows * share.item
+    return traffic
+
+
+def _devices(config: Config, topology: str) -> tuple[Mapping[str, int], int | None]:
+    """(devices along each mesh axis, bytes of one) of a topology, or of the devices at hand."""
+    if topology:
+        count, room = topology_devices(topology)
+    else:
+        devices = jax.devices()
+        count, room = len(devices), (devices[0].memory_stats() or {}).get("bytes_limit")
+    return sharding.mesh_sizes(config.mesh, count), room
+
+
+def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str, int], int | None]:
+    """(plan of a training step, devices along each mesh axis, bytes of one), checked as a run checks it.
+
+    Args:
+      topology: name of a TPU topology, such as v5p:8x8x16; "": the devices at hand.
+
+    Raises:
+      ConfigError: no such topology; a mesh that does not divide the shapes, or leaves a large parameter whole.
+    """
+    sizes, room = _devices(config, topology)
+    mesh = sharding.abstract_mesh(sizes)
+    decoder.check_sharded(config.model, sizes)
+    decoder.param_shardings(config.model, mesh)
+    loop.check_batches(config, mesh)
+    return training(config, sizes), sizes, room
+
+
+def training_lines(config: Config, topology: str = "") -> list[str]:
+    """What `train.py --plan` prints; arguments and errors are those of `training_plan`."""
+    plan, sizes, room = training_plan(config, topology)
+    step = schedule.plan_step(config.training, 0)
+    return [
+        f"parameters {decoder.count_parameters(config.model):,}; batch {step.rows} rows of "
+        f"{step.stage.sequence_length} tokens in {step.microbatches} micro-batches; mesh {dict(sizes)}"
+        + (f" of {topology}" if topology else ""),
+        *plan.lines("step", room),
+        _CAVEAT,
+    ]
+
+
+def shortage(config: Config, topology: str) -> str:
+    """One line if the training step will not fit the topology, else ""."""
+    plan, _, room = training_plan(config, topology)
+    if room is None or plan.peak <= room:
+        return ""
+    return f"--plan expects it not to fit: {compiled.fits(plan.peak, room)}; compiling all the same"
+
+
+def inference_lines(
+    config: Config, *, dtype: str, batch: int, prompt_length: int, context: int, chunk: int, topology: str = ""
+) -> list[str]:
+    """What `infer.py --plan` prints; arguments and errors are those of `mmx_jax.generate_dry_run.dry_run`."""
+    generate.check_lengths(config.model, prompt_length, context)
+    model = generate.inference_config(config.model, dtype)
+    sizes, room = _devices(config, topology)
+    decoder.check_sharded(model, sizes)
+    decoder.param_shardings(model, sharding.abstract_mesh(sizes))
+    slots = generate.slots_for(prompt_length, context, chunk)
+    pieces = [bucket for _, _, bucket in generate.pieces(prompt_length, chunk)]
+    lines = [
+        f"parameters {decoder.count_parameters(model):,} in {dtype}; {batch} sequences of {slots} slots; mesh "
+        f"{dict(sizes)}" + (f" of {topology}" if topology else "")
+    ]
+    passes = (
+        (f"prefill of {prompt_length} tokens in pieces of up to {max(pieces)}, {len(pieces)} of them; one piece:",
+         "piece", max(pieces)),
+        ("decoding, one step:", "step", 1),
+    )  # fmt: skip
+    for title, name, length in passes:
+        lines.append(title)
+        lines += inference(model, sizes, batch=batch, length=length, slots=slots).lines(name, room)
+    return [*lines, _CAVEAT]
