@@ -163,7 +163,7 @@ def collectives(text: str) -> dict[str, Collective]:
     Args:
       text: of `compiled.as_text()`. Loops are those of `lax.scan`: from 0 to a constant in their condition.
     """
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
 
     def add(total, name, times):
         for line in computations.get(name, ()):
@@ -185,8 +185,8 @@ def collectives(text: str) -> dict[str, Collective]:
     return {kind: Collective(*total[kind]) for kind in sorted(total)}
 
 
-def _computations(text):
-    """({name: lines}, name of the entry)"""
+def computations_of(text):
+    """({name: lines}, name of the entry) of an optimized program."""
     computations, entry, lines = {}, None, []
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -195,6 +195,12 @@ def _computations(text):
                 entry = head[1]
         lines.append(line)
     return computations, entry
+
+
+def collective_bytes(line: str) -> int:
+    """Bytes of the results of the collective that an instruction is, or starts; 0 if it is none."""
+    found = _COLLECTIVE.search(line)
+    return _result_bytes(found) if found else 0
 
 
 def _trips(condition):

@@ -30,7 +30,7 @@ def overlap(text: str, kinds=("all-to-all", "ragged-all-to-all")) -> Overlap:
       text: of `compiled.as_text()` for a TPU, whose instructions stand in the order of their schedule. A transfer that
         is not asynchronous is exposed.
     """
-    computations, _ = compiled.computations(text)
+    computations, _ = compiled.computations_of(text)
     multiplying = {name for name, lines in computations.items() if any(map(_PRODUCT.search, lines))}
     found = []
     for lines in computations.values():

@@ -166,7 +166,7 @@ class Share:
     @property
     def gathered(self) -> bool:
         """Whether matrices lie in slices that are gathered where they are used."""
-        return self.sizes["fsdp"] > 1
+        return self.along("embed") > 1
 
     @property
     def unscattered(self) -> int:
@@ -176,7 +176,7 @@ class Share:
         and cuts them where they are used: in the optimizer, or at the end of a round of the loop over blocks. (libtpu
         0.0.52; not on v5e:2x4.)
         """
-        slices = self.sizes["fsdp"]
+        slices = self.along("embed")
         if slices < 8 or slices < math.prod(self.sizes.values()):
             return 0
         return self.expert_weights * ITEM_BYTES["float32"] * (slices - 1) // slices
@@ -297,7 +297,7 @@ def training(config: Config, sizes: Mapping[str, int]) -> Plan:
 def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
     """Bytes of the results of collectives in one step.
 
-    - all-gather: slices of matrices in the dtype of computation, over `fsdp`. Those of experts in the forward pass, and
+    - all-gather: slices of matrices in the dtype of computation. Those of experts in the forward pass, and
       again where layers are computed again; those of attention again in the backward pass; the head once.
     - reduce-scatter: gradients of the experts' matrices, in float32.
     - all-reduce: gradients of the matrices of attention and of the head, in float32 and whole; those of all others
@@ -309,10 +309,10 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
       the queries and of the outputs, and their gradients.
     """
     model, sizes = share.model, share.sizes
-    f32, slices, again = ITEM_BYTES["float32"], sizes["fsdp"], model.remat in ("full", "attention_out")
+    f32, slices, again = ITEM_BYTES["float32"], share.along("embed"), model.remat in ("full", "attention_out")
     dense = sum(map(share.dense_weights, model.layer_kinds))
     experts = share.expert_weights * model.num_layers
-    copies = sizes["data"] * sizes["seq"]
+    copies = sizes["data"]
     traffic = dict.fromkeys(
         ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"), 0
     )

@@ -22,7 +22,7 @@ RULES = {
     "heads_act": "tensor",
     "block": None,  # the scanned axis
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "seq"),  # devices that share rows divide their parameters, too
     "qkv": None,
     "heads": "tensor",
     "kv_heads": "tensor",

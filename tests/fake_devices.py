@@ -6,16 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-
 REPOSITORY = Path(__file__).parent.parent
 
 
 def environment(count):
     """Of a program that sees `count` CPU devices, and compiles as the tests do (conftest.py)."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    if jax.__version_info__ < (0, 11):  # which does not know it; here it more than halves the time of compiling
-        flags += " --xla_cpu_use_fusion_emitters=false"
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
 
 

@@ -39,15 +39,18 @@ def test_sharded_equals_unsharded(report, case):
 @cases
 def test_collectives_of_forward_and_backward(report, case):
     name, (rows, length), groups, capacity_factor = CASES[case]
-    mesh, found = dict.fromkeys(("fsdp", "expert", "expert_tensor", "tensor"), 1) | MESHES[name], report["equality"]
+    mesh, found = (
+        dict.fromkeys(("fsdp", "expert", "expert_tensor", "tensor", "seq"), 1) | MESHES[name],
+        report["equality"],
+    )
     found = {kind: sorted(types) for kind, types in found[case]["collectives"].items()}
     owners, width = mesh["expert"] * mesh["tensor"], mesh["expert_tensor"]
     # Rows go to their experts and back, and their gradients the same way.
     assert len(found.get("all-to-all", ())) == (4 * groups if owners > 1 else 0)
-    # Of weights only fsdp is gathered: the result is the experts, and of each the slice, of this device.
+    # Of weights only what fsdp and seq divide is gathered: the result is the experts of this device, or its slice.
     own, inner = EXPERTS // owners, INNER // width
     up, down = f"f32[{own},{EMBED},{inner}]", f"f32[{own},{inner},{EMBED}]"
-    weights = [f"f32[{EMBED},{EXPERTS}]", up, up, down] if mesh["fsdp"] > 1 else []
+    weights = [f"f32[{EMBED},{EXPERTS}]", up, up, down] if mesh["fsdp"] * mesh["seq"] > 1 else []
     # Rows are gathered over the slices of an expert before its products, and their gradients likewise.
     received = owners * (rows * length // 8 // groups) * min(2, own)
     travelling = [f"f32[{width * received},{EMBED}]"] * (2 * groups) if width > 1 else []

@@ -19,6 +19,7 @@ ALLOWED = {
     "tokenizer": {"chat"},
     "metrics": {"config"},
     "compiled": {"config", "pallas_kernels"},
+    "overlap": {"compiled"},
     "parallel": {"sharding", "pallas_kernels"},
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
     "models": {"config", "sharding", "layers"},

@@ -26,7 +26,7 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     decoder.check_sharded(config.model, mesh.shape)
-    loop.check_rows(config, mesh)
+    loop.check_batches(config, mesh)  # not which process would feed which device
     plan = schedule.plan_step(config.training, 0)
     batch_sharding = train_step.batch_sharding(mesh)
     shape = (plan.rows, plan.stage.sequence_length)
