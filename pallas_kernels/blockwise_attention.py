@@ -61,20 +61,25 @@ def _causal(block, q, k, v, runs):
 
 
 def _causal_forward(block, q, k, v, runs):
-    queries, keys = cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block)
+    queries, keys = together((cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block)))
     output, log_sums = causal_blocks(queries, keys, v.dtype)
     return merge(output, block), (q, k, v, runs, output, log_sums)
 
 
 def _causal_backward(block, saved, d_output):
     q, k, v, runs, output, log_sums = saved
-    queries, keys = cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block)
+    queries, keys, d_output = together((cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block), d_output))
     results = results_of(cut_queries(d_output.astype(v.dtype), k.shape[2], block), output, log_sums)
     dq, dk, dv = (merge(x, block) for x in causal_gradients(queries, keys, results))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
+
+
+def together(tree):
+    """The same, for jax one value: it would find that masks depend on no activation, and keep those of all blocks."""
+    return lax.optimization_barrier(tree)
 
 
 def cut_queries(q, kv_heads, block):
@@ -112,7 +117,8 @@ def causal_blocks(queries, keys: Keys, dtype):
         return ((output.at[i].set(finished.astype(dtype)), log_sums.at[i].set(log_sum)), running), None
 
     results = jnp.zeros(queries.shape, dtype), jnp.zeros(queries.shape[:-1])
-    (results, _), _ = lax.scan(step, (results, empty_carry(queries[0])), _pairs(queries.shape[0]))
+    queries, pairs = together((queries, _pairs(queries.shape[0])))
+    (results, _), _ = lax.scan(step, (results, empty_carry(queries[0])), pairs)
     return results
 
 
@@ -133,7 +139,8 @@ def causal_gradients(queries, keys: Keys, results: Results):
         return (gradients[0].at[i].add(dq), gradients[1].at[j].add(dk), gradients[2].at[j].add(dv)), None
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys.key, keys.value))
-    return lax.scan(step, zeros, _pairs(queries.shape[0]))[0]
+    queries, pairs = together((queries, _pairs(queries.shape[0])))
+    return lax.scan(step, zeros, pairs)[0]
 
 
 def attend_earlier(carry, queries, query_runs, keys: Keys):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -136,6 +137,23 @@ def test_memory_is_far_below_the_score_matrix(backward):
     compiled = jax.jit(jax.grad(run, (0, 1, 2)) if backward else run).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert 0 < temporary < length * length * 4 / 16  # one [T, T] matrix of one head is 268 MB
+
+
+def test_layers_that_are_computed_again_keep_no_masks_of_all_blocks():
+    """In a scan over layers with remat, documents are known before q, and so would be the mask of every block."""
+    length, block = 1024, 64
+
+    def loss(x, runs):
+        def layer(x, _):
+            q = x.reshape(1, length, 4, 8)
+            return causal_attention(q, q[:, :, :2], q[:, :, :2], runs, block=block).reshape(x.shape), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, length=2)[0])
+
+    shapes = jax.ShapeDtypeStruct((1, length, 32), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
+    text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
+    masks = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"pred\[([\d,]+)\]", text)]
+    assert 0 < max(masks) <= 4 * length * block  # one block of all heads is 4 * block^2, all of them 4 * length^2 / 2
 
 
 def test_memory_of_prefill_into_a_cache_is_far_below_the_score_matrix():
