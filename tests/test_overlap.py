@@ -1,0 +1,84 @@
+"""What counts as hidden behind matrix work, on a schedule written by hand and on one of the TPU compiler's."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from mmx_jax import compiled
+from mmx_jax.config import MeshConfig, ModelConfig
+from mmx_jax.layers.moe import MixtureOfExperts
+from mmx_jax.overlap import overlap
+from mmx_jax.sharding import logical_to_spec, make_mesh
+from pallas_kernels import platform
+from tests import ahead_of_time
+
+# Two transfers: one has a fusion with a product behind its start, the other an addition; and one that waits.
+SCHEDULE = """HloModule step, is_scheduled=true
+
+%multiplying (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  ROOT %c = bf16[8,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %all-to-all-start.1 = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) all-to-all-start(%x), replica_groups={}
+  %f = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%multiplying
+  %all-to-all-done.1 = bf16[8,8]{1,0} all-to-all-done(%all-to-all-start.1)
+  %all-to-all-start.2 = (bf16[8,16]{1,0}, bf16[8,16]{1,0}) all-to-all-start(%f), replica_groups={}
+  %a = bf16[8,8]{1,0} add(%x, %f)
+  %all-to-all-done.2 = bf16[8,16]{1,0} all-to-all-done(%all-to-all-start.2)
+  ROOT %b = bf16[8,8]{1,0} all-to-all(%a), replica_groups={}
+}
+"""
+
+
+def test_a_transfer_is_hidden_by_products_before_its_end():
+    found = overlap(SCHEDULE)
+    assert found == (3, 2 * (64 + 128 + 64), 2 * (128 + 64))
+    assert found.exposed == 0.75
+    assert overlap(SCHEDULE, kinds=("all-gather",)) == (0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def exposed():
+    """{token groups: (transfers, exposed share)} of experts with their gradient, compiled for four v5p chips."""
+    return ahead_of_time.answer_of("tests.test_overlap", "v5p:2x2x1")
+
+
+def test_groups_of_tokens_travel_while_others_are_multiplied(exposed):
+    assert [exposed[groups][0] for groups in ("1", "2")] == [4, 8]  # to the experts and back, and their gradients
+    assert exposed["2"][1] < exposed["1"][1] < 1
+
+
+def exposed_of(token_groups, topology):
+    devices = compiled.topology_devices(topology)
+    mesh = make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
+    config = ModelConfig(
+        vocab_size=512, hidden_size=2048, num_layers=1, layer_pattern=("softmax",), num_heads=16, num_kv_heads=4,
+        head_dim=128, rotary_dim=64, mlp_dim=2816, num_experts=8, experts_per_token=2, dtype="bfloat16",
+        token_groups=token_groups, expert_buffer=2.0,
+    )  # fmt: skip
+    layer = MixtureOfExperts(config)
+
+    def placed(shape, dtype, axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, logical_to_spec(axes)))
+
+    def loss(params, x):
+        return jnp.sum(layer.apply({"params": params}, x, None)[0].astype(jnp.float32))
+
+    x = placed((len(devices), 8192, config.hidden_size), jnp.bfloat16, ("batch", "length", None))
+    with platform.target("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        boxed = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, None)["params"], x)
+        params = {name: placed(box.value.shape, box.value.dtype, box.names) for name, box in boxed.items()}
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile().as_text()
+    found = overlap(text)
+    return found.count, found.exposed
+
+
+if __name__ == "__main__":
+    print(json.dumps({groups: exposed_of(groups, sys.argv[1]) for groups in (1, 2)}))
