@@ -204,6 +204,8 @@ def collective_bytes(line: str) -> int:
 
 
 def _trips(condition):
+    if any("ROOT" in line and " and(" in line for line in condition):
+        return 1  # it ends by more than a count, as decoding does, of which one step is told
     return max((int(n) for line in condition for n in _CONSTANT.findall(line)), default=1)
 
 
