@@ -32,8 +32,9 @@ _CHIPS = {"v5e": (1, "TPU v5 lite"), "v5p": (1, "TPU v5"), "v6e": (1, "TPU v6 li
 
 _CAVEAT = (
     "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it in training, 26 % in prefill "
-    "with expert_tensor. Not foreseen: the order of the compiler's work, the size of the code (a constant for a layer), a collective that is "
-    "replaced by another kind or runs in pieces, what a ring of keys and values holds on its way"
+    "with expert_tensor. Not foreseen: the order of the compiler's work, the size of the code (a constant for a "
+    "layer), a collective that is replaced by another kind or runs in pieces, what a ring of keys and values holds on "
+    "its way"
 )
 
 
