@@ -61,14 +61,14 @@ def _causal(block, q, k, v, runs):
 
 
 def _causal_forward(block, q, k, v, runs):
-    queries, keys = together((cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block)))
+    queries, keys = cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block)
     output, log_sums = causal_blocks(queries, keys, v.dtype)
     return merge(output, block), (q, k, v, runs, output, log_sums)
 
 
 def _causal_backward(block, saved, d_output):
     q, k, v, runs, output, log_sums = saved
-    queries, keys, d_output = together((cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block), d_output))
+    queries, keys = cut_queries(q, k.shape[2], block), cut_keys(k, v, runs, block)
     results = results_of(cut_queries(d_output.astype(v.dtype), k.shape[2], block), output, log_sums)
     dq, dk, dv = (merge(x, block) for x in causal_gradients(queries, keys, results))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
@@ -117,7 +117,7 @@ def causal_blocks(queries, keys: Keys, dtype):
         return ((output.at[i].set(finished.astype(dtype)), log_sums.at[i].set(log_sum)), running), None
 
     results = jnp.zeros(queries.shape, dtype), jnp.zeros(queries.shape[:-1])
-    queries, pairs = together((queries, _pairs(queries.shape[0])))
+    queries, keys, pairs = together((queries, keys, _pairs(queries.shape[0])))
     (results, _), _ = lax.scan(step, (results, empty_carry(queries[0])), pairs)
     return results
 
@@ -139,7 +139,7 @@ def causal_gradients(queries, keys: Keys, results: Results):
         return (gradients[0].at[i].add(dq), gradients[1].at[j].add(dk), gradients[2].at[j].add(dv)), None
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys.key, keys.value))
-    queries, pairs = together((queries, _pairs(queries.shape[0])))
+    queries, keys, results, pairs = together((queries, keys, results, _pairs(queries.shape[0])))
     return lax.scan(step, zeros, pairs)[0]
 
 

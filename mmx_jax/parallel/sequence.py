@@ -260,7 +260,6 @@ def _softmax(plan, q, k, v, runs):
 def _softmax_forward(plan, q, k, v, runs):
     q, k, v, runs = (_trade(_halves(x), plan.axis) for x in (q, k, v, runs))
     queries, keys = blocks.cut_queries(q, k.shape[2], plan.block), blocks.cut_keys(k, v, runs, plan.block)
-    queries, keys = blocks.together((queries, keys))
     # Each part with itself, as rows of their own.
     carry = blocks.carry_of(*blocks.causal_blocks(queries, keys, jnp.float32), keys.runs)
     queries, keys, carry = _by_part((queries, keys, carry))
@@ -281,7 +280,6 @@ def _softmax_backward(plan, saved, d_output):
     queries, keys, output, log_sums = saved
     d_output = _trade(_halves(d_output.astype(output.dtype)), plan.axis)
     d_output = _by_part(blocks.cut_queries(d_output, keys.key.shape[3], plan.block))
-    keys, d_output = blocks.together((keys, d_output))
     results = blocks.results_of(d_output, output, log_sums)
     dq, *d_keys = _by_part(blocks.causal_gradients(*_as_rows((queries, keys, results))))
 
@@ -373,7 +371,8 @@ def _visit_all(plan, visit, mine, keys, theirs):
         def step(mine, inputs):
             return visit(mine, inputs[0], jax.tree.map(jnp.zeros_like, theirs), inputs[1])
 
-        mine, added = lax.scan(step, mine, (lax.all_gather(keys, plan.axis), jnp.arange(size)))
+        mine, gathered = blocks.together((mine, lax.all_gather(keys, plan.axis)))
+        mine, added = lax.scan(step, mine, (gathered, jnp.arange(size)))
         return mine, jax.tree.map(lambda x, more: x + lax.psum_scatter(more, plan.axis), theirs, added)
 
     def shift(tree):
@@ -385,6 +384,7 @@ def _visit_all(plan, visit, mine, keys, theirs):
         mine, theirs = visit(mine, keys, theirs, (index - step) % size)
         return (mine, following, shift(theirs)), None
 
+    mine, keys = blocks.together((mine, keys))
     (mine, keys, theirs), _ = lax.scan(hop, (mine, keys, theirs), jnp.arange(size - 1))
     mine, theirs = visit(mine, keys, theirs, (index + 1) % size)
     return mine, shift(theirs)
