@@ -45,8 +45,8 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
     wgmma, transposed = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
     one_by_one = plgpu.Layout.WG_STRIDED((2 * CHUNK,), vec_size=1)  # one number a thread
-    stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS)
-    other_bytes = 2 * 2 * CHUNK * (CHUNK + COLUMNS) + 1024
+    stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS) + (0 if table is None else 4 * table.shape[2] * table.shape[3])
+    other_bytes = 2 * 2 * CHUNK * (CHUNK + COLUMNS) + 4 * 2 * 2 * CHUNK + 1024
     copies = len(problems[0]) + (table is not None)  # of a chunk
     stages = min(4, (hopper.SHARED_MEMORY - other_bytes) // stage_bytes)
 
