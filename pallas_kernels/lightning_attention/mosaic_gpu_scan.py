@@ -148,8 +148,6 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
 
                 def product(acc):
                     plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
-                    if table is not None:
-                        weigh()  # while the tensor cores are at it
                     return acc[...]
 
                 def inside_documents(scores):
@@ -164,14 +162,14 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 def _():
                     plgpu.barrier_wait(used.at[pair])
 
+                if table is not None:
+                    pl.when(is_mixed(stage))(weigh)
                 if with_output:
                     scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
                     scores = jnp.where(causal(), scores, 0.0)
                     if table is not None:
                         scores = lax.cond(is_mixed(stage), inside_documents, lambda scores: scores, scores)
                     score_smem[pair] = scores.astype(dtype)
-                else:
-                    weigh()
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
 
@@ -181,12 +179,17 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
         def recur():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
+            def keep(ring, stage, kept):
+                """Clears the rows of a ring that are not to be `kept`."""
+                values = plgpu.load(ring.at[stage], layout=wgmma)
+                ring.at[stage][...] = jnp.where(spread(kept, values.shape, 0), values, jnp.zeros_like(values))
+
             def keep_documents_of_states(stage):
                 """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
-                runs = spread(runs_of(stage, along_rows), (CHUNK, dim), 0)
+                runs = runs_of(stage, along_rows)
                 for ring, name in ((q_smem, rows.ENTRY), (k_smem, rows.EXIT))[not with_output :]:
-                    values = plgpu.load(ring.at[stage], layout=wgmma)
-                    ring.at[stage][...] = jnp.where(runs == scalar(stage, name), values, jnp.zeros_like(values))
+                    keep(ring, stage, runs == scalar(stage, name))
+                keep(v_smem, stage, runs > 0)  # padding may be no number
                 plgpu.commit_smem()
 
             def goes_on(stage):
@@ -215,25 +218,22 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 plgpu.barrier_wait(full.at[stage])
                 factor = decay(stage)
                 entry = state.astype(dtype)
-                if table is not None:
-                    state = state * goes_on(stage)
+                weights = plain_weights
                 if prepared:
                     plgpu.barrier_wait(ready.at[pair])
-                if table is not None:
-                    pl.when(is_mixed(stage))(functools.partial(keep_documents_of_states, stage))
 
-                def along_tokens(sign):
-                    if table is None:
-                        return plain_weights[sign]
-                    weight = along(weight_smem.at[pair, pl.ds(0 if sign > 0 else CHUNK, CHUNK)], along_columns)
-                    return spread(weight, (COLUMNS, CHUNK), 1)
+                def mixed(state):
+                    keep_documents_of_states(stage)
+                    parts = [weight_smem.at[pair, pl.ds(i * CHUNK, CHUNK)] for i in range(len(plain_weights))]
+                    return state * goes_on(stage), [along(part, along_columns) for part in parts]
+
+                if table is not None:
+                    state, weights = lax.cond(is_mixed(stage), mixed, lambda state: (state, plain_weights), state)
+                weights = [spread(weight, (COLUMNS, CHUNK), 1) for weight in weights]
 
                 def weighted_values():
                     values = plgpu.load(v_smem.at[stage].transpose((1, 0)), layout=wgmma).astype(jnp.float32)
-                    weight = along_tokens(1)
-                    if table is None:
-                        return (values * weight).astype(dtype)
-                    return jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)  # padding may be no number
+                    return (values * weights[0]).astype(dtype)
 
                 def update(state_acc):
                     multiply(state_acc, weighted_values(), k_smem.at[stage])
@@ -243,9 +243,8 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     values = weighted_values()  # while the tensor cores are at it
                     multiply(output, values, score_smem.at[pair].transpose((1, 0)))
                     multiply(state_acc, values, k_smem.at[stage])
-                    weight = along_tokens(-1)
                     # The output leaves while the tensor cores are at the state.
-                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weight, step)
+                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weights[1], step)
 
                 def with_accumulator(state_acc):
                     output = plgpu.ACC((COLUMNS, CHUNK), jnp.float32)
@@ -257,11 +256,10 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 plgpu.barrier_arrive(free.at[stage])
                 return total * factor
 
-            if table is None:  # alike in all chunks
-                index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
-                exponent = ((CHUNK - index if reverse else index + 1) - CHUNK // 2).astype(jnp.float32)
-                signs = (1, -1) if with_output else (1,)
-                plain_weights = {s: spread(jnp.exp(s * slope * exponent), (COLUMNS, CHUNK), 1) for s in signs}
+            # Of v and of the output, alike in all chunks that are not MIXED.
+            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
+            exponent = ((CHUNK - index if reverse else index + 1) - CHUNK // 2).astype(jnp.float32)
+            plain_weights = [jnp.exp(sign * slope * exponent) for sign in ((1, -1) if with_output else (1,))]
             state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
             state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
             if table is not None:
