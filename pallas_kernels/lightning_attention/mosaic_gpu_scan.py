@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
+from pallas_kernels.lightning_attention import mosaic_gpu_documents as facts
 from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
 
 COLUMNS = 64  # value columns of a program
 
 
-def scan(problems, slopes, entries, table, *, reverse, interpreted):
+def scan(problems, slopes, entries, tables, *, reverse, interpreted):
     """The scans of P problems, for rows of whole chunks; see mosaic_gpu.py for what is computed in a chunk.
 
     Args:
       problems: (q, k, v) each, bfloat16 [R, N * C, H*D]; or (k, v) each, for the exit states alone.
       slopes: float32 [H].
       entries: float32 [P, R, H, D, D], states at the end where the scan starts.
-      table: `mosaic_gpu_rows.table` of the rows, or None: each is one document without padding.
+      tables: `mosaic_gpu_documents.Tables` of the rows, or None: each is one document without padding.
 
     Returns:
       (outputs, a list like `problems` or empty; exit states like `entries`).
@@ -35,6 +35,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    table = tables and (tables.reverse if reverse else tables.forward)
     *_, v = problems[0]
     batch, length, _ = v.shape
     dtype = v.dtype
@@ -74,16 +75,16 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 pl.when(problem == p)(functools.partial(run, p))
 
         def scalar(stage, name):
-            return table_smem[stage, rows.SCALARS, name]
+            return table_smem[stage, facts.SCALARS, name]
 
         def is_mixed(stage):
-            return scalar(stage, rows.KIND) == rows.MIXED
+            return scalar(stage, facts.KIND) == facts.MIXED
 
         def along(vector_ref, layout):
             return plgpu.load(vector_ref, layout=layout, optimized=False)
 
         def runs_of(stage, layout):
-            return along(table_smem.at[stage, rows.RUNS, pl.ds(0, CHUNK)], layout)
+            return along(table_smem.at[stage, facts.RUNS, pl.ds(0, CHUNK)], layout)
 
         def spread(vector, shape, axis):
             """A vector along one axis of an accumulator, alike along the other."""
@@ -142,8 +143,8 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
 
                 def weigh():
-                    exponents = along(table_smem.at[stage, rows.EXPONENTS], one_by_one)
-                    weights = jnp.where(exponents == rows.PADDING, 0.0, jnp.exp(slope * exponents.astype(jnp.float32)))
+                    exponents = along(table_smem.at[stage, facts.EXPONENTS], one_by_one)
+                    weights = jnp.where(exponents == facts.PADDING, 0.0, jnp.exp(slope * exponents.astype(jnp.float32)))
                     weight_smem[pair] = weights
 
                 def product(acc):
@@ -151,7 +152,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     return acc[...]
 
                 def inside_documents(scores):
-                    sources = along(table_smem.at[stage, rows.RUNS, pl.ds(CHUNK, CHUNK)], along_columns)
+                    sources = along(table_smem.at[stage, facts.RUNS, pl.ds(CHUNK, CHUNK)], along_columns)
                     run_i = spread(runs_of(stage, along_rows), (CHUNK, CHUNK), 0)
                     return jnp.where(run_i == spread(sources, (CHUNK, CHUNK), 1), scores, 0.0)
 
@@ -187,21 +188,21 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             def keep_documents_of_states(stage):
                 """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
                 runs = runs_of(stage, along_rows)
-                for ring, name in ((q_smem, rows.ENTRY), (k_smem, rows.EXIT))[not with_output :]:
+                for ring, name in ((q_smem, facts.ENTRY), (k_smem, facts.EXIT))[not with_output :]:
                     keep(ring, stage, runs == scalar(stage, name))
                 keep(v_smem, stage, runs > 0)  # padding may be no number
                 plgpu.commit_smem()
 
             def goes_on(stage):
                 """1.0 if the exit state is of the document of the entry state, else 0.0."""
-                return jnp.where(scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT), 1.0, 0.0)
+                return jnp.where(scalar(stage, facts.ENTRY) == scalar(stage, facts.EXIT), 1.0, 0.0)
 
             def decay(stage):
                 """The factor of the sum of a chunk in the next entry state."""
                 if table is None:
                     return jnp.exp(-slope * CHUNK)
-                passed = jnp.exp(-slope * scalar(stage, rows.TOKENS).astype(jnp.float32))
-                return jnp.where(scalar(stage, rows.DROPPED) > 0, 0.0, passed)
+                passed = jnp.exp(-slope * scalar(stage, facts.TOKENS).astype(jnp.float32))
+                return jnp.where(scalar(stage, facts.DROPPED) > 0, 0.0, passed)
 
             def write(output, step):
                 slot = o_smem.at[lax.rem(step, 2)]
@@ -263,7 +264,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
             state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
             state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
             if table is not None:
-                fresh = table_ref[b, chunk_at(0), rows.SCALARS, rows.FRESH]
+                fresh = table_ref[b, chunk_at(0), facts.SCALARS, facts.FRESH]
                 state = state * jnp.where(fresh > 0, 0.0, 1.0)
             state = lax.fori_loop(0, chunks, one_step, state)
             plgpu.wait_smem_to_gmem(0)
