@@ -153,7 +153,8 @@ def test_forward_and_backward_lower_for_cuda(dim, segmented):
         traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens, slopes, ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"call @_jitted_scans", text)) == 3  # forward, dq, and dk with dv
-    assert 2 <= text.count("custom_call @mosaic_gpu") <= 3  # calls in one direction can share a kernel
+    kernels = text.count("custom_call @mosaic_gpu") - segmented  # one numbers the documents
+    assert 2 <= kernels <= 3  # calls in one direction can share a kernel
 
 
 @pytest.mark.parametrize(

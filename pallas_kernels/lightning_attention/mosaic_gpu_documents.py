@@ -69,81 +69,73 @@ def tables(documents, chunks, *, interpreted) -> Tables:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, length = documents.ids.shape
-    wgmma = plgpu.Layout.WGMMA
-    along_rows, along_columns = wgmma.reduce(1), wgmma.reduce(0)  # of vectors
     pair, far = (plgpu.Layout.WG_STRIDED((n,), vec_size=1) for n in (2 * CHUNK, _LOOK_BACK))
 
-    def kernel(ids_ref, forward_ref, reverse_ref, forward_smem, reverse_smem, starts_smem, known_smem):
+    def kernel(ids_ref, forward_ref, reverse_ref, forward_smem, reverse_smem):
         b, chunk = lax.axis_index("batch"), lax.axis_index("chunk")
-        begin = pl.multiple_of(chunk * CHUNK, CHUNK)
+        begin = chunk * CHUNK
+        index = plgpu.broadcasted_iota(jnp.int32, (2 * CHUNK,), 0, layout=pair)
 
-        def vector(ref, layout):
-            return plgpu.load(ref, layout=layout, optimized=False)
+        def one_token(t, carry):
+            first, last, started, tokens, runs, counts = carry
+            own = ids_ref[b, begin + t]
+            real = own > 0
+            started = started + jnp.where(real & (last > 0) & (own != last), 1, 0)
+            tokens = tokens + jnp.where(real, 1, 0)
+            here = lax.rem(index, CHUNK) == t
+            runs = jnp.where(here, jnp.where(real, 1 + started, 0), runs)
+            counts = jnp.where(here, tokens, counts)
+            return jnp.where(first > 0, first, own), jnp.where(real, own, last), started, tokens, runs, counts
 
-        def spread(x, axis):
-            """A vector along one axis of a square, alike along the other."""
-            return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), (axis,)), wgmma)
-
-        def last_before():
+        def before():
             """The id of the last real token before the chunk; 0 if there is none."""
-            index = plgpu.broadcasted_iota(jnp.int32, (_LOOK_BACK,), 0, layout=far)
+            places = plgpu.broadcasted_iota(jnp.int32, (_LOOK_BACK,), 0, layout=far)
 
             def look(carry):
                 end, _ = carry
                 start = jnp.maximum(end - _LOOK_BACK, 0)
-                there = vector(ids_ref.at[b, pl.ds(start, _LOOK_BACK)], far)
-                at = jnp.max(jnp.where((there > 0) & (start + index < end), index, -1))
-                return start, jnp.sum(jnp.where(index == at, there, 0))
+                ids = plgpu.load(ids_ref.at[b, pl.ds(start, _LOOK_BACK)], layout=far, optimized=False)
+                place = jnp.max(jnp.where((ids > 0) & (start + places < end), places, -1))
+                return start, jnp.sum(jnp.where(places == place, ids, 0))
 
             # Behind a long stretch of padding only the first chunk with a token looks far.
             return lax.while_loop(lambda carry: (tokens > 0) & (carry[0] > 0) & (carry[1] == 0), look, (begin, 0))[1]
 
-        # What is known about each token, from those before it.
-        own = ids_ref.at[b, pl.ds(begin, CHUNK)]
-        ids, sources = vector(own, along_rows), spread(vector(own, along_columns), 1)
-        i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=wgmma) for axis in (0, 1))
-        real = ids > 0
-        count = jnp.sum(jnp.where((j <= i) & (sources > 0), 1, 0), axis=1)
-        known_smem[0] = count
-        tokens = known_smem[0, CHUNK - 1]
-        before = last_before()
+        nothing = jnp.zeros_like(index)
+        first, last, started, tokens, runs, counts = lax.fori_loop(
+            0, CHUNK, one_token, (0, 0, 0, 0, nothing, nothing)
+        )
+        entry_id = before()
         if documents.numbered:
-            before = jnp.where(before == 0, 1, before)
-        previous = jnp.max(jnp.where((j < i) & (sources > 0), j, -1), axis=1)
-        previous_ids = jnp.sum(jnp.where(j == spread(previous, 0), sources, 0), axis=1)
-        previous_ids = jnp.where(previous < 0, before, previous_ids)
-        starts_smem[...] = (real & (previous_ids > 0) & (ids != previous_ids)).astype(jnp.int32)
-        starts = spread(vector(starts_smem, along_columns), 1)
-        runs = 1 + jnp.sum(jnp.where(j <= i, starts, 0), axis=1)
+            entry_id = jnp.where(entry_id == 0, 1, entry_id)
+        first_starts = jnp.where((first > 0) & (entry_id > 0) & (first != entry_id), 1, 0)
+        real = runs > 0
+        runs = jnp.where(real, runs + first_starts, 0)
+        started = started + first_starts
 
-        # And about the chunk.
-        known_smem[1], known_smem[2] = runs, previous_ids
-        exit_run, fresh = known_smem[1, CHUNK - 1], starts_smem[0]
-        alone = (tokens == CHUNK) & (exit_run == 1 + fresh)
+        fresh = jnp.where(ids_ref[b, begin] > 0, first_starts, 0)
+        alone = (tokens == CHUNK) & (started == fresh)
         # A chunk of padding does not know that the state behind it ends: the next one, then, has to be MIXED.
         known = ids_ref[b, jnp.maximum(begin - 1, 0)] > 0
         kind = jnp.where(alone & ((fresh == 0) | known), jnp.where(fresh > 0, STARTS, CONTINUES), MIXED)
-        last_id = ids_ref[b, begin + CHUNK - 1]
-        last_id = jnp.where(last_id > 0, last_id, known_smem[2, CHUNK - 1])
-        next_id = ids_ref[b, jnp.minimum(begin + CHUNK, length - 1)]
         followed = lax.rem(chunk + 1, chunks) > 0  # in its segment of time
-        next_starts = jnp.where(followed & (next_id > 0) & (last_id > 0) & (next_id != last_id), 1, 0)
+        next_id = ids_ref[b, jnp.minimum(begin + CHUNK, length - 1)]
+        next_starts = jnp.where(followed & (next_id > 0) & (last > 0) & (next_id != last), 1, 0)
 
         def write(table_smem, count, scalars):
-            left, right = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)
-            table_smem[RUNS, left] = jnp.where(real, runs, 0)
-            table_smem[RUNS, right] = jnp.where(real, runs, -1)
-            for part, exponents in ((left, count - CHUNK // 2), (right, CHUNK // 2 - count)):
-                table_smem[EXPONENTS, part] = jnp.where(real, exponents, PADDING)
-            index = plgpu.broadcasted_iota(jnp.int32, (2 * CHUNK,), 0, layout=pair)
-            values = jnp.zeros_like(index)
+            left = index < CHUNK
+            table_smem[RUNS] = jnp.where(left | real, runs, -1)
+            exponents = count - CHUNK // 2
+            table_smem[EXPONENTS] = jnp.where(real, jnp.where(left, exponents, -exponents), PADDING)
+            values = nothing
             for name, scalar in scalars.items():
                 values = jnp.where(index == name, scalar, values)
             table_smem[SCALARS] = values
 
         common = {KIND: kind, TOKENS: tokens}
-        write(forward_smem, count, common | {ENTRY: 1, EXIT: exit_run, FRESH: fresh, DROPPED: next_starts})
-        write(reverse_smem, tokens - count + 1, common | {ENTRY: exit_run, EXIT: 1, FRESH: 0, DROPPED: fresh})
+        exit_run = 1 + started
+        write(forward_smem, counts, common | {ENTRY: 1, EXIT: exit_run, FRESH: fresh, DROPPED: next_starts})
+        write(reverse_smem, tokens - counts + 1, common | {ENTRY: exit_run, EXIT: 1, FRESH: 0, DROPPED: fresh})
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(forward_smem, forward_ref.at[b, chunk])
         plgpu.copy_smem_to_gmem(reverse_smem, reverse_ref.at[b, chunk])
@@ -153,10 +145,7 @@ def tables(documents, chunks, *, interpreted) -> Tables:
     call = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((batch, length // CHUNK, *table), jnp.int32)] * 2,
-        scratch_types=[
-            plgpu.SMEM(table, jnp.int32), plgpu.SMEM(table, jnp.int32),
-            plgpu.SMEM((CHUNK,), jnp.int32), plgpu.SMEM((3, CHUNK), jnp.int32),
-        ],
+        scratch_types=[plgpu.SMEM(table, jnp.int32)] * 2,
         grid=(batch, length // CHUNK), grid_names=("batch", "chunk"),
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip
