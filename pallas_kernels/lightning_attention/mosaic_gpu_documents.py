@@ -102,9 +102,7 @@ def tables(documents, chunks, *, interpreted) -> Tables:
             return lax.while_loop(lambda carry: (tokens > 0) & (carry[0] > 0) & (carry[1] == 0), look, (begin, 0))[1]
 
         nothing = jnp.zeros_like(index)
-        first, last, started, tokens, runs, counts = lax.fori_loop(
-            0, CHUNK, one_token, (0, 0, 0, 0, nothing, nothing)
-        )
+        first, last, started, tokens, runs, counts = lax.fori_loop(0, CHUNK, one_token, (0, 0, 0, 0, nothing, nothing))
         entry_id = before()
         if documents.numbered:
             entry_id = jnp.where(entry_id == 0, 1, entry_id)
