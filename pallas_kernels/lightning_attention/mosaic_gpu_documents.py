@@ -19,6 +19,7 @@ CONTINUES, STARTS, MIXED = range(3)  # kinds of chunks, see `Tables`
 RUNS, EXPONENTS, SCALARS = range(3)  # rows of a chunk in a table
 PADDING = 1 << 20  # in place of an exponent
 KIND, TOKENS, ENTRY, EXIT, FRESH, DROPPED = range(6)  # its scalars
+_UNROLLED = 8  # tokens of a step
 _LOOK_BACK = 1024  # tokens that are searched at once for the last real one
 
 
@@ -76,9 +77,8 @@ def tables(documents, chunks, *, interpreted) -> Tables:
         begin = chunk * CHUNK
         index = plgpu.broadcasted_iota(jnp.int32, (2 * CHUNK,), 0, layout=pair)
 
-        def one_token(t, carry):
+        def one_token(t, own, carry):
             first, last, started, tokens, runs, counts = carry
-            own = ids_ref[b, begin + t]
             real = own > 0
             started = started + jnp.where(real & (last > 0) & (own != last), 1, 0)
             tokens = tokens + jnp.where(real, 1, 0)
@@ -86,6 +86,12 @@ def tables(documents, chunks, *, interpreted) -> Tables:
             runs = jnp.where(here, jnp.where(real, 1 + started, 0), runs)
             counts = jnp.where(here, tokens, counts)
             return jnp.where(first > 0, first, own), jnp.where(real, own, last), started, tokens, runs, counts
+
+        def some_tokens(step, carry):
+            at = [step * _UNROLLED + i for i in range(_UNROLLED)]
+            for t, own in [(t, ids_ref[b, begin + t]) for t in at]:  # all are read before the first is used
+                carry = one_token(t, own, carry)
+            return carry
 
         def before():
             """The id of the last real token before the chunk; 0 if there is none."""
@@ -102,7 +108,8 @@ def tables(documents, chunks, *, interpreted) -> Tables:
             return lax.while_loop(lambda carry: (tokens > 0) & (carry[0] > 0) & (carry[1] == 0), look, (begin, 0))[1]
 
         nothing = jnp.zeros_like(index)
-        first, last, started, tokens, runs, counts = lax.fori_loop(0, CHUNK, one_token, (0, 0, 0, 0, nothing, nothing))
+        carry = lax.fori_loop(0, CHUNK // _UNROLLED, some_tokens, (0, 0, 0, 0, nothing, nothing))
+        first, last, started, tokens, runs, counts = carry
         entry_id = before()
         if documents.numbered:
             entry_id = jnp.where(entry_id == 0, 1, entry_id)

@@ -156,6 +156,19 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
                     run_i = spread(runs_of(stage, along_rows), (CHUNK, CHUNK), 0)
                     return jnp.where(run_i == spread(sources, (CHUNK, CHUNK), 1), scores, 0.0)
 
+                def keep(ring, kept):
+                    """Clears the rows of a ring that are not to be `kept`."""
+                    values = plgpu.load(ring.at[stage], layout=wgmma)
+                    ring.at[stage][...] = jnp.where(spread(kept, values.shape, 0), values, jnp.zeros_like(values))
+
+                def divide_documents():
+                    """The entry state is for q of its document, the exit state of k of its own."""
+                    runs = runs_of(stage, along_rows)
+                    for ring, name in ((q_smem, facts.ENTRY), (k_smem, facts.EXIT))[not with_output :]:
+                        keep(ring, runs == scalar(stage, name))
+                    keep(v_smem, runs > 0)  # padding may be no number
+                    weigh()
+
                 plgpu.barrier_wait(full.at[stage])
 
                 # Waited for before the product, which then runs while `recur` makes its next state.
@@ -163,14 +176,14 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
                 def _():
                     plgpu.barrier_wait(used.at[pair])
 
-                if table is not None:
-                    pl.when(is_mixed(stage))(weigh)
                 if with_output:
                     scores = pl.run_scoped(product, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
                     scores = jnp.where(causal(), scores, 0.0)
                     if table is not None:
                         scores = lax.cond(is_mixed(stage), inside_documents, lambda scores: scores, scores)
                     score_smem[pair] = scores.astype(dtype)
+                if table is not None:
+                    pl.when(is_mixed(stage))(divide_documents)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
 
@@ -179,19 +192,6 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
 
         def recur():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
-
-            def keep(ring, stage, kept):
-                """Clears the rows of a ring that are not to be `kept`."""
-                values = plgpu.load(ring.at[stage], layout=wgmma)
-                ring.at[stage][...] = jnp.where(spread(kept, values.shape, 0), values, jnp.zeros_like(values))
-
-            def keep_documents_of_states(stage):
-                """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
-                runs = runs_of(stage, along_rows)
-                for ring, name in ((q_smem, facts.ENTRY), (k_smem, facts.EXIT))[not with_output :]:
-                    keep(ring, stage, runs == scalar(stage, name))
-                keep(v_smem, stage, runs > 0)  # padding may be no number
-                plgpu.commit_smem()
 
             def goes_on(stage):
                 """1.0 if the exit state is of the document of the entry state, else 0.0."""
@@ -224,7 +224,6 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
                     plgpu.barrier_wait(ready.at[pair])
 
                 def mixed(state):
-                    keep_documents_of_states(stage)
                     parts = [weight_smem.at[pair, pl.ds(i * CHUNK, CHUNK)] for i in range(len(plain_weights))]
                     return state * goes_on(stage), [along(part, along_columns) for part in parts]
 
