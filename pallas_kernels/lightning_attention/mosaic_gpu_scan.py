@@ -193,17 +193,6 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
         def recur():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
 
-            def goes_on(stage):
-                """1.0 if the exit state is of the document of the entry state, else 0.0."""
-                return jnp.where(scalar(stage, facts.ENTRY) == scalar(stage, facts.EXIT), 1.0, 0.0)
-
-            def decay(stage):
-                """The factor of the sum of a chunk in the next entry state."""
-                if table is None:
-                    return jnp.exp(-slope * CHUNK)
-                passed = jnp.exp(-slope * scalar(stage, facts.TOKENS).astype(jnp.float32))
-                return jnp.where(scalar(stage, facts.DROPPED) > 0, 0.0, passed)
-
             def write(output, step):
                 slot = o_smem.at[lax.rem(step, 2)]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the output before the last has left this slot
@@ -214,21 +203,16 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
                 def _(p):
                     plgpu.copy_smem_to_gmem(slot, outputs[p].at[b, tokens_at(step), own])
 
-            def one_step(step, state):
+            def one_chunk(step, state, *, mixed):
+                """The next entry state."""
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                plgpu.barrier_wait(full.at[stage])
-                factor = decay(stage)
-                entry = state.astype(dtype)
-                weights = plain_weights
-                if prepared:
-                    plgpu.barrier_wait(ready.at[pair])
-
-                def mixed(state):
+                entry, weights, factor = state.astype(dtype), plain_weights, plain_factor
+                if mixed:
                     parts = [weight_smem.at[pair, pl.ds(i * CHUNK, CHUNK)] for i in range(len(plain_weights))]
-                    return state * goes_on(stage), [along(part, along_columns) for part in parts]
-
-                if table is not None:
-                    state, weights = lax.cond(is_mixed(stage), mixed, lambda state: (state, plain_weights), state)
+                    weights = [along(part, along_columns) for part in parts]
+                    factor = jnp.exp(-slope * scalar(stage, facts.TOKENS).astype(jnp.float32))
+                    goes_on = scalar(stage, facts.ENTRY) == scalar(stage, facts.EXIT)
+                    state = state * jnp.where(goes_on, 1.0, 0.0)
                 weights = [spread(weight, (COLUMNS, CHUNK), 1) for weight in weights]
 
                 def weighted_values():
@@ -251,15 +235,30 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
                     pl.run_scoped(functools.partial(output_and_update, state_acc), output)
 
                 total = accumulated(state, with_accumulator if with_output else update)
+                if table is not None:
+                    factor = jnp.where(scalar(stage, facts.DROPPED) > 0, 0.0, factor)
+                return total * factor
+
+            def one_step(step, state):
+                stage, pair = lax.rem(step, stages), lax.rem(step, 2)
+                plgpu.barrier_wait(full.at[stage])
+                if prepared:
+                    plgpu.barrier_wait(ready.at[pair])
+                plain, mixed = (functools.partial(one_chunk, step, mixed=mixed) for mixed in (False, True))
+                if table is None:
+                    state = plain(state)
+                else:  # as a whole, so that chunks which are not MIXED pay for nothing else
+                    state = lax.cond(is_mixed(stage), mixed, plain, state)
                 if prepared:
                     plgpu.barrier_arrive(used.at[pair])
                 plgpu.barrier_arrive(free.at[stage])
-                return total * factor
+                return state
 
             # Of v and of the output, alike in all chunks that are not MIXED.
             index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
             exponent = ((CHUNK - index if reverse else index + 1) - CHUNK // 2).astype(jnp.float32)
             plain_weights = [jnp.exp(sign * slope * exponent) for sign in ((1, -1) if with_output else (1,))]
+            plain_factor = jnp.exp(-slope * CHUNK)
             state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
             state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
             if table is not None:
