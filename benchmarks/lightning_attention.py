@@ -136,7 +136,7 @@ def measure_jax(shapes, skipped):
             yield row
 
     rows = []
-    for shape in shapes:
+    for shape in sorted(shapes, key=lambda shape: -shape[0] * shape[1]):  # the largest while memory is whole
         try:
             for row in measure(*shape):
                 rows.append(row)
@@ -145,6 +145,7 @@ def measure_jax(shapes, skipped):
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             print(f"T={shape[0]} H={shape[1]}: left out, the tensors do not fit into the memory of the device")
+    rows.sort(key=lambda row: (row["packed"], -row["heads"], row["length"]))
     return dict(device=device, jax=jax.__version__, bandwidth=bandwidth, rows=rows)
 
 
@@ -262,7 +263,7 @@ def main():
     peer_shapes = sorted((s for s in shapes if s[0] <= WHOLE), key=lambda shape: shape[0] != 8192)
     of_peer = [] if "fla" in skipped else peer_rows(peer_shapes, arguments.peer_seconds)
     found = measure_jax(shapes, skipped)
-    found["rows"] += of_peer
+    found["rows"] += sorted(of_peer, key=lambda row: (-row["heads"], row["length"]))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot:
