@@ -47,7 +47,7 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def documents(ids, *, numbered):
     """What `forward` and the others take as documents."""
-    return mosaic_gpu_documents.Documents(ids, numbered)
+    return mosaic_gpu_documents.Documents(jnp.asarray(ids, jnp.int32), numbered)
 
 
 def forward(q, k, v, slopes, documents, initial_state, *, chunk_size):
