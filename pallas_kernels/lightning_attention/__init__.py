@@ -4,7 +4,9 @@ from pallas_kernels.lightning_attention.api import (
     IMPLEMENTATIONS,
     default_implementation,
     end_state,
+    gated_step,
     lightning_attention,
+    serves_gated_step,
 )
 from pallas_kernels.lightning_attention.reference import recurrent_step
 from pallas_kernels.lightning_attention.segments import document_runs
@@ -14,6 +16,8 @@ __all__ = [
     "default_implementation",
     "document_runs",
     "end_state",
+    "gated_step",
     "lightning_attention",
     "recurrent_step",
+    "serves_gated_step",
 ]
