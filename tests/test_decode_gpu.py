@@ -1,5 +1,8 @@
 """The Mosaic GPU kernels of decoding, interpreted on the CPU and lowered for CUDA."""
 
+import collections
+import dataclasses
+import re
 import sys
 
 import jax
@@ -7,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx_jax.config import ModelConfig
+from mmx_jax.models import decoder
+from mmx_jax.models.state import init_state
 from pallas_kernels import platform
+from pallas_kernels.grouped_matmul import norm_and_route
 from pallas_kernels.lightning_attention import gated_step
 from tests import interpreter, oracles
 
@@ -37,6 +44,32 @@ def step_inputs(case):
     return projected, slopes, state, scale, real
 
 
+ROUTES = {  # tokens, width, experts, chosen
+    "one": (1, 2048, 8, 2),
+    "many": (32, 256, 8, 2),
+    "in_parts": (2, 1536, 32, 3),
+    "sixteen": (3, 768, 16, 1),
+    "equals": (2, 256, 8, 4),
+    "no_number": (3, 512, 32, 2),
+}
+EPS = 1e-5
+
+
+def route_inputs(case):
+    """(x bfloat16 [R, M], scale bfloat16 [M], router float32 [M, G])."""
+    tokens, width, experts, _ = ROUTES[case]
+    rng = np.random.default_rng(len(case))
+    x = jnp.asarray(3 * rng.normal(size=(tokens, width)), jnp.bfloat16)
+    scale = jnp.asarray(1 + 0.1 * rng.normal(size=width), jnp.bfloat16)
+    router = (3 * rng.normal(size=(width, experts)) / np.sqrt(width)).astype(np.float32)
+    if case == "equals":
+        router[:] = router[:, :1]
+        router[:, 1] = -router[:, 1]
+    if case == "no_number":
+        x = x.at[1, 7].set(jnp.nan)
+    return x, scale, router
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -46,6 +79,11 @@ def compute_all(path):
     for case in STEPS:
         for name, x in zip(("output", "squares", "state"), jax.jit(gated_step)(*step_inputs(case)), strict=True):
             arrays[f"step/{case}/{name}"] = np.asarray(x, np.float32)
+    for case, (*_, chosen) in ROUTES.items():
+        x, scale, router = route_inputs(case)
+        results = jax.jit(lambda *operands, chosen=chosen: norm_and_route(*operands[:2], EPS, operands[2], chosen))
+        for name, y in zip(("normed", "experts", "chosen"), results(x, scale, router), strict=True):
+            arrays[f"route/{case}/{name}"] = np.asarray(y, np.float32)
     np.savez(path, **arrays)
 
 
@@ -89,6 +127,105 @@ def test_a_step_lowers_for_cuda_as_one_kernel_in_place(case):
         text = jax.jit(lambda *x: gated_step(*x)).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
     assert "output_operand_alias<output_tuple_indices = [2]" in call
+
+
+@interpreter.needed
+@pytest.mark.parametrize("case", ROUTES)
+def test_a_norm_and_its_router_are_those_of_the_definition(computed, case):
+    x, scale, router = (np.asarray(a, np.float64) for a in route_inputs(case))
+    tokens, _, experts, chosen = ROUTES[case]
+    normed, got_experts, got = (computed[f"route/{case}/{name}"] for name in ("normed", "experts", "chosen"))
+    numbers = np.all(np.isfinite(x), axis=1)
+    assert np.all(np.isnan(got[~numbers])) and np.all(np.isnan(normed[~numbers]))
+    assert np.all((got_experts >= 0) & (got_experts < experts))
+    want = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPS) * scale
+    assert oracles.relative_error(normed[numbers], want[numbers]) < 4e-3  # two roundings to bfloat16
+    for token in np.flatnonzero(numbers):
+        logits = normed[token].astype(np.float64) @ router
+        probability = np.exp(logits - np.max(logits))
+        probability /= np.sum(probability)
+        best = sorted(range(experts), key=lambda e: (-probability[e].round(12), e))[:chosen]  # noqa: B023
+        assert got_experts[token].tolist() == best
+        np.testing.assert_allclose(got[token], probability[best], rtol=1e-5)
+
+
+@interpreter.needed
+@pytest.mark.parametrize("case", ROUTES)
+def test_a_norm_and_its_router_lower_for_cuda_as_one_kernel(case):
+    x, scale, router = route_inputs(case)
+    chosen = ROUTES[case][-1]
+    with platform.target("gpu"):
+        traced = jax.jit(lambda x, scale, router: norm_and_route(x, scale, EPS, router, chosen)).trace(x, scale, router)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@interpreter.needed
+def test_a_step_of_a_model_is_few_kernels_unless_differentiated():
+    config = ModelConfig(
+        vocab_size=64, hidden_size=256, num_layers=2, layer_pattern=("lightning",), num_heads=2,
+        num_kv_heads=2, head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=8, dtype="bfloat16", scan_blocks=False,
+    )  # fmt: skip
+    params = decoder.abstract_params(config)
+    state = jax.eval_shape(lambda: init_state(config, 3, 16))
+
+    def calls(compute, length=1, **changes):
+        variant = dataclasses.replace(config, **changes)
+        tokens = jax.ShapeDtypeStruct((3, length), jnp.int32)
+
+        def logits(params, tokens, state):
+            return jnp.sum(decoder.Decoder(variant).apply({"params": params}, tokens, state=state).logits)
+
+        with platform.target("gpu"):
+            traced = jax.jit(compute(logits)).trace(params, tokens, state)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return collections.Counter(re.findall(r"call @(_jitted_step|_jitted_route)", text))
+
+    assert calls(lambda f: f) == dict(_jitted_step=2, _jitted_route=2)
+    assert calls(lambda f: f, lightning_implementation="chunked_xla") == dict(_jitted_route=2)
+    assert calls(lambda f: f, moe_implementation="tiled_xla") == dict(_jitted_step=2)
+    assert not calls(lambda f: f, length=2) and not calls(lambda f: f, dtype="float32")
+    assert not calls(jax.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(dtype=jnp.float32), NotImplementedError, "bfloat16"),
+        (dict(dim=48), NotImplementedError, "head_dim 64 and 128"),
+        (dict(rows=1), ValueError, r"projected must be \[2 or more"),
+        (dict(state_dtype=jnp.bfloat16), ValueError, "float32 state"),
+    ],
+)
+def test_what_a_step_does_not_serve_is_refused(monkeypatch, change, error, message):
+    if jax.__version_info__ < (0, 11) and error is NotImplementedError:
+        message = "jax 0.11"
+    monkeypatch.setenv("NPROC", "8")
+    case = dict(dtype=jnp.bfloat16, dim=64, rows=2, state_dtype=jnp.float32) | change
+    projected = jnp.zeros((case["rows"], 4 * 3 * case["dim"]), case["dtype"])
+    state = jnp.zeros((2, 3, case["dim"], case["dim"]), case["state_dtype"])
+    with pytest.raises(error, match=message):
+        gated_step(projected, jnp.ones(3), state, jnp.ones(3 * case["dim"]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "experts", "dtype", "error", "message"),
+    [
+        ((2, 256), 8, jnp.float32, NotImplementedError, "bfloat16"),
+        ((2, 256), 12, jnp.bfloat16, NotImplementedError, "8, 16 or 32 experts"),
+        ((2, 320), 8, jnp.bfloat16, NotImplementedError, "multiples of 256"),
+        ((65, 256), 8, jnp.bfloat16, NotImplementedError, "64 tokens at most"),
+        ((1, 6144), 32, jnp.bfloat16, NotImplementedError, "65536 numbers at most"),
+        ((2, 256), 1, jnp.bfloat16, ValueError, "2 experts or more"),
+    ],
+)
+def test_what_a_router_does_not_serve_is_refused(monkeypatch, shape, experts, dtype, error, message):
+    if jax.__version_info__ < (0, 11) and error is NotImplementedError:
+        message = "jax 0.11"
+    monkeypatch.setenv("NPROC", "8")
+    x = jnp.zeros(shape, dtype)
+    with pytest.raises(error, match=message):
+        norm_and_route(x, jnp.ones(shape[1]), EPS, jnp.zeros((shape[1], experts)), 2)
 
 
 if __name__ == "__main__":

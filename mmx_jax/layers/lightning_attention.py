@@ -96,12 +96,8 @@ def _few_kernels_step(x, w_qkv, w_gate, w_out, scale, eps, slopes, real, state):
     # XLA makes both products at once, and the kernel takes them as they come.
     projected = [einsum("rm,mf->rf", rows, w.reshape(embed, -1)) for w in (w_qkv, w_gate)]
     output, squares, state = gated_step(jnp.concatenate(projected, axis=1), slopes, state, scale.reshape(-1), real)
-    if batch == 1:
-        # One by one they are added where the sum is read; as a sum it would be a kernel of its own.
-        squares = jnp.split(squares, squares.shape[1], axis=1)
-        total = functools.reduce(jnp.add, squares)
-    else:
-        total = jnp.sum(squares, axis=1, keepdims=True)
+    # One by one they are added where the sum is read; as a sum of a row it would be a kernel of its own.
+    total = sum(jnp.split(squares, squares.shape[1], axis=1))
     rms = lax.rsqrt(total / output.shape[1] + eps)
     rows = jnp.broadcast_to(output, (count, output.shape[1]))
     # The norm is a factor of a row, before the product or behind it.
