@@ -54,14 +54,19 @@ def announce(op: str, implementation: str, reason: str):
         _LOG.info("%s runs on %s (%s)", op, implementation, reason)
 
 
+def divided() -> bool:
+    """Whether the compiler divides arrays over several devices here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes))
+
+
 def why_not(check) -> str | None:
     """Why a kernel cannot be the default here, or None: what its `check` says, or that the compiler divides arrays.
 
     Args:
       check: a call that raises NotImplementedError where the kernel cannot serve.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes)):
+    if divided():
         return "the mesh has several devices, and a kernel is divided among them by jax.shard_map only"
     try:
         check()

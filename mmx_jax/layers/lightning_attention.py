@@ -10,10 +10,10 @@ from jax import lax
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.documents import at_positions
 from mmx_jax.layers.norm import gated_rms_norm
-from mmx_jax.layers.projection import deepnorm_gain, einsum, silu, weight
+from mmx_jax.layers.projection import deepnorm_gain, einsum, product, silu, weight
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import constrain, over_mesh, row_axis
-from pallas_kernels.lightning_attention import recurrent_step
+from pallas_kernels.lightning_attention import gated_step, recurrent_step, serves_gated_step
 
 
 def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
@@ -55,16 +55,18 @@ class LightningAttention(nn.Module):
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("heads", "head_dim"))
         scale = self.param("norm", ones, (heads, dim), jnp.dtype(c.param_dtype))
 
+        decoding = state is not None and x.shape[1] == 1
+        real = None if segment_ids is None else segment_ids[:, 0] > 0
+        if decoding and serves_gated_step(x.dtype, slopes, state, implementation=c.lightning_implementation):
+            return _few_kernels_step(x, w_qkv, w_gate, w_out, scale, c.lightning_norm_eps, slopes, real, state)
         # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
         qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))
-        decoding = state is not None and x.shape[1] == 1
         if decoding and x.shape[0] > 1:
             # Or XLA computes each part in a kernel of its own, from the partial sums of the product.
             qkv = lax.optimization_barrier(qkv)
         parts = jnp.split(qkv, 3, axis=2)  # the gradient of a split is one concatenation
         q, k, v = (constrain(silu(part.squeeze(2)), "batch", "length", "heads_act") for part in parts)
         if decoding:
-            real = None if segment_ids is None else segment_ids[:, 0] > 0
             output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, real)
             # The barrier keeps the sum of squares behind it over one axis, as XLA's kernel for a whole norm needs it.
             output = lax.optimization_barrier(output[:, None])
@@ -83,3 +85,21 @@ class LightningAttention(nn.Module):
         output = gated_rms_norm(output, gate, scale.reshape(inner), c.lightning_norm_eps)
         output = constrain(output, "batch", "length", "heads_act")
         return einsum("btf,fm->btm", output, w_out.reshape(inner, embed)), state
+
+
+def _few_kernels_step(x, w_qkv, w_gate, w_out, scale, eps, slopes, real, state):
+    """One token x [B, 1, M] of decoding: a product, the kernel of the step, a product."""
+    batch, _, embed = x.shape
+    # Of a single row XLA would make products in memory and a sum over them, two kernels for one.
+    count = max(2, batch)
+    rows = jnp.broadcast_to(x[:, 0], (count, embed))
+    # XLA makes both products at once, and the kernel takes them as they come.
+    projected = [einsum("rm,mf->rf", rows, w.reshape(embed, -1)) for w in (w_qkv, w_gate)]
+    output, squares, state = gated_step(jnp.concatenate(projected, axis=1), slopes, state, scale.reshape(-1), real)
+    # One by one they are added where the sum is read; as a sum of a row it would be a kernel of its own.
+    total = sum(jnp.split(squares, squares.shape[1], axis=1))
+    rms = lax.rsqrt(total / output.shape[1] + eps)
+    rows = jnp.broadcast_to(output, (count, output.shape[1]))
+    # The norm is a factor of a row, before the product or behind it.
+    update = product("rf,fm->rm", rows, w_out.reshape(-1, embed).astype(x.dtype))[:batch] * rms
+    return update.astype(x.dtype)[:, None], state

@@ -10,9 +10,18 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
+from mmx_jax.layers.norm import rms_norm
 from mmx_jax.layers.projection import deepnorm_gain, product, weight
 from mmx_jax.parallel import expert
-from pallas_kernels.grouped_matmul import few_tokens_swiglu, grouped_swiglu, order_by_group, serves_few_tokens, swiglu
+from pallas_kernels.grouped_matmul import (
+    few_tokens_swiglu,
+    grouped_swiglu,
+    norm_and_route,
+    order_by_group,
+    serves_few_tokens,
+    serves_norm_and_route,
+    swiglu,
+)
 
 
 class RouterStats(NamedTuple):
@@ -31,6 +40,21 @@ class Routing(NamedTuple):
     experts: jax.Array  # int32 [R, k], lowest index first among equals
     weights: jax.Array  # float32 [R, k], summing to 1
     probability: jax.Array  # float32 [R, E]
+    ranking: jax.Array  # int32 [R, k or more], begins with `experts`
+
+
+def _probability(x, router):
+    logits = jnp.einsum("rm,me->re", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def _renormalised(chosen):
+    """Probabilities [R, k] of the chosen experts, to sum to 1."""
+    if chosen.shape[0] == 1:
+        return chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+    # By columns: XLA takes a division by the sum of a row for a softmax, which on a GPU is a kernel of its own. For a
+    # single token that kernel goes on to the norm behind the experts.
+    return chosen / sum(jnp.split(chosen, chosen.shape[1], axis=-1))
 
 
 def route(x, router, experts_per_token) -> Routing:
@@ -39,16 +63,39 @@ def route(x, router, experts_per_token) -> Routing:
     Args:
       x: [R, M] in any dtype; router: float32 [M, E].
     """
-    logits = jnp.einsum("rm,me->re", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
-    probability = jax.nn.softmax(logits, axis=-1)
+    probability = _probability(x, router)
     chosen, experts = lax.top_k(probability, experts_per_token)
-    if x.shape[0] == 1:
-        total = jnp.sum(chosen, axis=-1, keepdims=True)
-    else:
-        # By columns: XLA takes a division by the sum of a row for a softmax, which on a GPU is a kernel of its own. For
-        # a single token that kernel goes on to the norm behind the experts.
-        total = sum(jnp.split(chosen, experts_per_token, axis=-1))
-    return Routing(experts, chosen / total, probability)
+    # The whole order of the experts, for kernels: the first k of it would be a copy, a kernel of its own.
+    ranking = lax.top_k(probability, probability.shape[-1])[1]
+    return Routing(experts, _renormalised(chosen), probability, ranking)
+
+
+def takes_norm(config: ModelConfig, x) -> bool:
+    """Whether `MixtureOfExperts` makes the norm in front of it, of x [B, T, M], in one kernel with its router."""
+    rows = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
+    return serves_norm_and_route(rows, config.num_experts, implementation=config.moe_implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 4))
+def _norm_and_route(x, scale, eps, router, experts_per_token):
+    """(normed [R, M], the chosen experts [R, k], their probabilities [R, k]), by one kernel."""
+    return norm_and_route(x, scale, eps, router, experts_per_token)
+
+
+def _norm_and_route_forward(x, scale, eps, router, experts_per_token):
+    def compute(x, scale, router):
+        normed = rms_norm(x, scale, eps)
+        chosen, experts = lax.top_k(_probability(normed, router), experts_per_token)
+        return normed, experts, chosen
+
+    return jax.vjp(compute, x, scale, router)
+
+
+def _norm_and_route_backward(eps, experts_per_token, vjp, cotangents):
+    return vjp(cotangents)
+
+
+_norm_and_route.defvjp(_norm_and_route_forward, _norm_and_route_backward)
 
 
 def router_stats(routing: Routing, real, kept) -> RouterStats:
@@ -89,9 +136,7 @@ def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
     weights = tuple(w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     k = config.experts_per_token
     if serves_few_tokens(x, k, weights[0], implementation=config.moe_implementation):
-        # The whole order of the experts: the first k of it would be a copy, a kernel of its own.
-        ranking = lax.top_k(routing.probability, config.num_experts)[1]
-        rows = _few_tokens(config, x, ranking, *weights)
+        rows = _few_tokens(config, x, routing.ranking, *weights)
     else:
         rows = _sorted_by_expert(config, x, routing.experts, *weights)
     return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
@@ -110,7 +155,7 @@ def _sorted_by_expert(config, x, experts, *weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _few_tokens(config, x, ranking, *weights):
-    """As `_sorted_by_expert`, by kernels that need no order of rows. ranking: int32 [R, E], the best expert first."""
+    """As `_sorted_by_expert`, by kernels that need no order of rows. ranking: as of `Routing`."""
     return few_tokens_swiglu(x, ranking, config.experts_per_token, *weights)
 
 
@@ -159,12 +204,16 @@ def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, 
 
 
 class MixtureOfExperts(nn.Module):
-    """Spec C.5. Returns ([B, T, M], RouterStats of this layer)."""
+    """Spec C.5. Returns ([B, T, M], RouterStats of this layer).
+
+    `norm`: the RMSNorm in front, to be made in one kernel with the router (`takes_norm`); its result
+    [B, T, M] is returned too, then.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, segment_ids):
+    def __call__(self, x, segment_ids, norm=None):
         c = self.config
         embed, inner, experts = c.hidden_size, c.mlp_dim, c.num_experts
         fan = dict(fan_in=embed, fan_out=experts)
@@ -191,10 +240,16 @@ class MixtureOfExperts(nn.Module):
             )  # fmt: skip
         rows = x.reshape(-1, embed)
         real = jnp.ones(rows.shape[0], bool) if segment_ids is None else segment_ids.reshape(-1) > 0
-        routing = route(rows, router, c.experts_per_token)
+        if norm is None:
+            routing = route(rows, router, c.experts_per_token)
+        else:
+            apply = functools.partial(_norm_and_route, router=router, experts_per_token=c.experts_per_token)
+            rows, experts, chosen = norm(rows, apply)
+            routing = Routing(experts, _renormalised(chosen), _probability(rows, router), experts)
         if c.capacity_factor is None:
             output = dropless(c, rows, routing, w_gate, w_up, w_down)
             kept = jnp.ones(routing.experts.shape, bool)
         else:
             output, kept = with_capacity(c, rows, routing, real, w_gate, w_up, w_down)
-        return output.reshape(x.shape), router_stats(routing, real, kept)
+        output, stats = output.reshape(x.shape), router_stats(routing, real, kept)
+        return (output, stats) if norm is None else (output, stats, rows.reshape(x.shape))

@@ -28,13 +28,16 @@ def gated_rms_norm(x, gate, scale, eps):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned scale [M]."""
+    """RMSNorm with a learned scale [M].
+
+    `apply`: what is done with (x, scale, eps), where the norm is a part of something larger.
+    """
 
     eps: float
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, apply=rms_norm):
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.param_dtype))
-        return rms_norm(x, scale, self.eps)
+        return apply(x, scale, self.eps)

@@ -14,7 +14,7 @@ from mmx_jax import sharding
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.documents import at_positions, document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
-from mmx_jax.layers.moe import MixtureOfExperts, RouterStats
+from mmx_jax.layers.moe import MixtureOfExperts, RouterStats, takes_norm
 from mmx_jax.layers.norm import RMSNorm
 from mmx_jax.layers.projection import product
 from mmx_jax.layers.softmax_attention import CacheView, SoftmaxAttention
@@ -69,8 +69,12 @@ class DecoderLayer(nn.Module):
 
         decoding = state is not None and x.shape[1] == 1
 
-        def normed(name, x):
-            y = RMSNorm(c.rms_norm_eps, c.param_dtype, name=name)(x)
+        attention_norm, mlp_norm = (
+            RMSNorm(c.rms_norm_eps, c.param_dtype, name=name) for name in ("attention_norm", "mlp_norm")
+        )
+
+        def normed(norm, x):
+            y = norm(x)
             # XLA would compute it again in everything that reads it, from a sum of squares that is a kernel of its own.
             return lax.optimization_barrier(y) if decoding else y
 
@@ -78,13 +82,17 @@ class DecoderLayer(nn.Module):
             # DeepNorm: with postnorm the branch that is kept is the normed input, not x.
             return constrain(alpha * (r if c.postnorm else x) + beta * update, "batch", "length", "embed_act")
 
-        r = normed("attention_norm", x)
+        r = normed(attention_norm, x)
         update, state = LAYER_KINDS[self.kind](c, r, shared, slopes, state)
         update = checkpoint_name(update, "attention_out")
         x, r, segment_ids = (at_positions(y, shared.last) for y in (x, r, shared.segment_ids))
         x = residual(x, r, update, alpha, beta)
-        r = normed("mlp_norm", x)
-        update, stats = MixtureOfExperts(c, name="mlp")(r, segment_ids)
+        experts = MixtureOfExperts(c, name="mlp")
+        if decoding and takes_norm(c, x):
+            update, stats, r = experts(x, segment_ids, mlp_norm)
+        else:
+            r = normed(mlp_norm, x)
+            update, stats = experts(r, segment_ids)
         return residual(x, r, update, c.mlp_alpha, c.mlp_beta), state, stats
 
 

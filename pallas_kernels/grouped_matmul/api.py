@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
-from pallas_kernels.grouped_matmul import megablox, mosaic_gpu, reference, tiled_xla
+from pallas_kernels.grouped_matmul import megablox, mosaic_gpu, mosaic_gpu_router, reference, tiled_xla
 
 # A backend is a module with `check`, `forward`, `backward`, `swiglu_forward` and `swiglu_backward`, as in reference.py.
 IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla, "mosaic_gpu": mosaic_gpu, "megablox": megablox}
@@ -117,6 +117,45 @@ def few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down):
             f"{w_gate.shape[0]}; 'grouped_swiglu' serves every number"
         )
     return mosaic_gpu.few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down)
+
+
+def serves_norm_and_route(x, experts, *, implementation="auto") -> bool:
+    """Whether `norm_and_route` serves x [R, M] and so many experts.
+
+    `implementation` is that of `grouped_swiglu`, which comes behind it. No other one than "mosaic_gpu" has it.
+    """
+    wanted = platform.platform() == "gpu" if implementation == "auto" else implementation == "mosaic_gpu"
+    return wanted and platform.why_not(lambda: mosaic_gpu_router.check(x, experts)) is None
+
+
+def norm_and_route(x, scale, eps, router, chosen):
+    """The norm before experts and the choice of their router in one kernel: for decoding.
+
+    Args:
+      x: [R, M], bfloat16.
+      scale: [M], of the norm.
+      eps: float, of the norm.
+      router: float32 [M, G].
+      chosen: how many experts a token takes.
+
+    Returns:
+      (r [R, M] = x / sqrt(mean(x^2) + eps) * scale, rounded to the dtype of `x` before and behind the scale;
+      the experts of each token int32 [R, chosen], the best first, the lowest index first among equals; their
+      probabilities float32 [R, chosen] in softmax(r @ router)). It has no derivative. Where a token is no number
+      neither are its probabilities, and its experts are any.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together.
+      NotImplementedError: `serves_norm_and_route` says no.
+    """
+    if x.ndim != 2 or scale.shape != x.shape[1:] or router.ndim != 2 or router.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"norm_and_route takes x [R, M], scale [M], router [M, G]; got {x.shape}, {scale.shape}, {router.shape}"
+        )
+    if router.dtype != jnp.float32 or not 1 <= chosen <= router.shape[1]:
+        raise ValueError(f"the router must be float32 with {chosen} experts or more; got {router.dtype} {router.shape}")
+    mosaic_gpu_router.check(x, router.shape[1])
+    return mosaic_gpu_router.norm_and_route(x, scale, eps, router, chosen)
 
 
 def _resolve(implementation, lhs, rhs):

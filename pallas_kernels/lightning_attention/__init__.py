@@ -5,7 +5,9 @@ from pallas_kernels.lightning_attention.api import (
     default_implementation,
     documents_for,
     end_state,
+    gated_step,
     lightning_attention,
+    serves_gated_step,
 )
 from pallas_kernels.lightning_attention.reference import recurrent_step
 from pallas_kernels.lightning_attention.segments import document_runs
@@ -16,6 +18,8 @@ __all__ = [
     "document_runs",
     "documents_for",
     "end_state",
+    "gated_step",
     "lightning_attention",
     "recurrent_step",
+    "serves_gated_step",
 ]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_gpu_step, mosaic_tpu, reference
 
 # A backend is a module with `check`, `documents`, `forward`, `backward` and `end_state`, as in reference.py.
 IMPLEMENTATIONS = {
@@ -104,6 +104,73 @@ def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=None, implem
 def documents_for(implementation, ids, *, numbered):
     """What the backend takes as documents: of segment ids, or of runs, whose document 1 goes on from the left."""
     return None if ids is None else IMPLEMENTATIONS[implementation].documents(ids, numbered=numbered)
+
+
+def serves_gated_step(dtype, slopes, state, *, implementation="auto") -> bool:
+    """Whether `gated_step` serves projections of this dtype, slopes [H] and a state [B, H, D, D].
+
+    `implementation` is that of `lightning_attention`, in whose place it would be.
+    """
+    batch, heads, dim, _ = state.shape
+    q = jax.ShapeDtypeStruct((batch, 1, heads * dim), dtype)
+    if implementation == "auto":
+        implementation = default_implementation(q, q, q, slopes, segmented=False, chunk_size=None)
+    elif implementation == "mosaic_gpu":
+        mosaic_gpu.check(q, q, q, slopes, segmented=False, chunk_size=None)
+    return implementation == "mosaic_gpu" and not platform.divided()
+
+
+@jax.custom_vjp
+def gated_step(projected, slopes, state, scale, real=None):
+    """One token of decoding in one kernel, from the projections of a layer to what its output projection takes.
+
+    With q, k and v behind SiLU in float32, rounded to the dtype of `projected`:
+
+        S <- exp(-s) S + k^T v        o = q S        output = sigmoid(gate) o scale
+
+    The norm is left: rsqrt(sum of `squares` / (H*D) + eps) of a row is a factor of `output`, and of its projection.
+
+    Args:
+      projected: bfloat16 [R, 4*H*D], q, k, v and gate of a row, each head-major; R may be more than B, the rows behind
+        are not read.
+      slopes: float32 [H].
+      state: float32 [B, H, D, D]. The next one takes its place in memory where nothing else needs it.
+      scale: [H*D], of the norm.
+      real: bool [B]; rows that hold no token keep their state.
+
+    Returns:
+      (output [B, H*D] in the dtype of `projected`, squares float32 [B, H*D / SQUARES], state float32 [B, H, D, D]).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together.
+      NotImplementedError: the kernel cannot serve these shapes.
+    """
+    batch, heads, dim, _ = state.shape
+    if projected.ndim != 2 or projected.shape[0] < batch or projected.shape[1] != 4 * heads * dim:
+        raise ValueError(
+            f"projected must be [{batch} or more, {4 * heads * dim}] for this state; got {projected.shape}"
+        )
+    if slopes.shape != (heads,) or scale.shape != (heads * dim,) or state.dtype != jnp.float32:
+        raise ValueError(
+            f"gated_step takes slopes [H]={(heads,)}, scale [H*D]={(heads * dim,)} and a float32 state; got "
+            f"{slopes.shape}, {scale.shape} and {state.dtype}"
+        )
+    if not serves_gated_step(projected.dtype, slopes, state, implementation="mosaic_gpu"):
+        raise NotImplementedError("gated_step serves one device; 'recurrent_step' is divided over several")
+    return mosaic_gpu_step.gated_step(projected, slopes, state, scale, real)
+
+
+def _gated_step_forward(projected, slopes, state, scale, real):
+    # The recurrence of one token has nothing that only a kernel could do well in a backward.
+    return jax.vjp(lambda *inputs: reference.gated_step(*inputs, real), projected, slopes, state, scale)
+
+
+def _gated_step_backward(vjp, cotangents):
+    d_projected, d_slopes, d_state, d_scale = vjp(cotangents)
+    return d_projected, jnp.zeros_like(d_slopes), d_state, d_scale, None
+
+
+gated_step.defvjp(_gated_step_forward, _gated_step_backward)
 
 
 def _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size):

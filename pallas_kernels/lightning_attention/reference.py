@@ -10,6 +10,7 @@ from jax import lax
 from pallas_kernels.lightning_attention import segments
 
 documents = segments.documents
+SQUARES = 64  # numbers of an output whose squares `gated_step` adds up
 
 
 def check(q, k, v, slopes, *, segmented, chunk_size):
@@ -95,3 +96,13 @@ def recurrent_step(q, k, v, slopes, state, real=None):
     # A multiply and a sum, not a dot: it fuses with the update, and float32 stays float32 on every platform.
     output = jnp.sum(q[..., :, None] * updated, axis=-2)
     return lax.reshape(output, (batch, heads * v.shape[-1])), updated
+
+
+def gated_step(projected, slopes, state, scale, real):
+    """See `api.gated_step`."""
+    batch, heads, dim, _ = state.shape
+    *qkv, gate = jnp.split(projected[:batch].astype(jnp.float32), 4, axis=1)
+    q, k, v = (jax.nn.silu(x).astype(projected.dtype) for x in qkv)
+    output, state = recurrent_step(q, k, v, slopes, state, real)
+    squares = jnp.sum(jnp.square(output).reshape(batch, -1, SQUARES), axis=-1)
+    return (jax.nn.sigmoid(gate) * (output * scale)).astype(projected.dtype), squares, state
