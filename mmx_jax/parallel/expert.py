@@ -106,13 +106,14 @@ class _Axes:
 
     names: tuple[str, ...]
     size: int
+    mesh_size: int  # of all axes together
 
     @classmethod
     def of(cls, mesh, names):
-        return cls(names, axes_size(mesh, names))
+        return cls(names, axes_size(mesh, names), mesh.size)
 
     def __add__(self, other):
-        return _Axes(self.names + other.names, self.size * other.size)
+        return _Axes(self.names + other.names, self.size * other.size, self.mesh_size)
 
     def index(self):
         return lax.axis_index(self.names) if self.size > 1 else 0
@@ -125,7 +126,23 @@ class _Axes:
         return lax.all_gather(x, self.names, axis=axis, tiled=True) if self.size > 1 else x
 
     def scatter_sum(self, x, axis=0):
-        return lax.psum_scatter(x, self.names, scatter_dimension=axis, tiled=True) if self.size > 1 else x
+        if self.size == 1:
+            return x
+        for groups in self._stages():
+            x = lax.psum_scatter(x, self.names, scatter_dimension=axis, tiled=True, axis_index_groups=groups)
+        return x
+
+    def _stages(self):
+        """Groups of devices, one list for each step of a reduce-scatter; None is all of them at once.
+
+        On TPU one step over all devices of 8 or more becomes an all-reduce, whose whole result lies on every device
+        until it is cut where it is used. Two over the rows and columns of a grid of devices send as much, and stay.
+        """
+        columns = max(n for n in range(1, math.isqrt(self.size) + 1) if self.size % n == 0)
+        if self.size < self.mesh_size or self.size < 8 or columns == 1:
+            return [None]
+        grid = [list(range(i, i + columns)) for i in range(0, self.size, columns)]
+        return [list(map(list, zip(*grid, strict=True))), grid]
 
 
 class _Layer(NamedTuple):
@@ -157,55 +174,100 @@ def _on_device(layer, x, real, router, w_gate, w_up, w_down):
     choices = jnp.where(real_rows, routing.experts.T, layer.num_experts)  # [k, R]
     groups = math.gcd(layer.token_groups, rows.shape[0])
     limits = None if layer.capacity is None else _within_capacity(layer, choices, *real.shape, groups)
-    outputs, kept = [], []
     size = rows.shape[0] // groups
-    for i in range(groups):
-        part = slice(i * size, (i + 1) * size)
-        limit = None if limits is None else limits[i]
-        output, part_kept = _group(layer, rows[part], choices[:, part], routing.weights[part], limit, weights)
-        outputs.append(output)
-        kept.append(part_kept)
+    parts = [slice(i * size, (i + 1) * size) for i in range(groups)]
+    limits = [None] * groups if limits is None else limits
+    sendings = [_sending(layer, choices[:, part], limit) for part, limit in zip(parts, limits, strict=True)]
+    leaving = [
+        _spread(layer.experts_per_token, rows[part], sending.order, sending.inverse)
+        for part, sending in zip(parts, sendings, strict=True)
+    ]
+    outputs = [
+        _from_experts(layer, received, sending, routing.weights[part], weights).astype(x.dtype)
+        for received, sending, part in zip(_to_experts(layer, leaving, sendings), sendings, parts, strict=True)
+    ]
+    kept = [_kept(layer, choices[:, part], sending) for part, sending in zip(parts, sendings, strict=True)]
     sums = layer.statistics(routing, real_rows, jnp.concatenate(kept))
     return jnp.concatenate(outputs).reshape(x.shape), lax.psum(sums, (layer.batch + layer.length).names)
 
 
-def _group(layer, rows, choices, weights_of_choices, limit, weights):
-    """Sends a group of tokens through their experts.
+class _Sending(NamedTuple):
+    """How the k * R assignments of a group of tokens lie in the order of their experts, and where they go."""
+
+    order: jax.Array  # int32 [k * R], as of `order_by_group`
+    inverse: jax.Array
+    slices: "_Slices"
+
+
+def _sending(layer, choices, limit):
+    """`_Sending` of a group of tokens.
 
     Args:
-      rows: [R, M]; choices: int32 [k, R]; weights_of_choices: [R, k].
+      choices: int32 [k, R].
       limit: int32 [E], the most that this device may send to each expert; or None.
-      weights: of the experts of this device.
-
-    Returns:
-      (output [R, M], kept: bool [R, k]).
     """
-    owners, k = layer.owners, choices.shape[0]
+    owners, rows = layer.owners, choices.shape[1]
     local_experts = layer.num_experts // owners.size
-    flat = choices.reshape(-1)
-    order, inverse, counts = order_by_group(flat, layer.num_experts)
+    order, inverse, counts = order_by_group(choices.reshape(-1), layer.num_experts)
     sizes = counts if limit is None else jnp.minimum(counts, limit)
     # What every device has for every expert: [sender, receiver, expert of the receiver].
     every = owners.stack(jnp.stack([jnp.cumsum(counts) - counts, sizes]))
     begins, sizes = jnp.moveaxis(every, 1, 0).reshape(2, owners.size, owners.size, local_experts)
-    buffer_rows = _buffer_rows(layer, rows.shape[0])
-    if buffer_rows < _worst_case(layer, rows.shape[0]):
+    buffer_rows = _buffer_rows(layer, rows)
+    if buffer_rows < _worst_case(layer, rows):
         # Exact enough: the fractions add up to more than the buffer only beyond 2^22 rows.
         share = jnp.minimum(1.0, buffer_rows / jnp.maximum(jnp.sum(sizes, axis=(0, 2)), 1))
         sizes = jnp.floor(sizes * share[:, None]).astype(jnp.int32)
     # A receiver has its rows sorted by expert, and for each expert by sender.
     arrivals = jnp.transpose(_exclusive_cumsum(jnp.transpose(sizes, (2, 0, 1)), 2), (1, 2, 0))
-    slices = _Slices(begins, sizes, arrivals)
+    return _Sending(order, inverse, _Slices(begins, sizes, arrivals))
 
-    received = _exchange(owners, buffer_rows, _spread(k, rows, order, inverse), slices)
-    received = _swiglu_over_width(layer, received, weights, jnp.sum(sizes[:, owners.index()], axis=0))
-    returned = _exchange(owners, flat.shape[0], received, slices.reversed())
-    returned = _permute(returned, inverse, order).reshape(k, *rows.shape)
-    output = jnp.einsum("krm,rk->rm", returned.astype(jnp.float32), weights_of_choices).astype(rows.dtype)
 
-    own = [jnp.append(table[owners.index()].reshape(-1), 0) for table in (begins, sizes)]
-    kept = inverse - own[0][flat] < own[1][flat]
-    return output, kept.reshape(k, -1).T
+def _to_experts(layer, leaving, sendings):
+    """Sends groups of rows to their experts, in turns.
+
+    Args:
+      leaving: arrays [k * R, M], each sorted by expert.
+
+    Returns:
+      Arrays [`_buffer_rows`, M], 0 where nothing arrives.
+    """
+    if len(leaving) > 1:
+        # All are sorted before the first one leaves, or a group would be sorted behind the products of the one before
+        # it, and travel beside nothing.
+        leaving, sendings = lax.optimization_barrier((leaving, sendings))
+    size = _buffer_rows(layer, leaving[0].shape[0] // layer.experts_per_token)
+    received = []
+    for rows, sending in zip(leaving, sendings, strict=True):
+        if received:  # a group leaves when the one before it is there, whose products then hide it
+            received[-1], rows = lax.optimization_barrier((received[-1], rows))
+        received.append(_exchange(layer.owners, size, rows, sending.slices))
+    return received
+
+
+def _from_experts(layer, received, sending, weights_of_choices, weights):
+    """What the experts make of received rows, back at their tokens and summed over choices: float32 [R, M].
+
+    Args:
+      received: [`_buffer_rows`, M].
+      weights_of_choices: float32 [R, k].
+      weights: of the experts of this device.
+    """
+    owners, slices = layer.owners, sending.slices
+    tokens, k = weights_of_choices.shape
+    made = _swiglu_over_width(layer, received, weights, jnp.sum(slices.sizes[:, owners.index()], axis=0))
+    returned = _exchange(owners, k * tokens, made, slices.reversed())
+    returned = _permute(returned, sending.inverse, sending.order).reshape(k, tokens, -1)
+    return jnp.einsum("krm,rk->rm", returned.astype(jnp.float32), weights_of_choices)
+
+
+def _kept(layer, choices, sending):
+    """Which assignments are sent: bool [R, k], of choices [k, R]."""
+    flat, me = choices.reshape(-1), layer.owners.index()
+    # One more expert, that of tokens that are not real, which sends nothing.
+    begins, sizes = (jnp.append(x[me].reshape(-1), 0) for x in (sending.slices.begins, sending.slices.sizes))
+    kept = sending.inverse - begins[flat] < sizes[flat]
+    return kept.reshape(choices.shape).T
 
 
 def _swiglu_over_width(layer, rows, weights, group_sizes):
