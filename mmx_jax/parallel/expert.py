@@ -169,6 +169,7 @@ def _on_device(layer, x, real, router, w_gate, w_up, w_down):
     rows, real_rows = x.reshape(-1, x.shape[-1]), real.reshape(-1)
     router = _gather_weight(layer.embed, 0, router.dtype, router)
     weights = [_gather_weight(layer.embed, axis, x.dtype, w) for w, axis in ((w_gate, 1), (w_up, 1), (w_down, 2))]
+    rows, *weights = _gradients_together(rows, *weights)
     routing = layer.route(rows, router)
     # First choices first; an expert that does not exist is the choice of a token that is not real.
     choices = jnp.where(real_rows, routing.experts.T, layer.num_experts)  # [k, R]
@@ -432,6 +433,19 @@ _spread.defvjp(
     lambda k, x, order, inverse: (_spread(k, x, order, inverse), inverse),
     lambda k, inverse, g: (jnp.sum(g[inverse].reshape(k, -1, g.shape[1]), axis=0), None, None),
 )
+
+
+@jax.custom_vjp
+def _gradients_together(*arrays):
+    """The arrays, whose gradients are all there before one of them is used.
+
+    The layer before goes on with the gradient of the rows. Nothing but the optimizer waits for those of the weights, so
+    that the compiler would put their products off, layer by layer, and keep what they multiply.
+    """
+    return arrays
+
+
+_gradients_together.defvjp(lambda *arrays: (arrays, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 def _gather_weight(devices, axis, dtype, w):
