@@ -133,16 +133,25 @@ class _Axes:
         return x
 
     def _stages(self):
-        """Groups of devices, one list for each step of a reduce-scatter; None is all of them at once.
-
-        On TPU one step over all devices of 8 or more becomes an all-reduce, whose whole result lies on every device
-        until it is cut where it is used. Two over the rows and columns of a grid of devices send as much, and stay.
-        """
-        columns = max(n for n in range(1, math.isqrt(self.size) + 1) if self.size % n == 0)
-        if self.size < self.mesh_size or self.size < 8 or columns == 1:
+        """Groups of devices for each step of a reduce-scatter; None is all of them."""
+        factors = reduce_scatter_factors(self.size, self.mesh_size)
+        if len(factors) == 1:
             return [None]
-        grid = [list(range(i, i + columns)) for i in range(0, self.size, columns)]
+        rows, columns = factors
+        grid = [list(range(i * columns, (i + 1) * columns)) for i in range(rows)]
         return [list(map(list, zip(*grid, strict=True))), grid]
+
+
+def reduce_scatter_factors(size: int, mesh_size: int) -> list[int]:
+    """How many devices sum and divide an array in each step of a reduce-scatter over `size` of `mesh_size`.
+
+    On TPU one step over all devices of 8 or more becomes an all-reduce, whose whole result lies on every device until
+    it is cut where it is used. Two, over the columns and the rows of a grid of devices, send as much, and stay.
+    """
+    columns = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    if size < mesh_size or size < 8 or columns == 1:
+        return [size]
+    return [size // columns, columns]
 
 
 class _Layer(NamedTuple):
