@@ -65,6 +65,15 @@ def test_collectives_of_forward_and_backward(report, case):
     assert set(summed) <= set(found.get("reduce-scatter", []))
 
 
+@cases
+def test_gradients_of_weights_come_with_those_of_tokens(report, case):
+    """All of them behind one barrier, so that no product is put off; they are summed over devices behind it."""
+    mesh = dict.fromkeys(("expert", "expert_tensor", "tensor"), 1) | MESHES[CASES[case][0]]
+    own, inner = EXPERTS // mesh["expert"] // mesh["tensor"], INNER // mesh["expert_tensor"]
+    up, down = f"{own}x{EMBED}x{inner}xf32", f"{own}x{inner}x{EMBED}xf32"
+    assert [up, up, down] in [barrier[1:] for barrier in report["equality"][case]["barriers"] if len(barrier) == 4]
+
+
 def test_a_capacity_shared_by_all_devices_drops_less(report):
     """Tokens that want the same experts on a quarter of the devices."""
     dropped = report["scopes"]
