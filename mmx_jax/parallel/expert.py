@@ -183,18 +183,14 @@ def _on_device(layer, x, real, router, w_gate, w_up, w_down):
     # First choices first; an expert that does not exist is the choice of a token that is not real.
     choices = jnp.where(real_rows, routing.experts.T, layer.num_experts)  # [k, R]
     groups = math.gcd(layer.token_groups, rows.shape[0])
-    limits = None if layer.capacity is None else _within_capacity(layer, choices, *real.shape, groups)
+    limits = [None] * groups if layer.capacity is None else _within_capacity(layer, choices, *real.shape, groups)
     size = rows.shape[0] // groups
     parts = [slice(i * size, (i + 1) * size) for i in range(groups)]
-    limits = [None] * groups if limits is None else limits
     sendings = [_sending(layer, choices[:, part], limit) for part, limit in zip(parts, limits, strict=True)]
-    leaving = [
-        _spread(layer.experts_per_token, rows[part], sending.order, sending.inverse)
-        for part, sending in zip(parts, sendings, strict=True)
-    ]
+    returned = _through_experts(layer, [rows[part] for part in parts], sendings, weights)
     outputs = [
-        _from_experts(layer, received, sending, routing.weights[part], weights).astype(x.dtype)
-        for received, sending, part in zip(_to_experts(layer, leaving, sendings), sendings, parts, strict=True)
+        _combine(own_rows, sending, routing.weights[part]).astype(x.dtype)
+        for own_rows, sending, part in zip(returned, sendings, parts, strict=True)
     ]
     kept = [_kept(layer, choices[:, part], sending) for part, sending in zip(parts, sendings, strict=True)]
     sums = layer.statistics(routing, real_rows, jnp.concatenate(kept))
@@ -233,40 +229,39 @@ def _sending(layer, choices, limit):
     return _Sending(order, inverse, _Slices(begins, sizes, arrivals))
 
 
-def _to_experts(layer, leaving, sendings):
-    """Sends groups of rows to their experts, in turns.
+def _through_experts(layer, groups, sendings, weights):
+    """Sends groups of tokens to their experts and back.
 
     Args:
-      leaving: arrays [k * R, M], each sorted by expert.
+      groups: arrays [R, M].
+      weights: of the experts of this device.
 
     Returns:
-      Arrays [`_buffer_rows`, M], 0 where nothing arrives.
+      For each group [k * R, M], sorted by expert; 0 for what is not sent.
     """
-    if len(leaving) > 1:
+    owners, k, size = layer.owners, layer.experts_per_token, groups[0].shape[0]
+    leaving = [_spread(k, rows, s.order, s.inverse) for rows, s in zip(groups, sendings, strict=True)]
+    if len(groups) > 1:
         # All are sorted before the first one leaves, or a group would be sorted behind the products of the one before
         # it, and travel beside nothing.
         leaving, sendings = lax.optimization_barrier((leaving, sendings))
-    size = _buffer_rows(layer, leaving[0].shape[0] // layer.experts_per_token)
-    received = []
-    for rows, sending in zip(leaving, sendings, strict=True):
-        if received:  # a group leaves when the one before it is there, whose products then hide it
-            received[-1], rows = lax.optimization_barrier((received[-1], rows))
-        received.append(_exchange(layer.owners, size, rows, sending.slices))
-    return received
+    there = [sending.slices for sending in sendings]
+    received = _exchange_in_turns(owners, _buffer_rows(layer, size), leaving, there)
+    made = [
+        _swiglu_over_width(layer, rows, weights, jnp.sum(slices.sizes[:, owners.index()], axis=0))
+        for rows, slices in zip(received, there, strict=True)
+    ]
+    return _exchange_in_turns(owners, k * size, made, [slices.reversed() for slices in there])
 
 
-def _from_experts(layer, received, sending, weights_of_choices, weights):
-    """What the experts make of received rows, back at their tokens and summed over choices: float32 [R, M].
+def _combine(returned, sending, weights_of_choices):
+    """Sums over the choices of tokens: float32 [R, M].
 
     Args:
-      received: [`_buffer_rows`, M].
+      returned: [k * R, M], sorted by expert.
       weights_of_choices: float32 [R, k].
-      weights: of the experts of this device.
     """
-    owners, slices = layer.owners, sending.slices
     tokens, k = weights_of_choices.shape
-    made = _swiglu_over_width(layer, received, weights, jnp.sum(slices.sizes[:, owners.index()], axis=0))
-    returned = _exchange(owners, k * tokens, made, slices.reversed())
     returned = _permute(returned, sending.inverse, sending.order).reshape(k, tokens, -1)
     return jnp.einsum("krm,rk->rm", returned.astype(jnp.float32), weights_of_choices)
 
@@ -365,6 +360,19 @@ class _Slices(NamedTuple):
 def _exchange(devices, num_rows, rows, slices):
     """All-to-all of slices of rows [R, M]; returns [num_rows, M], 0 where nothing arrives."""
     return _exchange_rows(devices, num_rows, rows.shape[0], rows, slices)
+
+
+def _exchange_in_turns(devices, num_rows, groups, slices):
+    """`_exchange` of each of several arrays [R, M], which leaves when the one before it is there.
+
+    The products of that one hide it, and their gradients hide its own on the way back.
+    """
+    received = []
+    for rows, own_slices in zip(groups, slices, strict=True):
+        if received:
+            received[-1], rows = lax.optimization_barrier((received[-1], rows))
+        received.append(_exchange(devices, num_rows, rows, own_slices))
+    return received
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
