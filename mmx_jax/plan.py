@@ -230,12 +230,18 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
 def put_off(share: Share) -> int:
     """What the layers of a block in a loop hold for gradients of matrices that are not computed yet.
 
-    Where rows travel to their experts, the compiler puts off the products for the gradients of attention until there is
-    traffic to hide, in all layers but the last two of the backward pass (seen with blocks of 2, 4 and 8 layers). They
-    need the gradients of q, k, v, and of output and gate. Those of the experts are not put off (`parallel.expert`).
+    Where rows travel to their experts, the compiler puts off the products for these gradients until there is traffic to
+    hide (seen with blocks of 4 and 8 layers). In attention all layers but the last two of the backward pass do so, and
+    keep the gradients of q, k, v, and of output and gate. Those of the experts are tied to the gradient of their rows
+    (`parallel.expert`): one layer keeps the hidden rows and the gradients of gate and up, the rows that came and the
+    gradient of those that went out.
     """
-    layers = len(share.model.layer_pattern) - 2
-    return 0 if share.owners == 1 or layers <= 0 else layers * 6 * share.inner * share.item
+    model = share.model
+    layers = len(model.layer_pattern) - 2
+    if share.owners == 1 or layers <= 0:
+        return 0
+    rows = share.received * (3 * model.mlp_dim // share.width + 2 * model.hidden_size)
+    return (rows + layers * 6 * share.inner) * share.item
 
 
 def training(config: Config, sizes: Mapping[str, int]) -> Plan:
