@@ -203,6 +203,12 @@ def collective_bytes(line: str) -> int:
     return _result_bytes(found) if found else 0
 
 
+def array_bytes(shape: str, *, scalars: bool = True) -> list[int]:
+    """Sizes of the arrays in the text of a shape, in their order, but for those of no known type."""
+    found = [(kind, dims) for kind, dims in _ARRAY.findall(shape) if kind in _ITEM_BITS and (dims or scalars)]
+    return [math.prod(int(n) for n in dims.split(",") if n) * _ITEM_BITS[kind] // 8 for kind, dims in found]
+
+
 def _trips(condition):
     if any("ROOT" in line and " and(" in line for line in condition):
         return 1  # it ends by more than a count, as decoding does, of which one step is told
@@ -210,9 +216,8 @@ def _trips(condition):
 
 
 def _result_bytes(found):
-    arrays = [(kind, dims) for kind, dims in _ARRAY.findall(found["shape"]) if kind in _ITEM_BITS]
-    if found["start"] and found["kind"] != "all-reduce":
-        # Operands, then results; the numbers behind them are the compiler's own.
-        arrays = [(kind, dims) for kind, dims in arrays if dims]
-        arrays = arrays[len(arrays) // 2 :]
-    return sum(math.prod(int(n) for n in dims.split(",") if n) * _ITEM_BITS[kind] for kind, dims in arrays) // 8
+    if not found["start"] or found["kind"] == "all-reduce":
+        return sum(array_bytes(found["shape"]))
+    # Operands, then results; the numbers behind them are the compiler's own.
+    sizes = array_bytes(found["shape"], scalars=False)
+    return sum(sizes[len(sizes) // 2 :])

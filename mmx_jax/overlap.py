@@ -15,7 +15,7 @@ class Overlap(NamedTuple):
     """Transfers of some kinds in one run of a program on one device; those in loops count once."""
 
     count: int
-    bytes: int  # of the results
+    bytes: int  # of the results; of a ragged transfer, that of the smaller of what it takes from and what it fills
     exposed_bytes: int  # of those between whose start and end no matrix work is scheduled
 
     @property
@@ -37,16 +37,21 @@ def overlap(text: str, kinds=("all-to-all", "ragged-all-to-all")) -> Overlap:
         works = [bool(_PRODUCT.search(line)) or not multiplying.isdisjoint(_CALLS.findall(line)) for line in lines]
         starts = {}
         for i, line in enumerate(lines):
-            size = compiled.collective_bytes(line)
             if (start := _START.search(line)) and start["kind"] in kinds:
-                starts[start["name"]] = i, size
+                starts[start["name"]] = i, _carried_bytes(line, start)
             elif (done := _DONE.search(line)) and done["kind"] in kinds:
                 begin, size = starts.pop(done["start"])
                 found.append((size, any(works[begin:i])))
-            elif size and any(f" {kind}(" in line for kind in kinds):
-                found.append((size, False))
+            elif any(f" {kind}(" in line for kind in kinds):
+                found.append((compiled.collective_bytes(line), False))
     return Overlap(
         count=len(found),
         bytes=sum(size for size, _ in found),
         exposed_bytes=sum(s for s, hidden in found if not hidden),
     )
+
+
+def _carried_bytes(line, start):
+    if start["kind"] == "ragged-all-to-all":
+        return min(compiled.array_bytes(start["shape"])[:2])  # the rows and the buffer; the rest are tables
+    return compiled.collective_bytes(line)

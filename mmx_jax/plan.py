@@ -10,7 +10,9 @@ expert, E experts, V vocabulary; all numbers are those of one device.
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 import re
 from collections.abc import Mapping
 
@@ -20,7 +22,7 @@ from mmx_jax import compiled, generate, sharding
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import decoder
-from mmx_jax.parallel.expert import BUFFER_ALIGNMENT
+from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors
 from mmx_jax.training import loop, schedule
 from pallas_kernels.platform import cdiv
 
@@ -170,19 +172,6 @@ class Share:
         return self.along("embed") > 1
 
     @property
-    def unscattered(self) -> int:
-        """Bytes that a layer's gradients take above their slices, where XLA sums them whole.
-
-        Over all devices of a slice, from 8 on, it makes all-reduces of the reduce-scatters of the experts' gradients
-        and cuts them where they are used: in the optimizer, or at the end of a round of the loop over blocks. (libtpu
-        0.0.52; not on v5e:2x4.)
-        """
-        slices = self.along("embed")
-        if slices < 8 or slices < math.prod(self.sizes.values()):
-            return 0
-        return self.expert_weights * ITEM_BYTES["float32"] * (slices - 1) // slices
-
-    @property
     def logits(self) -> int:
         """[B, V] in float32, bytes."""
         return self.rows * self.model.vocab_size // self.along("vocab") * ITEM_BYTES["float32"]
@@ -242,16 +231,17 @@ def put_off(share: Share) -> int:
     """What the layers of a block in a loop hold for gradients of matrices that are not computed yet.
 
     Where rows travel to their experts, the compiler puts off the products for these gradients until there is traffic to
-    hide, in all layers but the last two of the backward pass (seen with blocks of 2, 4 and 8 layers). They need the
-    hidden rows of the experts and the gradients of gate and up, the rows that came and the gradient of those that went
-    out; in attention the gradients of q, k, v, and of output and gate.
+    hide (seen with blocks of 4 and 8 layers). In attention all layers but the last two of the backward pass do so, and
+    keep the gradients of q, k, v, and of output and gate. Those of the experts are tied to the gradient of their rows
+    (`parallel.expert`): one layer keeps the hidden rows and the gradients of gate and up, the rows that came and the
+    gradient of those that went out.
     """
     model = share.model
     layers = len(model.layer_pattern) - 2
     if share.owners == 1 or layers <= 0:
         return 0
     rows = share.received * (3 * model.mlp_dim // share.width + 2 * model.hidden_size)
-    return layers * (rows + 6 * share.inner) * share.item
+    return (rows + layers * 6 * share.inner) * share.item
 
 
 def training(config: Config, sizes: Mapping[str, int]) -> Plan:
@@ -274,12 +264,11 @@ def training(config: Config, sizes: Mapping[str, int]) -> Plan:
     # The last hidden state and its gradient, and the gradient of the head, whole and in float32.
     loss = 2 * share.stream * share.item + share.vocabulary * ITEM_BYTES["float32"]
     if looped:
-        summed = gradients["blocks"] * (1 + 1 / model.num_blocks) + share.unscattered * len(model.layer_pattern)
+        summed = gradients["blocks"] * (1 + 1 / model.num_blocks)
         moments = [(model.num_blocks * sum(kept), summed + loss + max(work) + put_off(share))]
     else:
-        own, last = gradients["blocks"] / model.num_layers + share.unscattered, model.num_layers - 1
-        # The gradient of the head is soon a slice, unless that waits for the optimizer too.
-        ends = [loss if i == last or share.unscattered else gradients["rest"] for i in range(last + 1)]
+        own, last = gradients["blocks"] / model.num_layers, model.num_layers - 1
+        ends = [loss if i == last else gradients["rest"] for i in range(last + 1)]  # the head's is soon a slice
         moments = [(sum(kept[: i + 1]), own * (last - i) + ends[i] + work[i]) for i in range(last + 1)]
     activations, temporaries = max(moments, key=sum)
     if step.microbatches > 1:  # the sum over micro-batches
@@ -320,9 +309,8 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
     if slices > 1:
         traffic["all-gather"] += experts * share.item * (1 if model.remat == "none" else 2)
         traffic["all-gather"] += (dense * (3 if again else 2) + share.vocabulary) * share.item
-        traffic["all-reduce" if share.unscattered else "reduce-scatter"] += (
-            experts * f32 if share.unscattered else experts * f32 // slices
-        )
+        steps = itertools.accumulate(reduce_scatter_factors(slices, math.prod(sizes.values())), operator.mul)
+        traffic["reduce-scatter"] += sum(experts * f32 // divided for divided in steps)
         traffic["all-to-all"] += share.stream * (share.item + f32) // sizes["tensor"]
     if share.along("tokens") > 1:
         traffic["all-reduce"] += (dense + share.vocabulary) * f32

@@ -38,12 +38,14 @@ def compiler_options() -> dict[str, str]:
 
     The CPU scheduler by default lets all that is independent live at once. In program order a training step needs
     half the temporaries, which the system would have to hand over page by page, anew in each call. Elementwise loops
-    use half the width of AVX-512 unless told. On TPU a ragged all-to-all by default stops everything else.
+    use half the width of AVX-512 unless told. On TPU a ragged all-to-all by default stops everything else, and the
+    default scheduler sends it long before or behind the products that would hide it; what waits for those products
+    meanwhile takes memory.
     """
     if platform() == "cpu":
         return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_cpu_prefer_vector_width": "512"}
     if platform() == "tpu":
-        return {"xla_tpu_enable_async_ragged_all_to_all": "true"}
+        return {"xla_tpu_enable_async_ragged_all_to_all": "true", "xla_tpu_use_aggressive_scheduling": "true"}
     return {}
 
 

@@ -111,6 +111,12 @@ def collectives(hlo):
     return found
 
 
+def barriers(text):
+    """[types of the arrays, such as "8x4xf32"] of each barrier of a program that is not compiled yet."""
+    lines = re.findall(r"stablehlo.optimization_barrier .* : (.*)", text)
+    return [re.findall(r"tensor<(\S*)>", line) for line in lines]
+
+
 def equality():
     results = []
     for name, shape, groups, capacity_factor in CASES:
@@ -119,12 +125,14 @@ def equality():
         alone = gradient_function(config(capacity_factor=capacity_factor))
         batches = [inputs(shape, skewed=skewed, padded=shape[1] > 1) for skewed in (False, True)]
         with jax.set_mesh(mesh):
-            compiled = run.lower(*place(mesh, *batches[0])).compile()
+            lowered = run.lower(*place(mesh, *batches[0]))
+        compiled = lowered.compile()
         got = [compiled(*place(mesh, *arguments)) for arguments in batches]
         results.append({
             "errors": [error(found, alone(*arguments)) for found, arguments in zip(got, batches, strict=True)],
             "dropped": float(got[1][1][1].dropped),
             "collectives": collectives(compiled.as_text()),
+            "barriers": barriers(lowered.as_text()),
         })  # fmt: skip
     return results
 

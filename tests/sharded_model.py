@@ -31,6 +31,8 @@ TOGETHER = {
 }
 MESHES = ALONE | TOGETHER
 CAPACITY_FACTORS = {"dropless": None, "capacity": 0.5}
+# The axes of a large run together, under a scan over blocks whose layers are computed again, as there.
+SCANNED = {"fsdp=2 expert=2 seq=2": dict(fsdp=2, expert=2, seq=2)}
 # Documents cross the borders of parts of 2, 4 and 8 tokens, and end at some; padding in front, inside and behind.
 PACKED = np.array(
     [[0] * 1 + [1] * 7 + [2] * 8, [1] * 5 + [2] * 1 + [0] * 2 + [3] * 5 + [0] * 3] * (ROWS // 2), np.int32
@@ -106,10 +108,10 @@ def error(got, want):
     return max(jax.tree.leaves(jax.tree.map(leaf_error, got, want)))
 
 
-def report_of(mode):
-    """What one device makes of a mode, and how far each mesh is from it."""
+def report_of(model_config, meshes):
+    """What one device makes of a model, and how far each mesh is from it."""
     run_config = Config(
-        model=config(capacity_factor=CAPACITY_FACTORS[mode]),
+        model=model_config,
         training=TrainingConfig(sequence_length=LENGTH, batch_tokens=ROWS * LENGTH, adam_eps=EPSILON),
     )
     params = jax.jit(init_params, static_argnums=0)(run_config.model, jax.random.key(0))
@@ -122,7 +124,7 @@ def report_of(mode):
         },
         "meshes": {},
     }
-    for name, sizes in MESHES.items():
+    for name, sizes in meshes.items():
         mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
         got, program = train(run_config, mesh, state)
         own = bytes_per_device(abstract_state(run_config, mesh)["params"])
@@ -140,7 +142,9 @@ def report_of(mode):
 
 def main():
     gc.disable()  # tracing makes many objects that stay: looking for garbage among them is a third of its time
-    print(json.dumps({mode: report_of(mode) for mode in CAPACITY_FACTORS}))
+    report = {mode: report_of(config(capacity_factor=factor), MESHES) for mode, factor in CAPACITY_FACTORS.items()}
+    report["scanned"] = report_of(config(num_layers=4, remat="full"), SCANNED)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

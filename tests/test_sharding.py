@@ -13,7 +13,7 @@ from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.models.decoder import param_shardings
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from tests import fake_devices
-from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SEGMENTS, STEPS, config
+from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SCANNED, SEGMENTS, STEPS, config
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,15 @@ def test_sharded_equals_unsharded(report, mode, mesh, packing):
     """Logits, metrics and gradients of the first step; the loss of ten steps and behind them; the parameters then."""
     for part, error in report[mode]["meshes"][mesh]["errors"][packing].items():
         assert error < 1e-5, part
+
+
+@pytest.mark.parametrize("packing", SEGMENTS)
+@pytest.mark.parametrize("mesh", SCANNED)
+def test_a_scan_over_several_blocks_sharded_equals_unsharded(report, mesh, packing):
+    for part, error in report["scanned"]["meshes"][mesh]["errors"][packing].items():
+        assert error < 1e-5, part
+    losses = report["scanned"]["losses"][packing]
+    assert losses[-1] < losses[0] - 1
 
 
 @pytest.mark.parametrize("mesh", MESHES)

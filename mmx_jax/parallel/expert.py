@@ -106,13 +106,14 @@ class _Axes:
 
     names: tuple[str, ...]
     size: int
+    mesh_size: int  # of all axes together
 
     @classmethod
     def of(cls, mesh, names):
-        return cls(names, axes_size(mesh, names))
+        return cls(names, axes_size(mesh, names), mesh.size)
 
     def __add__(self, other):
-        return _Axes(self.names + other.names, self.size * other.size)
+        return _Axes(self.names + other.names, self.size * other.size, self.mesh_size)
 
     def index(self):
         return lax.axis_index(self.names) if self.size > 1 else 0
@@ -125,7 +126,32 @@ class _Axes:
         return lax.all_gather(x, self.names, axis=axis, tiled=True) if self.size > 1 else x
 
     def scatter_sum(self, x, axis=0):
-        return lax.psum_scatter(x, self.names, scatter_dimension=axis, tiled=True) if self.size > 1 else x
+        if self.size == 1:
+            return x
+        for groups in self._stages():
+            x = lax.psum_scatter(x, self.names, scatter_dimension=axis, tiled=True, axis_index_groups=groups)
+        return x
+
+    def _stages(self):
+        """Groups of devices for each step of a reduce-scatter; None is all of them."""
+        factors = reduce_scatter_factors(self.size, self.mesh_size)
+        if len(factors) == 1:
+            return [None]
+        rows, columns = factors
+        grid = [list(range(i * columns, (i + 1) * columns)) for i in range(rows)]
+        return [list(map(list, zip(*grid, strict=True))), grid]
+
+
+def reduce_scatter_factors(size: int, mesh_size: int) -> list[int]:
+    """How many devices sum and divide an array in each step of a reduce-scatter over `size` of `mesh_size`.
+
+    On TPU one step over all devices of 8 or more becomes an all-reduce, whose whole result lies on every device until
+    it is cut where it is used. Two, over the columns and the rows of a grid of devices, send as much, and stay.
+    """
+    columns = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    if size < mesh_size or size < 8 or columns == 1:
+        return [size]
+    return [size // columns, columns]
 
 
 class _Layer(NamedTuple):
@@ -152,60 +178,101 @@ def _on_device(layer, x, real, router, w_gate, w_up, w_down):
     rows, real_rows = x.reshape(-1, x.shape[-1]), real.reshape(-1)
     router = _gather_weight(layer.embed, 0, router.dtype, router)
     weights = [_gather_weight(layer.embed, axis, x.dtype, w) for w, axis in ((w_gate, 1), (w_up, 1), (w_down, 2))]
+    rows, *weights = _gradients_together(rows, *weights)
     routing = layer.route(rows, router)
     # First choices first; an expert that does not exist is the choice of a token that is not real.
     choices = jnp.where(real_rows, routing.experts.T, layer.num_experts)  # [k, R]
     groups = math.gcd(layer.token_groups, rows.shape[0])
-    limits = None if layer.capacity is None else _within_capacity(layer, choices, *real.shape, groups)
-    outputs, kept = [], []
+    limits = [None] * groups if layer.capacity is None else _within_capacity(layer, choices, *real.shape, groups)
     size = rows.shape[0] // groups
-    for i in range(groups):
-        part = slice(i * size, (i + 1) * size)
-        limit = None if limits is None else limits[i]
-        output, part_kept = _group(layer, rows[part], choices[:, part], routing.weights[part], limit, weights)
-        outputs.append(output)
-        kept.append(part_kept)
+    parts = [slice(i * size, (i + 1) * size) for i in range(groups)]
+    sendings = [_sending(layer, choices[:, part], limit) for part, limit in zip(parts, limits, strict=True)]
+    returned = _through_experts(layer, [rows[part] for part in parts], sendings, weights)
+    outputs = [
+        _combine(own_rows, sending, routing.weights[part]).astype(x.dtype)
+        for own_rows, sending, part in zip(returned, sendings, parts, strict=True)
+    ]
+    kept = [_kept(layer, choices[:, part], sending) for part, sending in zip(parts, sendings, strict=True)]
     sums = layer.statistics(routing, real_rows, jnp.concatenate(kept))
     return jnp.concatenate(outputs).reshape(x.shape), lax.psum(sums, (layer.batch + layer.length).names)
 
 
-def _group(layer, rows, choices, weights_of_choices, limit, weights):
-    """Sends a group of tokens through their experts.
+class _Sending(NamedTuple):
+    """How the k * R assignments of a group of tokens lie in the order of their experts, and where they go."""
+
+    order: jax.Array  # int32 [k * R], as of `order_by_group`
+    inverse: jax.Array
+    slices: "_Slices"
+
+
+def _sending(layer, choices, limit):
+    """`_Sending` of a group of tokens.
 
     Args:
-      rows: [R, M]; choices: int32 [k, R]; weights_of_choices: [R, k].
+      choices: int32 [k, R].
       limit: int32 [E], the most that this device may send to each expert; or None.
-      weights: of the experts of this device.
-
-    Returns:
-      (output [R, M], kept: bool [R, k]).
     """
-    owners, k = layer.owners, choices.shape[0]
+    owners, rows = layer.owners, choices.shape[1]
     local_experts = layer.num_experts // owners.size
-    flat = choices.reshape(-1)
-    order, inverse, counts = order_by_group(flat, layer.num_experts)
+    order, inverse, counts = order_by_group(choices.reshape(-1), layer.num_experts)
     sizes = counts if limit is None else jnp.minimum(counts, limit)
     # What every device has for every expert: [sender, receiver, expert of the receiver].
     every = owners.stack(jnp.stack([jnp.cumsum(counts) - counts, sizes]))
     begins, sizes = jnp.moveaxis(every, 1, 0).reshape(2, owners.size, owners.size, local_experts)
-    buffer_rows = _buffer_rows(layer, rows.shape[0])
-    if buffer_rows < _worst_case(layer, rows.shape[0]):
+    buffer_rows = _buffer_rows(layer, rows)
+    if buffer_rows < _worst_case(layer, rows):
         # Exact enough: the fractions add up to more than the buffer only beyond 2^22 rows.
         share = jnp.minimum(1.0, buffer_rows / jnp.maximum(jnp.sum(sizes, axis=(0, 2)), 1))
         sizes = jnp.floor(sizes * share[:, None]).astype(jnp.int32)
     # A receiver has its rows sorted by expert, and for each expert by sender.
     arrivals = jnp.transpose(_exclusive_cumsum(jnp.transpose(sizes, (2, 0, 1)), 2), (1, 2, 0))
-    slices = _Slices(begins, sizes, arrivals)
+    return _Sending(order, inverse, _Slices(begins, sizes, arrivals))
 
-    received = _exchange(owners, buffer_rows, _spread(k, rows, order, inverse), slices)
-    received = _swiglu_over_width(layer, received, weights, jnp.sum(sizes[:, owners.index()], axis=0))
-    returned = _exchange(owners, flat.shape[0], received, slices.reversed())
-    returned = _permute(returned, inverse, order).reshape(k, *rows.shape)
-    output = jnp.einsum("krm,rk->rm", returned.astype(jnp.float32), weights_of_choices).astype(rows.dtype)
 
-    own = [jnp.append(table[owners.index()].reshape(-1), 0) for table in (begins, sizes)]
-    kept = inverse - own[0][flat] < own[1][flat]
-    return output, kept.reshape(k, -1).T
+def _through_experts(layer, groups, sendings, weights):
+    """Sends groups of tokens to their experts and back.
+
+    Args:
+      groups: arrays [R, M].
+      weights: of the experts of this device.
+
+    Returns:
+      For each group [k * R, M], sorted by expert; 0 for what is not sent.
+    """
+    owners, k, size = layer.owners, layer.experts_per_token, groups[0].shape[0]
+    leaving = [_spread(k, rows, s.order, s.inverse) for rows, s in zip(groups, sendings, strict=True)]
+    if len(groups) > 1:
+        # All are sorted before the first one leaves, or a group would be sorted behind the products of the one before
+        # it, and travel beside nothing.
+        leaving, sendings = lax.optimization_barrier((leaving, sendings))
+    there = [sending.slices for sending in sendings]
+    received = _exchange_in_turns(owners, _buffer_rows(layer, size), leaving, there)
+    made = [
+        _swiglu_over_width(layer, rows, weights, jnp.sum(slices.sizes[:, owners.index()], axis=0))
+        for rows, slices in zip(received, there, strict=True)
+    ]
+    return _exchange_in_turns(owners, k * size, made, [slices.reversed() for slices in there])
+
+
+def _combine(returned, sending, weights_of_choices):
+    """Sums over the choices of tokens: float32 [R, M].
+
+    Args:
+      returned: [k * R, M], sorted by expert.
+      weights_of_choices: float32 [R, k].
+    """
+    tokens, k = weights_of_choices.shape
+    returned = _permute(returned, sending.inverse, sending.order).reshape(k, tokens, -1)
+    return jnp.einsum("krm,rk->rm", returned.astype(jnp.float32), weights_of_choices)
+
+
+def _kept(layer, choices, sending):
+    """Which assignments are sent: bool [R, k], of choices [k, R]."""
+    flat, me = choices.reshape(-1), layer.owners.index()
+    # One more expert, that of tokens that are not real, which sends nothing.
+    begins, sizes = (jnp.append(x[me].reshape(-1), 0) for x in (sending.slices.begins, sending.slices.sizes))
+    kept = sending.inverse - begins[flat] < sizes[flat]
+    return kept.reshape(choices.shape).T
 
 
 def _swiglu_over_width(layer, rows, weights, group_sizes):
@@ -295,6 +362,19 @@ def _exchange(devices, num_rows, rows, slices):
     return _exchange_rows(devices, num_rows, rows.shape[0], rows, slices)
 
 
+def _exchange_in_turns(devices, num_rows, groups, slices):
+    """`_exchange` of each of several arrays [R, M], which leaves when the one before it is there.
+
+    The products of that one hide it, and their gradients hide its own on the way back.
+    """
+    received = []
+    for rows, own_slices in zip(groups, slices, strict=True):
+        if received:
+            received[-1], rows = lax.optimization_barrier((received[-1], rows))
+        received.append(_exchange(devices, num_rows, rows, own_slices))
+    return received
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _exchange_rows(devices, num_rows, num_sent, rows, slices):
     del num_sent  # of the way back
@@ -370,6 +450,19 @@ _spread.defvjp(
     lambda k, x, order, inverse: (_spread(k, x, order, inverse), inverse),
     lambda k, inverse, g: (jnp.sum(g[inverse].reshape(k, -1, g.shape[1]), axis=0), None, None),
 )
+
+
+@jax.custom_vjp
+def _gradients_together(*arrays):
+    """The arrays, whose gradients are all there before one of them is used.
+
+    The layer before goes on with the gradient of the rows. Nothing but the optimizer waits for those of the weights, so
+    that the compiler would put their products off, layer by layer, and keep what they multiply.
+    """
+    return arrays
+
+
+_gradients_together.defvjp(lambda *arrays: (arrays, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 def _gather_weight(devices, axis, dtype, w):
