@@ -66,11 +66,12 @@ class Plan:
 
 def topology_devices(name: str) -> tuple[int, int]:
     """(number of devices, bytes of each) of a TPU topology, by its name alone; raises ConfigError for another name."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    one, slices = compiled.slices_of(name)
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", one)
     if match is None or match[1] not in _CHIPS:
         raise ConfigError(f"--topology={name} is not planned for: give a name such as {compiled.NAMES}")
     devices, kind = _CHIPS[match[1]]
-    return devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
+    return slices * devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
 
 
 @dataclasses.dataclass(frozen=True)

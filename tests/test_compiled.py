@@ -62,6 +62,45 @@ def test_collectives_in_loops_count_as_often_as_they_go_round():
     assert found["all-gather"] == [1, 4 * 2 * 2]
 
 
+# As XLA:TPU writes them, shortened: a loop whose first round was taken out of it, a sum of which a slice is kept, and a
+# sum over the network between slices.
+TPU_PROGRAM = """\
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
+  %input = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), replica_groups={{0,2},{1,3}}, to_apply=%add
+  ROOT %slice = f32[16,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %at, %zero), dynamic_slice_sizes={16,8}
+}
+
+%condition (carry: (s32[], f32[64,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %carry = (s32[]{:T(128)}, f32[64,8]{1,0:T(8,128)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %limit), direction=LT
+}
+
+%body (carry: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %fusion = f32[16,8]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %gather = f32[64,8]{1,0:T(8,128)} all-gather(%fusion), replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %one = s32[]{:T(128)} constant(1)
+  %begin = s32[]{:T(128)} copy(%one)
+  %carry = (s32[]{:T(128)}, f32[64,8]{1,0:T(8,128)}) tuple(%begin, %x)
+  %loop = (s32[]{:T(128)}, f32[64,8]{1,0:T(8,128)}) while(%carry), condition=%condition, body=%body
+  %send = (f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%y, %z), _xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def test_the_collectives_of_a_tpu_are_what_they_do():
+    scatter, gather, between = compiled.operations(TPU_PROGRAM)
+    assert scatter == ("reduce-scatter", 4, 16 * 8 * 4, 64 * 8 * 4, "f32", "{{0,2},{1,3}}")
+    assert gather == ("all-gather", 4, 64 * 8 * 4, 16 * 8 * 4, "f32", "mesh['a'=2,'b'=2] {'a'}")
+    assert between == ("slices-all-reduce", 1, 4 * 8 * 4, 4 * 8 * 4, "f32", "")
+    assert compiled.collectives(TPU_PROGRAM)["reduce-scatter"] == (4, 4 * 16 * 8 * 4)
+
+
 @pytest.fixture(scope="module")
 def foretold():
     """{what: [lines of the plan, lines of the dry run]} for four devices, and the error of a mesh without a torus."""
@@ -99,6 +138,11 @@ def test_the_plan_agrees_with_what_is_compiled(foretold, what):
 def test_a_program_that_does_not_fit_says_what_it_needs_and_what_there_is(foretold):
     (line,) = foretold["too large"]
     assert line.startswith("does not fit: ") and "512.00G" in line and "15.75G" in line, line
+
+
+def test_slices_are_joined_along_data_alone(foretold):
+    assert foretold["slices"] == [[0, 0], [1, 1]]
+    assert "mesh.data=1 does not divide over 2 slices" in foretold["data"]
 
 
 def test_a_mesh_that_no_torus_holds_is_an_error_that_says_which_do(foretold):
@@ -148,6 +192,12 @@ def test_a_large_parameter_that_no_axis_divides_is_refused():
         plan.training_plan(small_1b("mesh.data=8", "training.batch_tokens=65536"), "v5p:2x2x2")
 
 
+def test_slices_of_a_topology_are_counted():
+    assert compiled.slices_of("v5p:8x8x16") == ("v5p:8x8x16", 1)
+    assert compiled.slices_of("v5p:8x8x16:2") == ("v5p:8x8x16", 2)
+    assert plan.topology_devices("v5p:8x8x16:2")[0] == 2048
+
+
 def test_an_unknown_topology_is_one_error():
     with pytest.raises(ConfigError, match=r"--topology=v9z:2x2 cannot be compiled for .* a name such as v5e:4x4"):
         compiled.topology_devices("v9z:2x2")
@@ -186,6 +236,13 @@ def foretell(topology):
         make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), compiled.topology_devices("v5p:4x4x4"))
     except ConfigError as error:
         answers["torus"] = str(error)
+    two = compiled.topology_devices("v5e:1x2:2")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), two)
+    answers["slices"] = [[device.slice_index for device in part.flat] for part in mesh.devices]
+    try:
+        make_mesh(MeshConfig(data=1, fsdp=4), two)
+    except ConfigError as error:
+        answers["data"] = str(error)
     return answers
 
 
