@@ -7,7 +7,6 @@ Latency is not in it.
 """
 
 import collections
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ class Torus(NamedTuple):
 
     @classmethod
     def of_v5p(cls, sizes: Sequence[int]):
-        """A slice of v5p: the axes are rings in slices that are made of cubes of 4 x 4 x 4, and lines in smaller ones."""
+        """A slice of v5p: axes are rings in slices that are made of cubes of 4 x 4 x 4, and lines in smaller ones."""
         cubes = all(size % 4 == 0 for size in sizes)
         return cls(tuple(sizes), (cubes,) * len(sizes))
 
@@ -35,9 +34,9 @@ class Torus(NamedTuple):
         return sum(2 if self.closed[axis] else 1 for axis in axes)
 
     def gather(self, size, axes) -> float:
-        """Bytes over a link when every chip comes to hold `size` bytes, of which it had its share; so in a reduce-scatter.
+        """Bytes over a link when every chip comes to hold `size` bytes, of which it had its share.
 
-        Each chip must be sent what it does not have, and at best by all of its links.
+        Each chip must be sent what it does not have, and at best by all of its links. A reduce-scatter is the reverse.
         """
         chips = math.prod(self.sizes[axis] for axis in axes)
         return size * (chips - 1) / chips / self._incoming(axes)
@@ -50,7 +49,7 @@ class Torus(NamedTuple):
         """Bytes over the busiest link when every chip has `size` bytes, an equal part for each chip and itself.
 
         They go along one axis after the other, by the shorter way round: n**2 // 4 / n links on average on a ring of
-        n, and every chip has two of its links. On a line the link in the middle carries what one half has for the other.
+        n, and every chip has two of its links. On a line the link in the middle carries all from one half to the other.
         """
         loads = []
         for axis in axes:
