@@ -112,6 +112,7 @@ def peaks(lines):
     return [float(line.split()[1]) for line in lines if line.startswith("peak ")]
 
 
+@pytest.mark.topology_subset
 def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(foretold):
     text = "\n".join(foretold["training"][1])
     assert "of v5e:2x2, TPU v5 lite" in text
@@ -119,6 +120,7 @@ def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(foretold):
     assert re.search(r"^(all-gather: .* a step and device|collectives unknown)", text, re.M)
 
 
+@pytest.mark.topology_subset
 def test_prefill_and_decoding_compiled_for_a_topology_tell_memory(foretold):
     lines = foretold["inference"][1]
     # 2 x 2 layers x 16 rows x 2 heads x 32768 slots x 128 in bfloat16, 2 x 16 x 4 x 128 x 128 in float32, on 4 devices
@@ -128,6 +130,7 @@ def test_prefill_and_decoding_compiled_for_a_topology_tell_memory(foretold):
         assert lines[lines.index(title) + 1].startswith("lowered in ")
 
 
+@pytest.mark.topology_subset
 @pytest.mark.parametrize("what", ["training", "inference"])
 def test_the_plan_agrees_with_what_is_compiled(foretold, what):
     planned, compiled_peaks = map(peaks, foretold[what])
@@ -135,16 +138,19 @@ def test_the_plan_agrees_with_what_is_compiled(foretold, what):
     assert planned == pytest.approx(compiled_peaks, rel=0.15)
 
 
+@pytest.mark.topology_subset
 def test_a_program_that_does_not_fit_says_what_it_needs_and_what_there_is(foretold):
     (line,) = foretold["too large"]
     assert line.startswith("does not fit: ") and "512.00G" in line and "15.75G" in line, line
 
 
+@pytest.mark.topology_subset
 def test_slices_are_joined_along_data_alone(foretold):
     assert foretold["slices"] == [[0, 0], [1, 1]]
     assert "mesh.data=1 does not divide over 2 slices" in foretold["data"]
 
 
+@pytest.mark.topology_subset
 def test_a_mesh_that_no_torus_holds_is_an_error_that_says_which_do(foretold):
     assert "fsdp=8, expert=1, expert_tensor=1, tensor=8" in foretold["torus"]
     assert "torus of 4 x 4 x 4 devices" in foretold["torus"] and "sizes of 1, 4, 16, 64" in foretold["torus"]

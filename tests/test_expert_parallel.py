@@ -139,6 +139,7 @@ def schedule(topology, groups):
     return events
 
 
+@pytest.mark.topology
 def test_on_tpu_rows_travel_while_others_are_multiplied():
     """The first group cannot but travel before all products, and the last one behind them."""
     exposed = {}

@@ -50,6 +50,7 @@ def exposed():
     return ahead_of_time.answer_of("tests.test_overlap", "v5p:2x2x1")
 
 
+@pytest.mark.topology
 def test_groups_of_tokens_travel_while_others_are_multiplied(exposed):
     assert [exposed[groups][0] for groups in ("1", "2")] == [4, 8]  # to the experts and back, and their gradients
     assert exposed["2"][1] < exposed["1"][1] < 1
