@@ -1,8 +1,11 @@
 """What a compiled program says of itself, on fake devices and for a TPU topology that is not there."""
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +33,16 @@ SMALL = (
 )  # fmt: skip
 TRAINING = "model.remat=full", "mesh.fsdp=2", "mesh.expert=2"
 INFERENCE = dict(dtype="bfloat16", batch=16, prompt_length=4096, context=32768, chunk=4096)
+
+
+def _page():
+    spec = importlib.util.spec_from_file_location("topologies", REPOSITORY / "benchmarks/topologies.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+topologies = _page()
 
 
 def counted_by_hand():
@@ -160,13 +173,51 @@ def small_1b(*overrides):
     return config_io.apply_overrides(config_io.load_config(REPOSITORY / "configs/small_1b.py"), overrides)
 
 
+def planned(arguments):
+    """What `--plan` prints for the arguments of a dry run."""
+    program, *words = shlex.split(arguments)
+    flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    overrides = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
+    config = config_io.apply_overrides(config_io.load_config(REPOSITORY / flags["config"]), overrides)
+    if program == "train.py":
+        return plan.training_lines(config, flags["topology"])
+    lengths = {name: int(flags[name]) for name in ("batch", "prompt_length", "context")}
+    lengths["chunk"] = int(flags["prefill_chunk"])
+    return plan.inference_lines(config, dtype=flags["dtype"], topology=flags["topology"], **lengths)
+
+
+@pytest.mark.parametrize("name", topologies.CONFIGURATIONS)
+def test_the_plan_agrees_with_the_page_of_what_fits(name):
+    compiled_lines = json.loads(topologies.RESULTS.read_text())[name]["lines"]
+    assert peaks(planned(topologies.CONFIGURATIONS[name][1])) == pytest.approx(peaks(compiled_lines), rel=0.15)
+
+
+def test_the_plan_counts_collectives_as_the_program_for_1024_chips_has_them():
+    lines = json.loads(topologies.RESULTS.read_text())["train_8k"]["lines"]
+    found = {kind: float(size) for line in lines for kind, size in re.findall(r"^(\S+): .*?, ([\d.]+) GiB", line)}
+    lines = planned(topologies.CONFIGURATIONS["train_8k"][1])
+    foretold = {kind: float(size) for line in lines for kind, size in re.findall(r"^(\S+): ([\d.]+) GiB", line)}
+    assert foretold.keys() - found.keys() <= {"all-to-all"}
+    assert {kind: foretold[kind] for kind in found} == pytest.approx(found, rel=0.02)
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much():
-    overrides = "mesh.data=1", "mesh.fsdp=8", "training.batch_tokens=65536"
+    overrides = "mesh.data=1", "mesh.fsdp=8", "training.batch_tokens=131072"
     assert re.search(
         r"peak .* of 15.750 GiB: does not fit, .* too much", plan.shortage(small_1b(*overrides), "v5e:2x4")
     )
     assert plan.shortage(small_1b(*overrides), "v5p:2x2x2") == ""
     assert "does not fit" in "\n".join(plan.training_lines(small_1b(*overrides), "v5e:2x4"))
+
+
+def test_a_plan_tells_what_the_compiler_has_to_compute_again_to_fit():
+    """The program for v5e:4x4 has 110 instructions that libtpu put in again (".remat"), and fills 14.4 of 15.75 GiB."""
+    config = small_1b("mesh.data=1", "mesh.fsdp=16", "training.batch_tokens=131072")
+    made, _, room = plan.training_plan(config, "v5e:4x4")
+    assert made.peak == room and made.spared > 0
+    roomy, _, _ = plan.training_plan(config, "v5p:4x2x2")
+    assert roomy.spared == 0 and roomy.peak == made.peak + made.spared
+    assert "to fit, the compiler has to compute" in "\n".join(plan.training_lines(config, "v5e:4x4"))
 
 
 def test_a_plan_of_text_01_follows_the_shapes():
