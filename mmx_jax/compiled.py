@@ -199,7 +199,8 @@ def operations(text: str) -> list[Operation]:
     """The collectives of an optimized program, in the order of its computations.
 
     Args:
-      text: of `compiled.as_text()`. Loops are those of `lax.scan`: from 0 to a constant in their condition.
+      text: of `compiled.as_text()`. Loops are those of `lax.scan`: up to a constant in their condition, from 0 or what
+        is left of it where the compiler took the first rounds out.
     """
     computations, entry = computations_of(text)
     found = []
