@@ -281,7 +281,7 @@ def findings(results):
 - **At 1M tokens** keys and values go round {long["mesh"]["seq"]} chips, {by_class(long)["keys and values"]:.2f} s
   beside {compute_seconds(long, long["tokens"]):.2f} s. A chip meets all keys of its rows: more chips for a row have
   less to compute and no less to receive. `seq` lies over two axes of the torus in their order, not as a ring of
-  neighbours, so that some hops pass several links. All branches that skip a hop are counted as taken.
+  neighbours, so that some hops pass several links. Keys that cannot meet a query travel all the same.
 - **Lightning states**, one of every chip that shares a row: {by_class(long)["lightning states"]:.2f} s at 1M, but
   {by_class(short)["lightning states"]:.2f} s where rows of 8k lie over 16 chips, 512 tokens each. More chips for short
   rows are no remedy.
