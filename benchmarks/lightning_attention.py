@@ -1,6 +1,7 @@
 """Lightning attention on one GPU: every implementation that serves it, beside fla, with what the memory would allow.
 
     python benchmarks/lightning_attention.py [--json=FILE] [--plot=FILE.png] [--lengths=...] [--skip=chunked_xla,fla]
+                                             [--peer_seconds=1200]
 
 Heads of 128, bfloat16. Errors come before times: outputs, final state and gradients at each timed shape against
 `chunked_xla` in float32 (which the tests hold against a float64 recurrence), as a ratio of Frobenius norms. Rows that
@@ -16,13 +17,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from timing import copy_bandwidth, median_ms
 
 DIM = 128
 EXACT = 32768 * 64  # tokens times heads that leave room for float32 intermediates
-DIFFERENTIABLE = 2**25  # tokens times heads whose gradients fit into the memory of an H200 beside all that they need
+DIFFERENTIABLE = 2**26  # tokens times heads whose gradients fit into the memory of an H200 beside all that they need
 WHOLE = 131072  # tokens; of longer rows a launch hands over the last token alone, for results of two would not fit
 PERIOD = 8192  # tokens after which inputs repeat, up to a factor
 
@@ -134,7 +136,7 @@ def measure_jax(shapes, skipped):
             yield row
 
     rows = []
-    for shape in shapes:
+    for shape in sorted(shapes, key=lambda shape: -shape[0] * shape[1]):  # the largest while memory is whole
         try:
             for row in measure(*shape):
                 rows.append(row)
@@ -143,6 +145,7 @@ def measure_jax(shapes, skipped):
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             print(f"T={shape[0]} H={shape[1]}: left out, the tensors do not fit into the memory of the device")
+    rows.sort(key=lambda row: (row["packed"], -row["heads"], row["length"]))
     return dict(device=device, jax=jax.__version__, bandwidth=bandwidth, rows=rows)
 
 
@@ -180,12 +183,19 @@ def measure_fla(shapes):
         print(json.dumps(row), flush=True)
 
 
-def peer_rows(shapes):
+def peer_rows(shapes, seconds):
+    """What fla reaches before its time is up: its own tuning takes minutes."""
     command = [sys.executable, __file__, "--peer", json.dumps(shapes)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    if result.returncode:
-        print(f"fla left out from here on: {result.stderr.strip().splitlines()[-1]}")
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            subprocess.run(command, stdout=output, stderr=errors, timeout=seconds, check=True)
+        except subprocess.TimeoutExpired:
+            print(f"fla left out from here on: it did not finish in {seconds} s")
+        except subprocess.CalledProcessError:
+            errors.seek(0)
+            print(f"fla left out from here on: {errors.read().strip().splitlines()[-1]}")
+        output.seek(0)
+        rows = [json.loads(line) for line in output if line.startswith("{")]
     for row in rows:
         print(describe(row))
     return rows
@@ -235,22 +245,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="2048,8192,32768,131072,1048576")
     parser.add_argument("--skip", default="", help="implementations, and fla")
+    parser.add_argument("--peer_seconds", type=int, default=1200, help="the most that fla may take")
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--plot", help="draw them there")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
         return measure_fla(json.loads(arguments.peer))
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs room beside
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     lengths = [int(length) for length in arguments.lengths.split(",")]
     shapes = [(length, 64, False) for length in lengths]
     shapes += [(8192, 64, True), (32768, 8, False)]
     shapes += [(length, 32, False) for length in lengths if length * 64 > DIFFERENTIABLE]
     skipped = arguments.skip.split(",")
+    # First, while the memory is free, and the length that matters most before others.
+    peer_shapes = sorted((s for s in shapes if s[0] <= WHOLE), key=lambda shape: shape[0] != 8192)
+    of_peer = [] if "fla" in skipped else peer_rows(peer_shapes, arguments.peer_seconds)
     found = measure_jax(shapes, skipped)
-    if "fla" not in skipped:
-        found["rows"] += peer_rows([shape for shape in shapes if shape[0] <= WHOLE])
+    found["rows"] += sorted(of_peer, key=lambda row: (-row["heads"], row["length"]))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot:

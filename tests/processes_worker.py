@@ -35,12 +35,12 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
-from mmx_jax.training import loop, processes
+from mmx_jax.training import feeding, loop, processes
 from mmx_jax.training import step as train_step
 
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny/hf"
 MODEL = ModelConfig(
-    vocab_size=320, hidden_size=32, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=1,
+    vocab_size=320, hidden_size=32, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
     head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=2, experts_per_token=1,
     router_aux_loss_coef=0.01, dtype="float32", lightning_chunk=16, softmax_block=32,
 )  # fmt: skip
@@ -83,20 +83,19 @@ def compile_once():
     )
 
 
+def same(tree):
+    return tree
+
+
 def whole(arrays, mesh):
     """Arrays of all processes as NumPy; one program for all of them."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated)(arrays))
+    return jax.device_get(jax.jit(same, out_shardings=NamedSharding(mesh, PartitionSpec()))(arrays))
 
 
-def own_rows(array, index, count):
-    size = len(array) // count
-    return array[index * size : (index + 1) * size]
-
-
-def steps(folder, index, count, **mesh_sizes):
-    """Three training steps on a global batch of which this process holds its rows only."""
-    config = Config(model=MODEL, training=TRAINING, mesh=MeshConfig(**mesh_sizes))
+def steps(folder, index, count, *, layers=MODEL.layer_pattern, **mesh_sizes):
+    """Three training steps on a global batch of which this process feeds what its devices hold."""
+    model = dataclasses.replace(MODEL, num_layers=len(layers), layer_pattern=tuple(layers))
+    config = Config(model=model, training=TRAINING, mesh=MeshConfig(**mesh_sizes))
     mesh = sharding.make_mesh(config.mesh)
     rng = np.random.default_rng(1)
     losses, norms = [], []
@@ -110,21 +109,19 @@ def steps(folder, index, count, **mesh_sizes):
                 "tokens": tokens, "targets": targets, "segment_ids": 1 + (np.arange(32) >= 20) + 0 * tokens,
                 "positions": np.arange(32) % 20 + 0 * tokens,
             }  # fmt: skip
-            batch = {
-                key: jax.make_array_from_process_local_data(
-                    train_step.batch_sharding(mesh), own_rows(value.astype(np.int32), index, count)
-                )
-                for key, value in batch.items()
-            }
+            own = feeding.own_rows(mesh, len(tokens))
+            batch = {key: value[own].astype(np.int32) for key, value in batch.items()}
+            batch = feeding.to_devices(batch, mesh, len(tokens))
             assert batch["tokens"].shape == tokens.shape
             state, row = step(state, batch, np.float32(1e-2))
             losses.append(float(row["loss"]))
             norms.append(float(row["gradient_norm"]))
     leaves = flatten(state["params"])
     sharded = sum(not leaf.is_fully_replicated for leaf in leaves.values())
-    path = folder / f"params_{'_'.join(mesh_sizes)}_{index}_of_{count}.npz"
+    path = folder / f"params_{len(layers)}_{'_'.join(mesh_sizes)}_{index}_of_{count}.npz"
     np.savez(path, **whole({"/".join(name): leaf for name, leaf in leaves.items()}, mesh))
-    return {"losses": losses, "norms": norms, "sharded": sharded, "params": str(path)}
+    part = batch["tokens"].addressable_data(0).shape
+    return {"losses": losses, "norms": norms, "sharded": sharded, "params": str(path), "part": part}
 
 
 def load(folder, index, count, **mesh_sizes):
@@ -185,13 +182,14 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     )
     out = io.StringIO()
     console = rich.console.Console(file=out, width=200) if index == 0 else None
-    batches = []  # of each, the digests of this process's rows
-    to_devices, run_loop = loop._Run._to_devices, loop._Run.loop
+    batches, read = [], []  # of each, the digests of the rows that lie on all devices, and of those that were read here
+    to_devices, run_loop = feeding.to_devices, loop._Run.loop
 
-    def note(run, batch):
-        rows = zip(*(batch[key] for key in sorted(batch)), strict=True)
-        batches.append([hashlib.sha256(b"".join(part.tobytes() for part in row)).hexdigest() for row in rows])
-        return to_devices(run, batch)
+    def note(batch, mesh, rows):
+        arrays = to_devices(batch, mesh, rows)
+        batches.append(digests(whole(arrays, mesh)))
+        read.append(digests(batch))
+        return arrays
 
     def loop_and_keep(run, *arguments):
         result = run_loop(run, *arguments)
@@ -200,19 +198,28 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
             np.savez(folder / f"{name}.npz", **params)
         return result
 
-    loop._Run._to_devices, loop._Run.loop = note, loop_and_keep
+    feeding.to_devices, loop._Run.loop = note, loop_and_keep
     try:
         result = loop.train(config, folder / name, steps=steps, console=console)
     except (ConfigError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        loop._Run._to_devices, loop._Run.loop = to_devices, run_loop
-    return dataclasses.asdict(result) | {"batches": batches, "out": out.getvalue()}
+        feeding.to_devices, loop._Run.loop = to_devices, run_loop
+    return dataclasses.asdict(result) | {"batches": batches, "read": read, "out": out.getvalue()}
+
+
+def digests(batch):
+    """Of each row of a batch, all arrays together."""
+    rows = zip(*(batch[key] for key in sorted(batch)), strict=True)
+    return [hashlib.sha256(b"".join(part.tobytes() for part in row)).hexdigest() for row in rows]
 
 
 def rows(folder, index, count, **mesh_sizes):
-    """Of a batch of eight rows, those of each process."""
-    return loop.rows_by_process(sharding.make_mesh(MeshConfig(**mesh_sizes)), 8)
+    """Of a batch of eight rows, those of each process, and of this one."""
+    mesh = sharding.make_mesh(MeshConfig(**mesh_sizes))
+    held = {process: own.tolist() for process, own in feeding.rows_by_process(mesh, 8).items()}
+    assert held[index] == feeding.own_rows(mesh, 8).tolist()
+    return held
 
 
 def wait(address, *, fails):

@@ -20,13 +20,13 @@ from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training.data import (
     content_hash,
     corpus_statistics,
+    groups_of_rows,
     iterate_texts,
     make_eval_batches,
     make_split,
     make_train_iterator,
     merge_states,
     open_sources,
-    own_shards,
 )
 from mmx_jax.training.packing import batches_of, pack, split_document
 from mmx_jax.training.sources import DataError, cut_text, open_source, standard_library
@@ -241,14 +241,42 @@ def test_any_number_of_processes_reads_the_same_batches_and_goes_on_with_another
             assert state_of(parts) == state_of(whole)
 
 
-def test_rows_of_shards():
-    assert own_shards(16, 8, range(16)) == [[0], [1], [2], [3], [4], [5], [6], [7]]
-    assert own_shards(16, 8, range(4, 8)) == [[2], [3]]
-    assert own_shards(2, 8, [1]) == [[4, 5, 6, 7]]
-    assert own_shards(12, 8, [0, 1, 2, 9, 10, 11]) == [[0, 1], [6, 7]]  # not next to each other: a mesh may have it so
-    for rows, own in ((16, [0]), (12, range(4)), (3, [0, 1])):
-        with pytest.raises(ValueError, match="are not all those of groups of the 8 shards"):
-            own_shards(rows, 8, own)
+def test_groups_of_rows():
+    assert groups_of_rows(16, 8, range(16)) == {group: [group] for group in range(8)}
+    assert groups_of_rows(16, 8, range(4, 8)) == {2: [2], 3: [3]}
+    assert groups_of_rows(2, 8, [1]) == {1: [4, 5, 6, 7]}
+    assert groups_of_rows(12, 8, [0, 2, 11]) == {0: [0, 1], 3: [6, 7]}
+
+
+@pytest.mark.parametrize("own", [[5], [0, 1, 3, 8, 9, 11], [2, 3, 4, 5], list(range(12))])
+def test_any_rows_of_the_batches_can_be_read_and_the_position_is_the_same(corpus, own):
+    """Whole groups of shards or not, next to each other or not: a mesh may have it so."""
+    data = DataConfig(**{**vars(corpus), "prefetch": 0})
+    whole, part = iterator_of(data, rows=12), iterator_of(data, rows=12, own_rows=own)
+    before, after = (take(iterator, 3) for iterator in (whole, part))
+    assert_batches_equal([{name: batch[name][own] for name in NAMES} for batch in before], after)
+    states = whole.get_state(), part.get_state()
+    assert states[1]["shards"].items() <= states[0]["shards"].items()
+    assert merge_states(states) == merge_states(states[::-1]) == states[0]
+    fresh = iterator_of(data, rows=12, own_rows=own)
+    fresh.set_state(json.loads(json.dumps(states[0])))
+    following = next(whole)
+    assert_batches_equal([{name: following[name][own] for name in NAMES}], [next(fresh)])
+
+
+def test_processes_that_read_different_data_are_refused(corpus, tmp_path):
+    write_jsonl(tmp_path / "fewer.jsonl", [{"text": text} for text in TEXTS[:-1]])
+    here, there = (iterator_of(corpus, rows=8, own_rows=rows) for rows in ([0, 1], [1, 2]))
+    merge_states([here.get_state(), there.get_state()])
+    next(there)
+    with pytest.raises(
+        DataError, match="processes 0 and 1 both read shard 1 of the data and are not at the same place"
+    ):
+        merge_states([here.get_state(), there.get_state()])
+    other = DataConfig(**{**vars(corpus), "sources": (SourceConfig(path=str(tmp_path / "fewer.jsonl")),)})
+    states = [iterator_of(data, rows=8).get_state() for data in (corpus, other)]
+    with pytest.raises(DataError, match=r"of process 1 are not those of process 0: sources is .*, 59\]\] instead of"):
+        merge_states(states)
 
 
 def test_position_of_other_data_is_refused(corpus):
@@ -333,13 +361,11 @@ def test_held_out_documents_are_the_rest(corpus):
 
 
 def test_processes_evaluate_their_rows_of_the_same_batches(corpus):
-    options = dict(sequence_length=128, batches=4)
-    halves = [
-        make_eval_batches(corpus, TOKENIZER, rows=1, process_index=i, process_count=2, **options) for i in range(2)
-    ]
-    whole = make_eval_batches(corpus, TOKENIZER, rows=2, **options)
-    joined = [{n: np.concatenate([a[n], b[n]]) for n in NAMES} for a, b in zip(*halves, strict=True)]
-    assert_batches_equal(joined, whole)
+    options = dict(sequence_length=128, batches=4, rows=3)
+    whole = make_eval_batches(corpus, TOKENIZER, **options)
+    for own in ([0], [0, 2], [1, 2]):
+        part = make_eval_batches(corpus, TOKENIZER, own_rows=own, **options)
+        assert_batches_equal(part, [{name: batch[name][own] for name in NAMES} for batch in whole])
 
 
 def test_split_goes_by_content_not_place():

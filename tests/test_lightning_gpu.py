@@ -16,6 +16,9 @@ from pallas_kernels.lightning_attention import (
     mosaic_gpu,
     mosaic_gpu_rows,
 )
+from pallas_kernels.lightning_attention import (
+    mosaic_gpu_documents as facts,
+)
 from tests import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / mosaic_gpu.CHUNK  # the slope from which on the kernel cannot split the decay
@@ -46,6 +49,13 @@ CASES = {
     "in_time_padding": dict(length=256, dim=64, in_time=4, segments=[(1, 70), (0, 64), (1, 58), (2, 64)]),
 }  # fmt: skip
 END_STATES = "packed", "above_the_guard", "in_time", "in_time_packed"  # of these the end states alone are computed too
+TABLES = {  # ids of whole chunks; whether they are runs already, of which 1 goes on from the left
+    "far_back": ([(1, 10), (0, 1500), (1, 30), (2, 60), (0, 64), (1, 64)], False),  # looks back more than once
+    "one_for_all": ([(7, 128)], False),
+    "padding_first": ([(0, 70), (3, 58), (4, 64)], False),
+    "goes_on": ([(1, 64), (2, 64)], True),
+    "begins": ([(2, 40), (3, 88)], True),
+}
 NAMES = ("output", "state", "dq", "dk", "dv", "d_initial")
 
 
@@ -91,8 +101,37 @@ def end_states(case, implementation, dtype):
     ]
 
 
+def ids_of(segments):
+    return np.concatenate([np.full(n, i, np.int32) for i, n in segments])
+
+
+def table_by_hand(segments, numbered):
+    """(runs [N, C], real tokens up to and including each [N, C], documents that start [N], whether its first does).
+
+    Runs are those of each chunk, 1 the document that comes in from the left, and 0 at padding.
+    """
+    last = 1 if numbered else None
+    runs, counts, started, fresh = [], [], [], []
+    for chunk in ids_of(segments).reshape(-1, mosaic_gpu.CHUNK):
+        own, starts = [], []
+        for token in chunk:
+            starts.append(bool(token and last not in (None, token)))
+            last = token or last
+            own.append(1 + sum(starts) if token else 0)
+        runs.append(own)
+        counts.append(np.cumsum(chunk > 0))
+        started.append(sum(starts))
+        fresh.append(starts[0])
+    return np.array(runs), np.array(counts), np.array(started), np.array(fresh)
+
+
 def compute_all(path):
     arrays = {}
+    for name, (segments, numbered) in TABLES.items():
+        ids = jnp.asarray(ids_of(segments)[None])
+        documents = facts.Documents(ids, numbered)
+        tables = facts.tables(documents, ids.shape[1] // mosaic_gpu.CHUNK, interpreted=True)
+        arrays[f"table_{name}"] = np.concatenate(tables)
     chosen = mosaic_gpu_rows.segments
     for case in CASES:
         in_time = CASES[case].get("in_time")
@@ -130,6 +169,32 @@ def test_gradients_are_those_of_the_definition(computed, case):
 
 
 @interpreter.needed
+@pytest.mark.parametrize("name", TABLES)
+def test_documents_are_numbered_in_each_chunk(computed, name):
+    forward, reverse = computed[f"table_{name}"]
+    runs, counts, started, fresh = table_by_hand(*TABLES[name])
+    tokens, half = counts[:, -1:], mosaic_gpu.CHUNK // 2
+    for table, count in ((forward, counts), (reverse, tokens - counts + 1)):
+        np.testing.assert_array_equal(table[:, facts.RUNS], np.hstack([runs, np.where(runs > 0, runs, -1)]))
+        exponents = np.hstack([np.where(runs > 0, x, facts.PADDING) for x in (count - half, half - count)])
+        np.testing.assert_array_equal(table[:, facts.EXPONENTS], exponents)
+        np.testing.assert_array_equal(table[:, facts.SCALARS, facts.TOKENS], tokens[:, 0])
+    ones, scalars = np.ones_like(started), [table[:, facts.SCALARS] for table in (forward, reverse)]
+    for own, entry, leave in zip(scalars, (ones, 1 + started), (1 + started, ones), strict=True):
+        np.testing.assert_array_equal(own[:, facts.ENTRY], entry)
+        np.testing.assert_array_equal(own[:, facts.EXIT], leave)
+    np.testing.assert_array_equal(scalars[0][:, facts.FRESH], fresh)
+    np.testing.assert_array_equal(scalars[1][:, facts.DROPPED], fresh)
+    # A chunk that is not MIXED is served without masks: it is full, and the state before it is dropped if it starts.
+    kinds = scalars[0][:, facts.KIND]
+    plain = kinds != facts.MIXED
+    assert np.all((tokens[:, 0] == mosaic_gpu.CHUNK)[plain]) and np.all((started == fresh)[plain])
+    np.testing.assert_array_equal(plain[0], (tokens[0, 0] == mosaic_gpu.CHUNK) & (started[0] == fresh[0]))
+    dropped = np.append(False, scalars[0][:-1, facts.DROPPED] > 0)
+    assert np.all((kinds == facts.STARTS)[1:] <= dropped[1:]) and np.all(dropped <= fresh)
+
+
+@interpreter.needed
 @pytest.mark.parametrize("case", END_STATES)
 def test_end_states_are_those_of_the_definition(computed, case):
     for i, want in enumerate(end_states(case, "reference", jnp.float32)):
@@ -153,7 +218,8 @@ def test_forward_and_backward_lower_for_cuda(dim, segmented):
         traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens, slopes, ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"call @_jitted_scans", text)) == 3  # forward, dq, and dk with dv
-    assert 2 <= text.count("custom_call @mosaic_gpu") <= 3  # calls in one direction can share a kernel
+    kernels = text.count("custom_call @mosaic_gpu") - segmented  # one numbers the documents
+    assert 2 <= kernels <= 3  # calls in one direction can share a kernel
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmx_jax import metrics
-from mmx_jax.config import ConfigError
 from mmx_jax.config_io import config_from_json
 from mmx_jax.training import loop, processes
 from tests import fake_devices
 from tests.processes_worker import TINY
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-MESHES = {"data": dict(data=2), "fsdp": dict(data=1, fsdp=2)}
-IMPORTS = {"fsdp": dict(data=1, fsdp=2), "expert": dict(data=1, expert=2)}
+FSDP, SEQ = dict(data=1, fsdp=2), dict(data=1, seq=2)
+MIXED = dict(layers=["lightning", "softmax"])
+IMPORTS = {"fsdp": FSDP, "expert": dict(data=1, expert=2)}
 
 
 def free_address():
@@ -56,7 +56,7 @@ class Workers:
     def text(self, index, kind="err"):
         return pathlib.Path(self._outputs[index][kind == "err"].name).read_text()
 
-    def wait(self, until=None, timeout=150):
+    def wait(self, until=None, timeout=300):
         """Until all have ended, or `until()`; one that fails, or all after `timeout`, end the others."""
         deadline = time.monotonic() + timeout
         try:
@@ -117,38 +117,41 @@ def folder(tmp_path_factory):
 def two(folder):
     """What two processes make of the tasks, by name: [result of process 0, of process 1]."""
     tasks = {
-        **{f"steps {name}": dict(task="steps", **mesh) for name, mesh in MESHES.items()},
+        "steps fsdp": dict(task="steps", **FSDP),
+        "steps seq": dict(task="steps", **MIXED, **SEQ),
         **{f"load {name}": dict(task="load", **mesh) for name, mesh in IMPORTS.items()},
-        "straight": dict(task="train", name="straight", steps=6, mesh=MESHES["fsdp"]),
-        "half": dict(task="train", name="halves", steps=3, mesh=MESHES["fsdp"]),
-        "shared rows": dict(task="train", name="tensor", steps=1, mesh=dict(data=1, tensor=2)),
-        "shared tokens": dict(task="train", name="seq", steps=1, mesh=dict(data=1, seq=2)),
+        "straight": dict(task="train", name="straight", steps=6, mesh=FSDP),
+        "half": dict(task="train", name="halves", steps=3, mesh=FSDP),
+        "layouts": dict(task="train", name="layouts", steps=2, mesh=SEQ),
         "own rows": dict(task="rows", data=1, expert=2),
+        "shared rows": dict(task="rows", **SEQ),
+        "whole rows": dict(task="rows", data=1, tensor=2),
     }
     results = start(folder, 2, *tasks.values()).results()
-    for name in ("by one", "by four"):  # who will continue it
-        shutil.copytree(folder / "halves", folder / name)
+    shutil.copytree(folder / "halves", folder / "by one")  # who will continue it
     return dict(zip(tasks, zip(*results, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def one(folder, two):
-    """What one process with two devices makes of them; it also continues the run of two processes."""
+    """What one process with two devices makes of them; it also continues the runs of two processes."""
     tasks = {
-        **{f"steps {name}": dict(task="steps", **mesh) for name, mesh in MESHES.items()},
-        "by one": dict(task="train", name="by one", steps=5, mesh=MESHES["fsdp"]),
-        "own rows": dict(task="rows", data=1, seq=2),
+        "steps fsdp": dict(task="steps", **FSDP),
+        "steps seq": dict(task="steps", **MIXED, **FSDP),
+        "by one": dict(task="train", name="by one", steps=5, mesh=FSDP),
+        "layouts": dict(task="train", name="layouts", steps=4, mesh=FSDP),
+        "own rows": dict(task="rows", **SEQ),
     }
     (results,) = start(folder, 1, *tasks.values()).results()
     return {name: (result,) for name, result in zip(tasks, results, strict=True)}
 
 
 @pytest.fixture(scope="module")
-def four(folder, two):
-    """What four processes of one device make of steps, and of the run of two processes."""
+def four(folder, one):
+    """What four processes of one device make of steps, and of a run of two processes that one continued."""
     tasks = {
-        "steps": dict(task="steps", data=1, fsdp=4),
-        "by four": dict(task="train", name="by four", steps=6, mesh=dict(data=1, fsdp=4)),
+        "steps": dict(task="steps", data=2, seq=2),
+        "layouts": dict(task="train", name="layouts", steps=6, mesh=dict(data=2, seq=2)),
     }
     results = start(folder, 4, *tasks.values()).results()
     return dict(zip(tasks, zip(*results, strict=True), strict=True))
@@ -158,10 +161,10 @@ def four(folder, two):
 def resumed(folder, one):
     """Two new processes that finish the run of `half`, also where one process went on with it; then asked to stop."""
     tasks = {
-        "other half": dict(task="train", name="halves", steps=6, mesh=MESHES["fsdp"]),
-        "by one": dict(task="train", name="by one", steps=6, mesh=MESHES["fsdp"]),
+        "other half": dict(task="train", name="halves", steps=6, mesh=FSDP),
+        "by one": dict(task="train", name="by one", steps=6, mesh=FSDP),
         "endless": dict(
-            task="train", name="endless", mesh=MESHES["fsdp"], total_tokens=10**9, save_every_steps=10**6
+            task="train", name="endless", mesh=FSDP, total_tokens=10**9, save_every_steps=10**6
         ),
     }  # fmt: skip
     workers = start(folder, 2, *tasks.values())
@@ -184,16 +187,17 @@ def assert_same_steps(results, alone):
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_steps_of_two_processes_equal_those_of_one(one, two, mesh):
-    (alone,), results = one[f"steps {mesh}"], two[f"steps {mesh}"]
+@pytest.mark.parametrize("name, part", [("fsdp", [4, 32]), ("seq", [8, 16])])
+def test_steps_of_two_processes_equal_those_of_one(one, two, name, part):
+    """Each feeds half of the rows, or half of every row: documents cross the border, in both kinds of attention."""
+    (alone,), results = one[f"steps {name}"], two[f"steps {name}"]
+    assert [result["part"] for result in results] == [part] * 2
     assert_same_steps(results, alone)
-    assert (alone["sharded"] > 0) == (mesh == "fsdp") and {result["sharded"] for result in results} == {
-        alone["sharded"]
-    }
+    assert alone["sharded"] > 0 and {result["sharded"] for result in results} == {alone["sharded"]}
 
 
-def test_steps_of_four_processes_equal_those_of_one(one, four):
+def test_steps_of_four_processes_that_share_rows_in_pairs_equal_those_of_one(one, four):
+    assert [result["part"] for result in four["steps"]] == [[4, 16]] * 4
     assert_same_steps(four["steps"], one["steps fsdp"][0])
 
 
@@ -219,7 +223,7 @@ def test_a_run_of_two_processes_writes_one_set_of_files(folder, two):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "6"}
     assert [row["step"] for row in rows_of(workdir)] == [1, 2, 3, 4, 5, 6, 6]
     assert [first["loss"], first["eval_loss"]] == [rows_of(workdir)[5]["loss"], rows_of(workdir)[6]["eval_loss"]]
-    assert not set(sum(first["batches"], [])) & set(sum(second["batches"], []))  # each learns from texts of its own
+    assert not set(sum(first["read"], [])) & set(sum(second["read"], []))  # each learns from texts of its own
 
 
 def test_a_checkpoint_holds_the_position_of_every_shard(folder, two):
@@ -240,58 +244,54 @@ def test_a_run_of_two_processes_goes_on_as_if_it_had_not_stopped(folder, two, re
 
 
 def batches_of(results):
-    """The digests of all rows of each batch, from those of the processes."""
-    return [sum(parts, []) for parts in zip(*(result["batches"] for result in results), strict=True)]
+    """The digests of all rows of each batch, as they lie on the devices of all processes."""
+    assert all(result["batches"] == results[0]["batches"] for result in results)
+    return results[0]["batches"]
 
 
-def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one, four, resumed):
-    """From two processes to one and back to two, and from two to four."""
+@pytest.mark.parametrize("name, rtol", [("by one", 1e-6), ("layouts", 1e-5)])
+def test_another_number_of_processes_goes_on_where_the_data_was(folder, two, one, four, resumed, name, rtol):
+    """From two processes to one and back to two; from two that share rows to one and to four that share them in pairs.
+
+    Losses, numbers of tokens and loads of experts are those of two processes that share nothing.
+    """
+    runs = {"by one": (one, resumed), "layouts": (two, one, four)}[name]
     whole, steps = batches_of(two["straight"]), rows_of(folder / "straight")
     assert [len(set(batch)) for batch in whole] == [8] * 8  # six to learn from, two to evaluate on
+    parts = [batches_of(run[name]) for run in runs]
+    learned = sum([part[:-2] for part in parts], [])
+    assert learned == whole[6 - len(learned) : 6] and len(learned) == (6 if name == "layouts" else 3)
+    assert all(part[-2:] == whole[6:] for part in parts)
+    got = [row for row in rows_of(folder / name) if row["step"] == 6 or "loss" in row]
+    assert [row.keys() for row in got] == [row.keys() for row in steps]
+    for row, want in zip(got, steps, strict=True):
+        for key in want:
+            np.testing.assert_allclose(row[key], want[key], rtol=rtol, atol=1e-6, err_msg=f"{want['step']} {key}")
     params = read_arrays(folder / "straight.npz")
-    for name, parts in (("by one", [one["by one"], resumed["by one"]]), ("by four", [four["by four"]])):
-        parts = [batches_of(part) for part in parts]
-        assert sum([part[:-2] for part in parts], []) == whole[3:6], name
-        assert all(part[-2:] == whole[6:] for part in parts), name
-        got = [row for row in rows_of(folder / name) if row["step"] == 6 or "loss" in row]
-        assert [row.keys() for row in got] == [row.keys() for row in steps]
-        for row, want in zip(got, steps, strict=True):
-            loss = "eval_loss" if "eval_loss" in want else "loss"
-            np.testing.assert_allclose(row[loss], want[loss], rtol=1e-6, err_msg=f"{name} {want['step']}")
-        for path, array in read_arrays(folder / f"{name}.npz").items():
-            np.testing.assert_allclose(array, params[path], rtol=1e-6, atol=1e-6, err_msg=f"{name} {path}")
-        assert read_item(folder / name, 6, "data") == read_item(folder / "straight", 6, "data")
+    for path, array in read_arrays(folder / f"{name}.npz").items():
+        np.testing.assert_allclose(array, params[path], rtol=rtol, atol=rtol, err_msg=path)
+    assert read_item(folder / name, 6, "data") == read_item(folder / "straight", 6, "data")
+
+
+def test_processes_that_share_rows_read_the_same(two, four):
+    (first, second), quarters = two["layouts"], four["layouts"]
+    assert first["read"] == first["batches"] == second["read"]
+    assert quarters[0]["read"] == quarters[1]["read"] and quarters[2]["read"] == quarters[3]["read"]
+    halves = zip(quarters[0]["read"], quarters[2]["read"], strict=True)
+    assert [upper + lower for upper, lower in halves] == quarters[0]["batches"]
+    assert "2 processes, rows of 32 tokens: of every 8 each packs up to 8, and its devices hold 8" in first["out"]
+    assert "4 processes, rows of 32 tokens: of every 8 each packs up to 4, and its devices hold 4" in quarters[0]["out"]
 
 
 def test_rows_of_a_process_are_those_of_its_devices(one, two):
     assert one["own rows"] == ({"0": [0, 1, 2, 3, 4, 5, 6, 7]},)  # each device a half of every row
     assert two["own rows"] == ({"0": [0, 1, 2, 3], "1": [4, 5, 6, 7]},) * 2
-
-
-def test_parts_of_a_batch_are_joined_alike_by_any_number_of_processes():
-    parts = [np.arange(16).reshape(8, 2) + 100 * part for part in range(3)]
-    whole = loop.join_parts(parts)
-    assert sorted(whole.ravel()) == sorted(np.ravel(parts))
-    for count in (2, 4):
-        own = [loop.join_parts([np.split(part, count)[index] for part in parts]) for index in range(count)]
-        np.testing.assert_array_equal(np.concatenate(own), whole)
-
-
-def test_processes_that_would_share_shards_are_refused():
-    rows = {process: list(range(4 * process, 4 * process + 4)) for process in range(3)}
-    loop.check_data_shards(9, rows, 12)
-    with pytest.raises(ConfigError, match=r"data\.shards=8: .* the 12 rows of a batch, 4, is not a multiple of 3 proc"):
-        loop.check_data_shards(8, rows, 12)
+    assert two["shared rows"] == two["whole rows"] == ({"0": list(range(8)), "1": list(range(8))},) * 2
 
 
 def test_a_run_from_before_there_were_shards_is_refused():
     with pytest.raises(loop.TrainingError, match="position belongs to its processes.*continue with that version"):
         loop.check_same_run({"data": {"seed": 0}}, {"data": {"seed": 0, "shards": 8}})
-
-
-def test_processes_that_would_share_rows_are_refused(folder, two):
-    for result in two["shared rows"] + two["shared tokens"]:
-        assert result["error"].startswith("ConfigError: mesh.*: the 1 batch shards"), result
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, resumed):

@@ -113,14 +113,17 @@ def _splash(q, k, v, runs):
 
 
 def _cudnn_packed(q, k, v, runs, block):
-    """Packed rows as cuDNN's ragged sequences; rows of more documents than it is compiled for go blockwise."""
+    """Packed rows as cuDNN's ragged sequences, which have neither gaps nor more documents than it is compiled for.
+
+    Other rows go blockwise.
+    """
     # The packed layout has no public name in jax.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     real = (runs > 0)[:, :, None, None]
     # Where there is no document cuDNN writes nothing, neither outputs nor gradients.
     q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
-    starts, lengths = _document_table(runs, _CUDNN_DOCUMENTS)
+    starts, lengths, gaps = _document_table(runs, _CUDNN_DOCUMENTS)
 
     def packed(q, k, v):
         output = dot_product_attention(
@@ -129,18 +132,25 @@ def _cudnn_packed(q, k, v, runs, block):
         )  # fmt: skip
         return jnp.where(real, output, 0)
 
-    return lax.cond(
-        jnp.max(runs) <= _CUDNN_DOCUMENTS, packed, lambda *qkv: blocks.causal_attention(*qkv, runs, block), q, k, v
-    )
+    served = (jnp.max(runs) <= _CUDNN_DOCUMENTS) & ~gaps
+    return lax.cond(served, packed, lambda *qkv: blocks.causal_attention(*qkv, runs, block), q, k, v)
 
 
 def _document_table(runs, count):
-    """(first tokens int32 [B, count + 1], lengths [B, count]) of the documents of each row; -1 where there is none."""
+    """The documents of each row, and whether any of them has padding inside.
+
+    Returns:
+      (first tokens int32 [B, count + 1], lengths [B, count], both -1 where there is no document; bool ()).
+    """
     number = 1 + jnp.arange(count)
     own = runs[:, :, None] == number
+    at = jnp.arange(runs.shape[1], dtype=jnp.int32)[:, None]
     lengths = jnp.sum(own, axis=1, dtype=jnp.int32)
-    starts = jnp.where(lengths > 0, jnp.argmax(own, axis=1).astype(jnp.int32), -1)
-    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(lengths > 0, lengths, -1)
+    starts = jnp.min(jnp.where(own, at, runs.shape[1]), axis=1)
+    ends = jnp.max(jnp.where(own, at + 1, 0), axis=1)
+    gaps = jnp.any((lengths > 0) & (ends - starts > lengths))
+    starts, lengths = (jnp.where(lengths > 0, x, -1) for x in (starts, lengths))
+    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), lengths, gaps
 
 
 def cached_attention(q, key, value, cursor, real, *, implementation="auto", block=512):

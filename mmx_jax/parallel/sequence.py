@@ -85,14 +85,16 @@ def _lightning(plan, q, k, v, slopes, runs, initial_state):
 
 def _lightning_forward(plan, q, k, v, slopes, runs, initial_state):
     backend, options = lightning.IMPLEMENTATIONS[plan.implementation], dict(chunk_size=plan.chunk_size)
-    own = _Share(backend.end_state(k, v, slopes, runs, reverse=False, **options), *_summary(q, runs))
+    own = lightning.end_state(k, v, slopes, runs, implementation=plan.implementation, **options)
+    own = _Share(own, *_summary(q, runs))
     exchange = _gather_forward if plan.method == "gather" else _chain_forward
     entry, before, distances, final = exchange(own, slopes, initial_state, plan.axis)
     # Numbered so that the document which goes on is 1, as the backends take it.
     local = None if runs is None else jnp.where(runs > 0, runs - before[:, None] + 1, 0)
     # Named, so that a policy of `jax.checkpoint` that keeps the output does not send states anew.
     entry, local, distances, final = checkpoint_name((entry, local, distances, final), "lightning_attention")
-    output, _, residuals = backend.forward(q, k, v, slopes, local, entry, **options)
+    documents = lightning.documents_for(plan.implementation, local, numbered=True)
+    output, _, residuals = backend.forward(q, k, v, slopes, documents, entry, **options)
     output = checkpoint_name(output.astype(v.dtype), "lightning_attention")
     return (output, final), (q, k, v, slopes, local, distances, residuals)
 
@@ -102,12 +104,15 @@ def _lightning_backward(plan, saved, cotangents):
     d_output, d_final = cotangents
     backend, options = lightning.IMPLEMENTATIONS[plan.implementation], dict(chunk_size=plan.chunk_size)
     d_output = d_output.astype(q.dtype)
-    own = backend.end_state(q, d_output, slopes, local, reverse=True, **options)
+    own = lightning.end_state(
+        q, d_output, slopes, local, reverse=True, implementation=plan.implementation, **options
+    )  # fmt: skip
     # All devices give the same final state, and each gets its part of the gradient.
     d_last = None if d_final is None else lax.psum(d_final, plan.axis)
     exchange = _gather_backward if plan.method == "gather" else _chain_backward
     d_exit = exchange(own, distances, slopes, d_last, plan.axis)
-    dq, dk, dv, d_entry = backend.backward(q, k, v, slopes, local, residuals, d_output, d_exit, **options)
+    documents = lightning.documents_for(plan.implementation, local, numbered=True)
+    dq, dk, dv, d_entry = backend.backward(q, k, v, slopes, documents, residuals, d_output, d_exit, **options)
     # Of the initial state only the first device makes use.
     d_initial = None if d_final is None else jnp.where(lax.axis_index(plan.axis) == 0, d_entry, 0)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(slopes), None, d_initial

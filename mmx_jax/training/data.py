@@ -239,29 +239,43 @@ class TrainIterator:
 
 
 def merge_states(states: Sequence[dict]) -> dict:
-    """The state of all shards, from `TrainIterator.get_state` of the processes that share them out."""
-    shards = {number: state for part in states for number, state in part["shards"].items()}
-    return {"identity": states[0]["identity"], "shards": shards}
+    """The state of all shards, each once, from `TrainIterator.get_state` of all processes, by their index.
+
+    Raises:
+      DataError: processes read different data, or stand at different places of a shard that they share.
+    """
+    first, shards, readers = states[0]["identity"], {}, {}
+    for process, part in enumerate(states):
+        for name, value in part["identity"].items():
+            if value != first[name]:
+                raise DataError(
+                    f"the data of process {process} are not those of process 0: {name} is {value!r} instead of "
+                    f"{first[name]!r}; give all of them the same files"
+                )
+        for number, state in part["shards"].items():
+            reader = readers.setdefault(number, process)
+            if shards.setdefault(number, state) != state:
+                raise DataError(
+                    f"processes {reader} and {process} both read shard {number} of the data and are not at the same "
+                    "place in it: give them the same files, and start all from the same step"
+                )
+    return {"identity": first, "shards": shards}
 
 
-def own_shards(rows: int, shards: int, own_rows: Sequence[int]) -> list[list[int]]:
-    """The shards that rows of a batch come from, in groups: each group gives as many rows, from its shards in turn.
+def groups_of_rows(rows: int, shards: int, own_rows: Sequence[int]) -> dict[int, list[int]]:
+    """The shards that rows of a batch come from, in groups, by their number.
 
-    Of 8 shards and 16 rows, each shard gives two; of 8 shards and 12 rows, each two shards give three.
+    Each group of shards gives `rows` / gcd(`rows`, `shards`) neighbouring rows, from its shards in turn. Of 8 shards
+    and 16 rows, each shard gives two; of 8 shards and 12 rows, each two shards give three.
 
     Args:
       rows: of the whole batch.
-      own_rows: the numbers of those wanted, ascending.
-
-    Raises:
-      ValueError: a group gives other rows besides.
+      own_rows: the numbers of those wanted.
     """
     groups = math.gcd(rows, shards)
-    wanted = sorted({row * groups // rows for row in own_rows})
-    if len(own_rows) * groups != len(wanted) * rows:
-        raise ValueError(f"{len(own_rows)} of {rows} rows are not all those of groups of the {shards} shards")
     size = shards // groups
-    return [list(range(group * size, (group + 1) * size)) for group in wanted]
+    wanted = sorted({int(row) * groups // rows for row in own_rows})
+    return {group: list(range(group * size, (group + 1) * size)) for group in wanted}
 
 
 class _Shard:
@@ -299,31 +313,34 @@ class _Shard:
 
 
 class _Batches:
-    """Batches of `rows` rows of every group of shards."""
+    """Some rows of batches, of which every group of shards gives `size`: group 0 the first ones, and so on."""
 
-    def __init__(self, groups: list[dict[int, _Shard]], rows: int):
+    def __init__(self, groups: dict[int, dict[int, _Shard]], size: int, own_rows: Sequence[int]):
         self._groups = groups
-        self._rows = rows
+        self._size = size
+        self._own_rows = own_rows
 
     def __next__(self):
-        rows = []
-        for group in self._groups:
-            for _ in range(self._rows):
-                rows.append(next(min(group.values(), key=lambda shard: shard.rows)))  # in turn
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        rows = {}  # of a group all are taken, so that a shard's place does not depend on who reads it
+        for number, group in self._groups.items():
+            for row in range(number * self._size, (number + 1) * self._size):
+                rows[row] = next(min(group.values(), key=lambda shard: shard.rows))  # in turn
+        own = [rows[row] for row in self._own_rows]
+        return {name: np.stack([row[name] for row in own]) for name in own[0]}
 
     def get_state(self):
-        return {str(number): shard.get_state() for group in self._groups for number, shard in group.items()}
+        return {str(number): shard.get_state() for number, shard in self._shards()}
 
     def set_state(self, state):
-        for group in self._groups:
-            for number, shard in group.items():
-                shard.set_state(state[str(number)])
+        for number, shard in self._shards():
+            shard.set_state(state[str(number)])
 
     def close(self):
-        for group in self._groups:
-            for shard in group.values():
-                shard.close()
+        for _, shard in self._shards():
+            shard.close()
+
+    def _shards(self):
+        return [item for group in self._groups.values() for item in group.items()]
 
 
 def make_train_iterator(
@@ -347,8 +364,8 @@ def make_train_iterator(
       data: sources, split, packing.
       sequence_length: T.
       rows: of a whole batch.
-      own_rows: the numbers of those to give out, ascending; None: all. Iterators with different rows together give
-        the batches that one gives, see `own_shards`.
+      own_rows: the numbers of those to give out; None: all. They are the rows that an iterator of all gives there,
+        and the position is the same, whichever others are read elsewhere, see `groups_of_rows`.
       source_weights: in place of the config's.
       seed: of the shuffles; None takes `data.seed`.
 
@@ -361,7 +378,7 @@ def make_train_iterator(
       ImportError: grain is not installed.
     """
     own_rows = range(rows) if own_rows is None else own_rows
-    numbers = own_shards(rows, data.shards, own_rows)
+    numbers = groups_of_rows(rows, data.shards, own_rows)
     grain = import_extra("grain")
     seed = data.seed if seed is None else seed
     sources = open_sources(data, tokenizer)
@@ -389,8 +406,8 @@ def make_train_iterator(
         streams = [rows_of(i, source, number) for i, source in enumerate(sources)]
         return _Shard(streams, weights, phase=number / data.shards)
 
-    groups = [{number: open_shard(number) for number in group} for group in numbers]
-    iterator = _Batches(groups, len(own_rows) // len(groups))
+    groups = {group: {number: open_shard(number) for number in members} for group, members in numbers.items()}
+    iterator = _Batches(groups, rows // math.gcd(rows, data.shards), own_rows)
     if data.prefetch:
         iterator = grain.experimental.ThreadPrefetchDatasetIterator(iterator, data.prefetch)
     identity = {
@@ -428,18 +445,20 @@ def make_eval_batches(
     sequence_length: int,
     rows: int,
     batches: int,
+    own_rows: Sequence[int] | None = None,
     source_weights: Sequence[float] = (),
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> list[dict[str, np.ndarray]]:
     """The held-out documents as batches, the same in every call.
 
-    At most `batches * rows * process_count` rows, of the sources in proportion to their weights; fewer where
-    the held-out documents are fewer. Every process gets the same number of batches of its own rows, the last one
-    filled with padding.
+    At most `batches * rows` rows, of the sources in proportion to their weights; fewer where the held-out documents are
+    fewer. The last batch is filled with padding.
+
+    Args:
+      rows: of a whole batch.
+      own_rows: the numbers of those to give out; None: all.
 
     Returns:
-      List of `{tokens, targets, segment_ids, positions}`, int32 [rows, T], as `make_train_iterator` gives them.
+      List of `{tokens, targets, segment_ids, positions}`, int32 [R, T], as `make_train_iterator` gives them.
 
     Raises:
       DataError: `eval_fraction` is 0, or no document is held out.
@@ -449,7 +468,7 @@ def make_eval_batches(
     grain = import_extra("grain")
     sources = open_sources(data, tokenizer)
     split = make_split(sources, data.eval_fraction)
-    total = batches * rows * process_count
+    total = batches * rows
     chosen = []
     for i, (source, share) in enumerate(zip(sources, mixture(data, source_weights), strict=True)):
         wanted = math.ceil(share * total)
@@ -463,8 +482,8 @@ def make_eval_batches(
             chosen += itertools.islice(packed, wanted)
     if not chosen:
         raise DataError(f"data.eval_fraction={data.eval_fraction} holds out none of the documents: make it larger")
-    own = slice(process_index * rows, (process_index + 1) * rows)
-    whole = batches_of(chosen[:total], rows * process_count, tokenizer.pad_id or 0)
+    own = list(range(rows) if own_rows is None else own_rows)
+    whole = batches_of(chosen[:total], rows, tokenizer.pad_id or 0)
     return [{name: array[own] for name, array in batch.items()} for batch in whole]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from mmx_jax import compiled, sharding
 from mmx_jax.config import Config
 from mmx_jax.models import decoder
-from mmx_jax.training import flops, loop, schedule
+from mmx_jax.training import feeding, flops, loop, schedule
 from mmx_jax.training import step as train_step
 
 
@@ -26,7 +26,7 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     decoder.check_sharded(config.model, mesh.shape)
-    loop.check_batches(config, mesh)  # not which process would feed which device
+    loop.check_batches(config, mesh)
     plan = schedule.plan_step(config.training, 0)
     state = train_step.abstract_state(config, mesh)
     per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)
@@ -36,6 +36,7 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
         f"mesh {dict(mesh.shape)}" + (f" of {topology}, {devices[0].device_kind}" if topology else ""),
         f"state of one device: parameters {compiled.gib(compiled.bytes_per_device(state['params']))}, "
         f"optimizer {compiled.gib(compiled.bytes_per_device(state['opt_state']))}",
+        *feeding.reading_lines(config, mesh),
     ]
     return lines + compiled.report(lambda: lower_step(config, mesh), mesh, topology, of="step")
 

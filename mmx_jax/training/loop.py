@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -21,7 +20,7 @@ from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import flops, processes, schedule
+from mmx_jax.training import feeding, flops, processes, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -95,7 +94,7 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh)
     decoder.check_sharded(config.model, mesh.shape)
-    check_rows(config, mesh)
+    check_batches(config, mesh)
     checkpointer = Checkpointer(
         workdir / "checkpoints",
         keep=config.checkpoint.keep,
@@ -143,10 +142,9 @@ class _Run:
         with processes.first_before_others("tokenizer"):
             self.tokenizer = prepare_tokenizer(config, workdir)
         self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
-        self.batch_sharding = train_step.batch_sharding(mesh)
         self.step, self.tokens_seen, self.nonfinite_in_a_row = start, 0, 0
         self.iterator, self.iterator_stage = None, None
-        self.eval_batches = None  # read when first needed
+        self.eval_batches = None  # (rows of a batch, what this process holds of each), read when first needed
         self.train_steps, self.eval_steps = {}, {}  # by RoPE base
         self.compiled = set()  # (RoPE base, rows, length) of the steps taken so far
         self.last_loss, self.eval_loss, self.eval_at, self.saved_at = None, None, None, start
@@ -181,6 +179,7 @@ class _Run:
             f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
+            *feeding.reading_lines(self.config, self.mesh),
         ]
 
     def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
@@ -257,22 +256,23 @@ class _Run:
             self.tokenizer,
             sequence_length=stage.sequence_length,
             rows=unit,
-            own_rows=rows_by_process(self.mesh, unit)[jax.process_index()],
+            own_rows=feeding.own_rows(self.mesh, unit),
             source_weights=stage.source_weights,
             seed=self.config.data.seed + index,
         )
         self.iterator_stage = index
+        self._data_state()  # raises at once where processes do not see the same data
+
+    def _data_state(self):
+        """The position of all shards of the data, from the processes that read them; None before the first stage."""
+        states = processes.gather(None if self.iterator is None else self.iterator.get_state())
+        return None if self.iterator is None else data_pipeline.merge_states(states)
 
     def _global_batch(self, plan):
         unit = schedule.row_unit(self.config.training, plan.stage)
         parts = [next(self.iterator) for _ in range(plan.rows // unit)]
-        return self._to_devices({key: join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS})
-
-    def _to_devices(self, batch):
-        return {
-            key: jax.make_array_from_process_local_data(self.batch_sharding, batch[key])
-            for key in train_step.BATCH_KEYS
-        }
+        batch = {key: feeding.join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS}
+        return feeding.to_devices(batch, self.mesh, plan.rows)
 
     def _step_function(self, rope_theta):
         if rope_theta not in self.train_steps:
@@ -289,16 +289,16 @@ class _Run:
         training = self.config.training
         stage = training.resolved_stages[0]
         rows = training.microbatch_rows or schedule.row_unit(training, stage)
-        return data_pipeline.make_eval_batches(
+        batches = data_pipeline.make_eval_batches(
             self.config.data,
             self.tokenizer,
             sequence_length=stage.sequence_length,
-            rows=rows // jax.process_count(),
+            rows=rows,
             batches=training.eval_batches,
+            own_rows=feeding.own_rows(self.mesh, rows),
             source_weights=stage.source_weights,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
+        return rows, batches
 
     def _evaluate(self, progress):
         """Held-out loss over a fixed set of batches, with the RoPE base of the present stage."""
@@ -306,8 +306,10 @@ class _Run:
             return
         if self.eval_batches is None:
             self.eval_batches = self._open_eval_batches()
+        rows, batches = self.eval_batches
         eval_step = self._eval_step(self.config.training.resolved_stages[self.iterator_stage or 0].rope_theta)
-        sums = [jax.device_get(eval_step(self.state["params"], self._to_devices(batch))) for batch in self.eval_batches]
+        batches = (feeding.to_devices(batch, self.mesh, rows) for batch in batches)
+        sums = [jax.device_get(eval_step(self.state["params"], batch)) for batch in batches]
         self.eval_at = self.step
         count = sum(float(part["count"]) for part in sums)
         self.eval_loss = sum(float(part["nll"]) for part in sums) / count
@@ -365,8 +367,6 @@ class _Run:
             # Whatever broke the last step may be in the parameters: it must not push out a good checkpoint.
             progress.message(f"step {self.step} is not saved: the last {self.nonfinite_in_a_row} steps were not finite")
             return
-        states = processes.gather(None if self.iterator is None else self.iterator.get_state())
-        data_state = None if self.iterator is None else data_pipeline.merge_states(states)
         self.checkpointer.save(
             self.step,
             self.state,
@@ -374,7 +374,7 @@ class _Run:
                 "tokens_seen": self.tokens_seen,
                 "stage_index": self.iterator_stage,
             },
-            data=data_state,
+            data=self._data_state(),
             config=json.loads(config_io.config_to_json(self.config)),
             eval_loss=self.eval_loss if self.eval_at == self.step else None,
         )
@@ -450,32 +450,6 @@ class _Clock:
         return lap
 
 
-def join_parts(parts: list[np.ndarray]) -> np.ndarray:
-    """The rows of several batches [R, T] in one: first the first of each, so that the processes, each with its rows of
-    all parts, together join them as one process does."""
-    return np.stack(parts, axis=1).reshape(-1, parts[0].shape[1])
-
-
-def rows_by_process(mesh, rows: int) -> dict[int, list[int]]:
-    """The numbers of the rows of a batch that the devices of each process hold, ascending."""
-    numbers = np.arange(rows)
-    found = {}
-    for device, (own, _) in train_step.batch_sharding(mesh).devices_indices_map((rows, mesh.size)).items():
-        found.setdefault(device.process_index, set()).update(numbers[own].tolist())
-    return {process: sorted(own) for process, own in found.items()}
-
-
-def check_rows(config: Config, mesh):
-    """Raises ConfigError where the processes, or the devices that share the batch axis, do not divide a batch."""
-    shards = train_step.batch_shards(mesh)
-    if sum(map(len, rows_by_process(mesh, shards).values())) > shards:
-        raise ConfigError(
-            f"mesh.*: the {shards} batch shards of mesh {dict(mesh.shape)} do not give each of {jax.process_count()} "
-            "processes rows of its own, which it reads; make data, fsdp or expert larger and tensor or seq smaller"
-        )
-    check_batches(config, mesh)
-
-
 def check_batches(config: Config, mesh):
     """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis, or tokens not
     over all devices."""
@@ -483,32 +457,15 @@ def check_batches(config: Config, mesh):
     for stage in config.training.resolved_stages:
         unit = schedule.row_unit(config.training, stage)
         rows = config.training.microbatch_rows or unit
-        if rows % shards or unit % jax.process_count():
+        if rows % shards:
+            possible = [n for n in range(1, rows + 1) if rows % n == 0]
             raise ConfigError(
                 f"training.microbatch_rows: {rows} rows of {stage.sequence_length} tokens do not divide over {shards} "
-                f"batch shards and {jax.process_count()} processes; change batch_tokens, microbatch_rows or mesh"
+                f"batch shards; {' x '.join(f'mesh.{axis}' for axis in sharding.mesh_axes('batch'))} may be "
+                f"{', '.join(map(str, possible))}, other devices go to mesh.seq or mesh.tensor; or change batch_tokens "
+                "or microbatch_rows"
             )
         check_tokens(config.model, mesh, rows // shards, stage.sequence_length)
-        if jax.process_count() > 1:
-            check_data_shards(config.data.shards, rows_by_process(mesh, unit), unit)
-
-
-def check_data_shards(shards: int, rows_of_processes: dict[int, list[int]], rows: int):
-    """Raises ConfigError where two processes would read one shard of the data.
-
-    Args:
-      rows_of_processes: of a batch of `rows`.
-    """
-    count = len(rows_of_processes)
-    try:
-        for own in rows_of_processes.values():
-            data_pipeline.own_shards(rows, shards, own)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.shards={shards}: the greatest common divisor with the {rows} rows of a batch, "
-            f"{math.gcd(shards, rows)}, is not a multiple of {count} processes; start a number of processes that "
-            "divides it, or begin a new run with other data.shards"
-        ) from error
 
 
 def check_tokens(model, mesh, rows: int, length: int):

@@ -3,6 +3,7 @@
 from pallas_kernels.lightning_attention.api import (
     IMPLEMENTATIONS,
     default_implementation,
+    documents_for,
     end_state,
     lightning_attention,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "default_implementation",
     "document_runs",
+    "documents_for",
     "end_state",
     "lightning_attention",
     "recurrent_step",

@@ -8,9 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.lightning_attention.segments import document_runs
 
-# A backend is a module with `check`, `forward`, `backward` and `end_state`, as in reference.py.
+# A backend is a module with `check`, `documents`, `forward`, `backward` and `end_state`, as in reference.py.
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked_xla": chunked_xla,
@@ -76,8 +75,8 @@ def lightning_attention(
     if reverse:
         q, k, v = (jnp.flip(x, axis=1) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
-    runs = None if segment_ids is None else document_runs(segment_ids)
-    output, state = _attend(implementation, chunk_size, q, k, v, slopes, runs, initial_state)
+    documents = documents_for(implementation, segment_ids, numbered=False)
+    output, state = _attend(implementation, chunk_size, q, k, v, slopes, documents, initial_state)
     return (jnp.flip(output, axis=1) if reverse else output), state
 
 
@@ -98,7 +97,13 @@ def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=None, implem
     Returns:
       float32 [B, H, D, E].
     """
-    return IMPLEMENTATIONS[implementation].end_state(k, v, slopes, runs, reverse=reverse, chunk_size=chunk_size)
+    documents = documents_for(implementation, runs, numbered=True)
+    return IMPLEMENTATIONS[implementation].end_state(k, v, slopes, documents, reverse=reverse, chunk_size=chunk_size)
+
+
+def documents_for(implementation, ids, *, numbered):
+    """What the backend takes as documents: of segment ids, or of runs, whose document 1 goes on from the left."""
+    return None if ids is None else IMPLEMENTATIONS[implementation].documents(ids, numbered=numbered)
 
 
 def _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size):
@@ -123,26 +128,26 @@ def _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(implementation, chunk_size, q, k, v, slopes, runs, initial_state):
+def _attend(implementation, chunk_size, q, k, v, slopes, documents, initial_state):
     output, state, _ = IMPLEMENTATIONS[implementation].forward(
-        q, k, v, slopes, runs, initial_state, chunk_size=chunk_size
+        q, k, v, slopes, documents, initial_state, chunk_size=chunk_size
     )
     return output.astype(v.dtype), state
 
 
-def _attend_forward(implementation, chunk_size, q, k, v, slopes, runs, initial_state):
+def _attend_forward(implementation, chunk_size, q, k, v, slopes, documents, initial_state):
     output, state, residuals = IMPLEMENTATIONS[implementation].forward(
-        q, k, v, slopes, runs, initial_state, chunk_size=chunk_size
+        q, k, v, slopes, documents, initial_state, chunk_size=chunk_size
     )
     output, state = checkpoint_name((output.astype(v.dtype), state), "lightning_attention")
-    return (output, state), (q, k, v, slopes, runs, residuals)
+    return (output, state), (q, k, v, slopes, documents, residuals)
 
 
 def _attend_backward(implementation, chunk_size, saved, cotangents):
-    q, k, v, slopes, runs, residuals = saved
+    q, k, v, slopes, documents, residuals = saved
     d_output, d_state = cotangents
     dq, dk, dv, d_initial = IMPLEMENTATIONS[implementation].backward(
-        q, k, v, slopes, runs, residuals, d_output, d_state, chunk_size=chunk_size
+        q, k, v, slopes, documents, residuals, d_output, d_state, chunk_size=chunk_size
     )
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(slopes), None, d_initial
 

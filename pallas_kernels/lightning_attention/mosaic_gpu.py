@@ -1,9 +1,9 @@
 """Lightning attention on NVIDIA Hopper, as one Pallas Mosaic GPU kernel: tensor cores, TMA, float32 state in registers.
 
-The kernel is in mosaic_gpu_scan.py, what it is told about documents and time in mosaic_gpu_rows.py. A program walks the
-chunks of one head and 64 of its value columns. Inside a chunk with entry state S, c_i the number of its real tokens up
-to and including i, n their total and m half the chunk, the decay is folded into the rows of v and of the output
-(arXiv 2401.04658, algorithm 1, with exp(-s (c_i - c_j)) split at m):
+The kernel is in mosaic_gpu_scan.py, what it is told about documents in mosaic_gpu_documents.py, and how rows are cut in
+mosaic_gpu_rows.py. A program walks the chunks of one head and 64 of its value columns. Inside a chunk with entry state
+S, c_i the number of its real tokens up to and including i, n their total and m half the chunk, the decay is folded into
+the rows of v and of the output (arXiv 2401.04658, algorithm 1, with exp(-s (c_i - c_j)) split at m):
 
     v'_j   = exp(s (c_j - m)) v_j                    S' = exp(-s m) S
     o_i    = exp(-s (c_i - m)) (sum_{j<=i} (q_i . k_j) v'_j + q_i S')
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper, tuning
-from pallas_kernels.lightning_attention import chunked_xla
+from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu_documents
 from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
 from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
 from pallas_kernels.lightning_attention.mosaic_gpu_scan import COLUMNS, scan
@@ -45,56 +45,66 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
         )
 
 
-def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
+def documents(ids, *, numbered):
+    """What `forward` and the others take as documents."""
+    return mosaic_gpu_documents.Documents(jnp.asarray(ids, jnp.int32), numbered)
+
+
+def forward(q, k, v, slopes, documents, initial_state, *, chunk_size):
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
     count = _segments(q)
+    tables = _tables(documents, q, count)
 
     def kernel():
-        entries = _entry_states(k, v, slopes, runs, initial_state, count, reverse=False)
-        (output,), (exits,) = _scans([(q, k, v)], slopes, runs, [entries], count, reverse=False)
+        entries = _entry_states(k, v, slopes, tables, initial_state, count, reverse=False)
+        (output,), (exits,) = _scans([(q, k, v)], slopes, tables, [entries], count, reverse=False)
         return output, _ends(exits, count)[-1], entries
 
     def steep():
+        runs = documents and documents.runs()
         output, state, _ = chunked_xla.forward(q, k, v, slopes, runs, initial_state, chunk_size=chunk_size)
         return output, state, jnp.repeat(initial_state, count, axis=0)  # the backward reads the first of a row
 
-    return lax.cond(_splits(slopes), kernel, steep)
+    output, state, entries = lax.cond(_splits(slopes), kernel, steep)
+    return output, state, (tables, entries)
 
 
-def backward(q, k, v, slopes, runs, entries, d_output, d_state, *, chunk_size):
-    """Gradients to q, k, v and the initial state. `entries` are the states where the segments of time begin."""
+def backward(q, k, v, slopes, documents, residuals, d_output, d_state, *, chunk_size):
+    """Gradients to q, k, v and the initial state."""
+    tables, entries = residuals  # of the documents, and the states where the segments of time begin
     do = d_output.astype(q.dtype)
     count = _segments(q)
 
     def kernel():
         # In the reverse scan a state is one step further from its tokens than the gradient of the final state is.
         step = jnp.exp(slopes)[:, None, None]
-        (dq,), _ = _scans([(do, v, k)], slopes, runs, [entries.swapaxes(-1, -2)], count, reverse=False)
+        (dq,), _ = _scans([(do, v, k)], slopes, tables, [entries.swapaxes(-1, -2)], count, reverse=False)
         # In one launch they share what they read, in the L2 cache.
-        d_entries = _entry_states(q, do, slopes, runs, d_state * step, count, reverse=True)
+        d_entries = _entry_states(q, do, slopes, tables, d_state * step, count, reverse=True)
         (dk, dv), (_, exits) = _scans(
-            [(v, do, q), (k, q, do)], slopes, runs, [d_entries.swapaxes(-1, -2), d_entries], count, reverse=True
+            [(v, do, q), (k, q, do)], slopes, tables, [d_entries.swapaxes(-1, -2), d_entries], count, reverse=True
         )
         return dq, dk, dv, _ends(exits, count)[0] / step
 
     def steep():
-        inputs = q, k, v, slopes, runs
-        _, _, residuals = chunked_xla.forward(*inputs, _ends(entries, count)[0], chunk_size=chunk_size)
-        return chunked_xla.backward(*inputs, residuals, do, d_state, chunk_size=chunk_size)
+        inputs = q, k, v, slopes, documents and documents.runs()
+        _, _, saved = chunked_xla.forward(*inputs, _ends(entries, count)[0], chunk_size=chunk_size)
+        return chunked_xla.backward(*inputs, saved, do, d_state, chunk_size=chunk_size)
 
     return lax.cond(_splits(slopes), kernel, steep)
 
 
-def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+def end_state(k, v, slopes, documents, *, reverse, chunk_size):
     """See `api.end_state`."""
 
     def kernel():
-        state = _jitted_end_state(
-            k, v, slopes, runs, _segments(k), reverse=reverse, interpreted=platform() == "cpu"
-        )  # fmt: skip
+        count = _segments(k)
+        tables = _tables(documents, k, count)
+        state = _jitted_end_state(k, v, slopes, tables, count, reverse=reverse, interpreted=platform() == "cpu")
         return state * jnp.exp(-slopes)[:, None, None] if reverse else state
 
     def steep():
+        runs = documents and documents.runs()
         return chunked_xla.end_state(k, v, slopes, runs, reverse=reverse, chunk_size=chunk_size)
 
     return lax.cond(_splits(slopes), kernel, steep)
@@ -120,43 +130,60 @@ def _ends(states, count):
     return states[::count], states[count - 1 :: count]
 
 
-# Both are jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
-def _scans(problems, slopes, runs, states, count, *, reverse):
-    return _jitted_scans(problems, slopes, runs, states, count, reverse=reverse, interpreted=platform() == "cpu")
+# All are jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
+def _tables(documents, q, count):
+    """Tables of rows that `rows.cut` makes of those of q, or None if each is one document without padding."""
+    if documents is None:
+        if q.shape[1] % (CHUNK * count) == 0:
+            return None
+        documents = mosaic_gpu_documents.Documents(jnp.ones(q.shape[:2], jnp.int32), numbered=True)
+    return _jitted_tables(documents, count, interpreted=platform() == "cpu")
 
 
-def _entry_states(k, v, slopes, runs, initial, count, *, reverse):
+def _scans(problems, slopes, tables, states, count, *, reverse):
+    return _jitted_scans(problems, slopes, tables, states, count, reverse=reverse, interpreted=platform() == "cpu")
+
+
+def _entry_states(k, v, slopes, tables, initial, count, *, reverse):
     if count == 1:
         return initial
-    return _jitted_entry_states(k, v, slopes, runs, initial, count, reverse=reverse, interpreted=platform() == "cpu")
+    return _jitted_entry_states(k, v, slopes, tables, initial, count, reverse=reverse, interpreted=platform() == "cpu")
+
+
+@functools.partial(jax.jit, static_argnames=("count", "interpreted"))
+def _jitted_tables(documents, count, *, interpreted):
+    batch = documents.ids.shape[0]
+    ids = rows.cut(documents.ids, count)
+    chunks = ids.shape[1] // CHUNK
+    whole = mosaic_gpu_documents.Documents(ids.reshape(batch, -1), documents.numbered)
+    tables = mosaic_gpu_documents.tables(whole, chunks, interpreted=interpreted)
+    return jax.tree.map(lambda x: x.reshape(batch * count, chunks, *x.shape[2:]), tables)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
-def _jitted_scans(problems, slopes, runs, states, count, *, reverse, interpreted):
+def _jitted_scans(problems, slopes, tables, states, count, *, reverse, interpreted):
     """The scan of each problem (q, k, v), all [B, T, H*D], in `count` segments from their entry states.
 
     Returns:
       (outputs [B, T, H*D], exit states float32 [B * count, H, D, D]), lists like `problems`.
     """
     batch, length, _ = problems[0][0].shape
-    documents = rows.documents(runs, batch, length, count)
     problems = [[rows.cut(x, count) for x in problem] for problem in problems]
-    table = documents and rows.table(documents, reverse=reverse)
-    outputs, exits = scan(problems, slopes, jnp.stack(states), table, reverse=reverse, interpreted=interpreted)
+    outputs, exits = scan(problems, slopes, jnp.stack(states), tables, reverse=reverse, interpreted=interpreted)
     return [rows.join(x, batch, length) for x in outputs], list(exits)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
-def _jitted_entry_states(k, v, slopes, runs, initial, count, *, reverse, interpreted):
+def _jitted_entry_states(k, v, slopes, tables, initial, count, *, reverse, interpreted):
     """The entry states float32 [B * count, H, D, D] of the segments of time, from that of the whole rows."""
-    own, segments = _own_states(k, v, slopes, runs, count, reverse=reverse, interpreted=interpreted)
+    own, segments = _own_states(k, v, slopes, tables, count, reverse=reverse, interpreted=interpreted)
     return rows.entry_states(initial, own, slopes, segments, reverse=reverse)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "reverse", "interpreted"))
-def _jitted_end_state(k, v, slopes, runs, count, *, reverse, interpreted):
+def _jitted_end_state(k, v, slopes, tables, count, *, reverse, interpreted):
     """The exit state float32 [B, H, D, D] of whole rows from zero."""
-    own, segments = _own_states(k, v, slopes, runs, count, reverse=reverse, interpreted=interpreted)
+    own, segments = _own_states(k, v, slopes, tables, count, reverse=reverse, interpreted=interpreted)
     if count == 1:
         return own
     entries = rows.entry_states(jnp.zeros_like(own[::count]), own, slopes, segments, reverse=reverse)
@@ -164,13 +191,14 @@ def _jitted_end_state(k, v, slopes, runs, count, *, reverse, interpreted):
     return _ends(exits, count)[0 if reverse else -1]
 
 
-def _own_states(k, v, slopes, runs, count, *, reverse, interpreted):
+def _own_states(k, v, slopes, tables, count, *, reverse, interpreted):
     """(exit states from zero [B * count, H, D, D], `rows.Segments`) of the segments of time."""
     batch, length, width = k.shape
     heads = slopes.shape[0]
-    documents = rows.documents(runs, batch, length, count)
     k, v = (rows.cut(x, count) for x in (k, v))
     zeros = jnp.zeros((1, batch * count, heads, width // heads, width // heads), jnp.float32)
-    table = documents and rows.table(documents, reverse=reverse)
-    _, (own,) = scan([(k, v)], slopes, zeros, table, reverse=reverse, interpreted=interpreted)
-    return own, rows.segments_of(documents, batch, count, k.shape[1])
+    _, (own,) = scan([(k, v)], slopes, zeros, tables, reverse=reverse, interpreted=interpreted)
+    if tables is None:
+        return own, rows.whole_segments(batch, count, k.shape[1])
+    tokens, started = tables.tokens_and_starts()
+    return own, rows.segments_of(tokens.reshape(batch, -1), started.reshape(batch, -1), count)

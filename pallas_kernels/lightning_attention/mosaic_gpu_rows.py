@@ -1,4 +1,4 @@
-"""How rows are cut for the Mosaic GPU kernel: into chunks, which documents meet in a chunk, and segments of time.
+"""How rows are cut for the Mosaic GPU kernel: into chunks, and into segments of time.
 
 A program of the kernel walks the time of one head and 64 value columns, so few heads leave most of the GPU without
 work. Then time is cut into segments that are walked at once, as if they were rows of the batch: a first pass finds
@@ -10,31 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.platform import cdiv
 
 CHUNK = 64  # tokens: the rows of one wgmma
-CONTINUES, STARTS, MIXED = range(3)  # kinds of chunks, see `Documents`
-RUNS, EXPONENTS, SCALARS = range(3)  # rows of a chunk in `table`
-PADDING = 1 << 20  # in place of an exponent
-KIND, TOKENS, ENTRY, EXIT, FRESH, DROPPED = range(6)  # its scalars
-
-
-class Documents(NamedTuple):
-    """What is known about documents, int32; R rows of N chunks, C tokens in a chunk.
-
-    A state between two chunks is of the document of the last real token to its left, and of document 1 where there is
-    none. A chunk is MIXED if it has padding or several documents. One document fills the others, and it either
-    CONTINUES from the left or STARTS with the chunk.
-    """
-
-    kinds: jax.Array  # [R, N]
-    lefts: jax.Array  # [R, N] documents of the states to the left
-    rights: jax.Array  # [R, N] and to the right
-    tokens: jax.Array  # [R, N] real tokens
-    runs: jax.Array  # [R, N, C]
 
 
 def segments(programs, length) -> int:
@@ -68,45 +48,6 @@ def join(x, batch, length):
     return x.reshape(batch, -1, *x.shape[2:])[:, :length]
 
 
-def documents(runs, batch, length, count):
-    """`Documents` of the rows that `cut` makes, or None if each is one document without padding."""
-    if runs is None:
-        if length % (CHUNK * count) == 0:
-            return None
-        runs = jnp.ones((batch, length), jnp.int32)
-    runs = cut(runs, count).reshape(batch, -1, CHUNK)
-    last = jnp.max(runs, axis=2)
-    rights = jnp.maximum(lax.cummax(last, axis=1), 1)
-    lefts = jnp.pad(rights, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
-    one = (jnp.min(runs, axis=2) == last) & (last > 0)
-    kinds = jnp.where(one, jnp.where(last == lefts, CONTINUES, STARTS), MIXED)
-    tokens = jnp.sum(runs > 0, axis=2, dtype=jnp.int32)
-    facts = kinds, lefts, rights, tokens, runs
-    return Documents(*(x.reshape(batch * count, -1, *x.shape[2:]) for x in facts))
-
-
-def table(documents, *, reverse):
-    """What the kernel reads about each chunk, int32 [R, N, 3, 2 C].
-
-    RUNS: those of the tokens, then the same but equal to no run at padding. EXPONENTS: of the weights of v and then of
-    the output over the slope, c_i - m and m - c_i (see mosaic_gpu.py), or PADDING. SCALARS: the KIND, the real TOKENS,
-    the documents of the ENTRY and EXIT states, FRESH where a scan that begins here drops its entry state, and DROPPED
-    where the exit state ends with its document.
-    """
-    kinds, lefts, rights, tokens, runs = documents
-    real = runs > 0
-    count = lax.cumsum(real.astype(jnp.int32), axis=2, reverse=reverse) - CHUNK // 2
-    exponents = jnp.concatenate([jnp.where(real, x, PADDING) for x in (count, -count)], axis=2)
-    starts = (kinds == STARTS).astype(jnp.int32)
-    never = jnp.zeros_like(starts)
-    if reverse:
-        scalars = kinds, tokens, rights, lefts, never, starts
-    else:
-        scalars = kinds, tokens, lefts, rights, starts, jnp.roll(starts, -1, axis=1).at[:, -1].set(0)
-    scalars = jnp.pad(jnp.stack(scalars, axis=2), ((0, 0), (0, 0), (0, 2 * CHUNK - len(scalars))))
-    return jnp.stack([jnp.concatenate([runs, jnp.where(real, runs, -1)], axis=2), exponents, scalars], axis=2)
-
-
 class Segments(NamedTuple):
     """What is known about segments of time, int32 [B, S]."""
 
@@ -115,13 +56,21 @@ class Segments(NamedTuple):
     rights: jax.Array  # and at the right ends
 
 
-def segments_of(documents, batch, count, length) -> Segments:
-    """The `count` segments of each row, of `length` tokens, from the `documents` of them all."""
-    if documents is None:
-        ones = np.ones((batch, count), np.int32)  # of numpy, so that what follows from it is known to the compiler
-        return Segments(length * ones, ones, ones)
-    parts = jnp.sum(documents.tokens, axis=1), documents.lefts[:, 0], documents.rights[:, -1]
-    return Segments(*(x.reshape(batch, count) for x in parts))
+def whole_segments(batch, count, length) -> Segments:
+    """The `count` segments of rows that are one document without padding, each of `length` tokens."""
+    ones = np.ones((batch, count), np.int32)  # of numpy, so that what follows from it is known to the compiler
+    return Segments(length * ones, ones, ones)
+
+
+def segments_of(tokens, started, count) -> Segments:
+    """The `count` segments of each row, from the real tokens of its chunks and the documents that start in them.
+
+    Args:
+      tokens, started: int32 [B, N].
+    """
+    tokens, started = (jnp.sum(x.reshape(x.shape[0], count, -1), axis=2) for x in (tokens, started))
+    rights = 1 + jnp.cumsum(started, axis=1)
+    return Segments(tokens, rights - started, rights)
 
 
 def carried(entries, slopes, segments):

@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
+from pallas_kernels.lightning_attention import mosaic_gpu_documents as facts
 from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
 
 COLUMNS = 64  # value columns of a program
 
 
-def scan(problems, slopes, entries, table, *, reverse, interpreted):
+def scan(problems, slopes, entries, tables, *, reverse, interpreted):
     """The scans of P problems, for rows of whole chunks; see mosaic_gpu.py for what is computed in a chunk.
 
     Args:
       problems: (q, k, v) each, bfloat16 [R, N * C, H*D]; or (k, v) each, for the exit states alone.
       slopes: float32 [H].
       entries: float32 [P, R, H, D, D], states at the end where the scan starts.
-      table: `mosaic_gpu_rows.table` of the rows, or None: each is one document without padding.
+      tables: `mosaic_gpu_documents.Tables` of the rows, or None: each is one document without padding.
 
     Returns:
       (outputs, a list like `problems` or empty; exit states like `entries`).
@@ -35,6 +35,7 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    table = tables and (tables.reverse if reverse else tables.forward)
     *_, v = problems[0]
     batch, length, _ = v.shape
     dtype = v.dtype
@@ -74,16 +75,16 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 pl.when(problem == p)(functools.partial(run, p))
 
         def scalar(stage, name):
-            return table_smem[stage, rows.SCALARS, name]
+            return table_smem[stage, facts.SCALARS, name]
 
         def is_mixed(stage):
-            return scalar(stage, rows.KIND) == rows.MIXED
+            return scalar(stage, facts.KIND) == facts.MIXED
 
         def along(vector_ref, layout):
             return plgpu.load(vector_ref, layout=layout, optimized=False)
 
         def runs_of(stage, layout):
-            return along(table_smem.at[stage, rows.RUNS, pl.ds(0, CHUNK)], layout)
+            return along(table_smem.at[stage, facts.RUNS, pl.ds(0, CHUNK)], layout)
 
         def spread(vector, shape, axis):
             """A vector along one axis of an accumulator, alike along the other."""
@@ -142,20 +143,31 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
 
                 def weigh():
-                    exponents = along(table_smem.at[stage, rows.EXPONENTS], one_by_one)
-                    weights = jnp.where(exponents == rows.PADDING, 0.0, jnp.exp(slope * exponents.astype(jnp.float32)))
+                    exponents = along(table_smem.at[stage, facts.EXPONENTS], one_by_one)
+                    weights = jnp.where(exponents == facts.PADDING, 0.0, jnp.exp(slope * exponents.astype(jnp.float32)))
                     weight_smem[pair] = weights
 
                 def product(acc):
                     plgpu.wgmma(acc, q_smem.at[stage], k_smem.at[stage].transpose((1, 0)))
-                    if table is not None:
-                        weigh()  # while the tensor cores are at it
                     return acc[...]
 
                 def inside_documents(scores):
-                    sources = along(table_smem.at[stage, rows.RUNS, pl.ds(CHUNK, CHUNK)], along_columns)
+                    sources = along(table_smem.at[stage, facts.RUNS, pl.ds(CHUNK, CHUNK)], along_columns)
                     run_i = spread(runs_of(stage, along_rows), (CHUNK, CHUNK), 0)
                     return jnp.where(run_i == spread(sources, (CHUNK, CHUNK), 1), scores, 0.0)
+
+                def keep(ring, kept):
+                    """Clears the rows of a ring that are not to be `kept`."""
+                    values = plgpu.load(ring.at[stage], layout=wgmma)
+                    ring.at[stage][...] = jnp.where(spread(kept, values.shape, 0), values, jnp.zeros_like(values))
+
+                def divide_documents():
+                    """The entry state is for q of its document, the exit state of k of its own."""
+                    runs = runs_of(stage, along_rows)
+                    for ring, name in ((q_smem, facts.ENTRY), (k_smem, facts.EXIT))[not with_output :]:
+                        keep(ring, runs == scalar(stage, name))
+                    keep(v_smem, runs > 0)  # padding may be no number
+                    weigh()
 
                 plgpu.barrier_wait(full.at[stage])
 
@@ -170,8 +182,8 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     if table is not None:
                         scores = lax.cond(is_mixed(stage), inside_documents, lambda scores: scores, scores)
                     score_smem[pair] = scores.astype(dtype)
-                else:
-                    weigh()
+                if table is not None:
+                    pl.when(is_mixed(stage))(divide_documents)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[pair])
 
@@ -180,25 +192,6 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
 
         def recur():
             plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
-
-            def keep_documents_of_states(stage):
-                """The entry state is for the rows of q of its document, the exit state of the rows of k of its own."""
-                runs = spread(runs_of(stage, along_rows), (CHUNK, dim), 0)
-                for ring, name in ((q_smem, rows.ENTRY), (k_smem, rows.EXIT))[not with_output :]:
-                    values = plgpu.load(ring.at[stage], layout=wgmma)
-                    ring.at[stage][...] = jnp.where(runs == scalar(stage, name), values, jnp.zeros_like(values))
-                plgpu.commit_smem()
-
-            def goes_on(stage):
-                """1.0 if the exit state is of the document of the entry state, else 0.0."""
-                return jnp.where(scalar(stage, rows.ENTRY) == scalar(stage, rows.EXIT), 1.0, 0.0)
-
-            def decay(stage):
-                """The factor of the sum of a chunk in the next entry state."""
-                if table is None:
-                    return jnp.exp(-slope * CHUNK)
-                passed = jnp.exp(-slope * scalar(stage, rows.TOKENS).astype(jnp.float32))
-                return jnp.where(scalar(stage, rows.DROPPED) > 0, 0.0, passed)
 
             def write(output, step):
                 slot = o_smem.at[lax.rem(step, 2)]
@@ -210,30 +203,21 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                 def _(p):
                     plgpu.copy_smem_to_gmem(slot, outputs[p].at[b, tokens_at(step), own])
 
-            def one_step(step, state):
+            def one_chunk(step, state, *, mixed):
+                """The next entry state."""
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
-                plgpu.barrier_wait(full.at[stage])
-                factor = decay(stage)
-                entry = state.astype(dtype)
-                if table is not None:
-                    state = state * goes_on(stage)
-                if prepared:
-                    plgpu.barrier_wait(ready.at[pair])
-                if table is not None:
-                    pl.when(is_mixed(stage))(functools.partial(keep_documents_of_states, stage))
-
-                def along_tokens(sign):
-                    if table is None:
-                        return plain_weights[sign]
-                    weight = along(weight_smem.at[pair, pl.ds(0 if sign > 0 else CHUNK, CHUNK)], along_columns)
-                    return spread(weight, (COLUMNS, CHUNK), 1)
+                entry, weights, factor = state.astype(dtype), plain_weights, plain_factor
+                if mixed:
+                    parts = [weight_smem.at[pair, pl.ds(i * CHUNK, CHUNK)] for i in range(len(plain_weights))]
+                    weights = [along(part, along_columns) for part in parts]
+                    factor = jnp.exp(-slope * scalar(stage, facts.TOKENS).astype(jnp.float32))
+                    goes_on = scalar(stage, facts.ENTRY) == scalar(stage, facts.EXIT)
+                    state = state * jnp.where(goes_on, 1.0, 0.0)
+                weights = [spread(weight, (COLUMNS, CHUNK), 1) for weight in weights]
 
                 def weighted_values():
                     values = plgpu.load(v_smem.at[stage].transpose((1, 0)), layout=wgmma).astype(jnp.float32)
-                    weight = along_tokens(1)
-                    if table is None:
-                        return (values * weight).astype(dtype)
-                    return jnp.where(weight > 0.0, values * weight, 0.0).astype(dtype)  # padding may be no number
+                    return (values * weights[0]).astype(dtype)
 
                 def update(state_acc):
                     multiply(state_acc, weighted_values(), k_smem.at[stage])
@@ -243,29 +227,42 @@ def scan(problems, slopes, entries, table, *, reverse, interpreted):
                     values = weighted_values()  # while the tensor cores are at it
                     multiply(output, values, score_smem.at[pair].transpose((1, 0)))
                     multiply(state_acc, values, k_smem.at[stage])
-                    weight = along_tokens(-1)
                     # The output leaves while the tensor cores are at the state.
-                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weight, step)
+                    write(plgpu.wgmma_accumulator_load(output, wait_n=1) * weights[1], step)
 
                 def with_accumulator(state_acc):
                     output = plgpu.ACC((COLUMNS, CHUNK), jnp.float32)
                     pl.run_scoped(functools.partial(output_and_update, state_acc), output)
 
                 total = accumulated(state, with_accumulator if with_output else update)
+                if table is not None:
+                    factor = jnp.where(scalar(stage, facts.DROPPED) > 0, 0.0, factor)
+                return total * factor
+
+            def one_step(step, state):
+                stage, pair = lax.rem(step, stages), lax.rem(step, 2)
+                plgpu.barrier_wait(full.at[stage])
+                if prepared:
+                    plgpu.barrier_wait(ready.at[pair])
+                plain, mixed = (functools.partial(one_chunk, step, mixed=mixed) for mixed in (False, True))
+                if table is None:
+                    state = plain(state)
+                else:  # as a whole, so that chunks which are not MIXED pay for nothing else
+                    state = lax.cond(is_mixed(stage), mixed, plain, state)
                 if prepared:
                     plgpu.barrier_arrive(used.at[pair])
                 plgpu.barrier_arrive(free.at[stage])
-                return total * factor
+                return state
 
-            if table is None:  # alike in all chunks
-                index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
-                exponent = ((CHUNK - index if reverse else index + 1) - CHUNK // 2).astype(jnp.float32)
-                signs = (1, -1) if with_output else (1,)
-                plain_weights = {s: spread(jnp.exp(s * slope * exponent), (COLUMNS, CHUNK), 1) for s in signs}
+            # Of v and of the output, alike in all chunks that are not MIXED.
+            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=along_columns)
+            exponent = ((CHUNK - index if reverse else index + 1) - CHUNK // 2).astype(jnp.float32)
+            plain_weights = [jnp.exp(sign * slope * exponent) for sign in ((1, -1) if with_output else (1,))]
+            plain_factor = jnp.exp(-slope * CHUNK)
             state = plgpu.load(entry_ref.at[own_state].transpose((1, 0)), layout=transposed, optimized=False)
             state = plgpu.layout_cast(state, wgmma) * jnp.exp(-slope * (CHUNK / 2))
             if table is not None:
-                fresh = table_ref[b, chunk_at(0), rows.SCALARS, rows.FRESH]
+                fresh = table_ref[b, chunk_at(0), facts.SCALARS, facts.FRESH]
                 state = state * jnp.where(fresh > 0, 0.0, 1.0)
             state = lax.fori_loop(0, chunks, one_step, state)
             plgpu.wait_smem_to_gmem(0)

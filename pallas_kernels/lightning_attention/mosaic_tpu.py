@@ -28,8 +28,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
+from pallas_kernels.lightning_attention import segments
 from pallas_kernels.platform import cdiv, platform
 
+documents = segments.documents
 _HEAD_DIMS = (64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _LANES = 128

@@ -1,12 +1,21 @@
 """Documents and padding inside a row.
 
-A backend never sees the caller's `segment_ids`. It gets *runs*: int32 [B, T], 0 at padding, and
-1, 2, 3, ... for the documents of a row in their order. A document is a maximal run of equal positive
-ids with padding left out, so padding in the middle of a document does not end it.
+A backend never sees the caller's `segment_ids`. It gets what its own `documents` makes of them, for most *runs*:
+int32 [B, T], 0 at padding, and 1, 2, 3, ... for the documents of a row in their order. A document is a maximal run of
+equal positive ids with padding left out, so padding in the middle of a document does not end it.
 """
 
 import jax.numpy as jnp
 from jax import lax
+
+
+def documents(ids, *, numbered):
+    """The runs of rows.
+
+    Args:
+      ids: int32 [B, T], as the caller has them; or if they are `numbered`, runs already.
+    """
+    return ids if numbered else document_runs(ids)
 
 
 def document_runs(segment_ids):
