@@ -1,4 +1,4 @@
-# make demo | test | lint | format | parity | clean
+# make demo | test | lint | format | parity | topology | clean
 #
 #   PYTHON=python3.12   the interpreter that makes the environment (3.11 or later)
 #   VENV=.venv          where the environment lives
@@ -18,9 +18,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 INSTALLED := $(VENV)/.installed
 INSTALLED_PARITY := $(VENV)/.installed-parity
+INSTALLED_TPU := $(VENV)/.installed-tpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity lint format venv clean
+.PHONY: demo test parity topology lint format venv clean
 
 # The demo starts afresh: what an earlier one left in runs/demo is removed.
 demo: $(INSTALLED)
@@ -34,6 +35,10 @@ test: $(INSTALLED)
 
 parity: $(INSTALLED_PARITY)
 	$(BIN)/python -m pytest -m parity $(TESTS)
+
+# What is compiled for TPUs that are not there: some minutes.
+topology: $(INSTALLED_TPU)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "topology or topology_subset" $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -61,6 +66,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 $(INSTALLED_PARITY): $(INSTALLED)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[parity]'
+	@touch $@
+
+# libtpu compiles on any host; what runs is told by JAX_PLATFORMS.
+$(INSTALLED_TPU): $(INSTALLED)
+	$(PIP) --editable '.[tpu]'
 	@touch $@
 
 clean:

@@ -306,7 +306,7 @@ class TrainingConfig:
     z_loss_coef: float = 0.0
     aux_loss_form: str = "switch"  # "switch": E sum f P; "report": (1/E) sum f P
     aux_loss_pooling: str = "pooled"  # "pooled": f and P are means over layers (spec C.8); "per_layer": mean of losses
-    loss_chunk: int = 1024  # tokens whose logits exist at one time
+    loss_chunk: int = 1024  # tokens whose logits a device holds at one time
     max_nonfinite_steps: int = 0  # steps in a row with a non-finite loss or gradient that are skipped before stopping
 
     eval_every_steps: int = 0  # 0: only at the end

@@ -33,8 +33,8 @@ CODE_OF_LAYER = {"training": 32 << 20, "prefill": 10 << 20, "decoding": 4 << 20}
 _CHIPS = {"v5e": (1, "TPU v5 lite"), "v5p": (1, "TPU v5"), "v6e": (1, "TPU v6 lite"), "tpu7x": (2, "TPU7x")}
 
 _CAVEAT = (
-    "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it in most programs tried, up to "
-    "36 % off in others (BUILD.md). Not foreseen: the order of the compiler's work, the size of the code (a constant "
+    "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it in the programs tried "
+    "(BUILD.md). Not foreseen: the order of the compiler's work, the size of the code (a constant "
     "for a layer), a collective that is replaced by another kind or runs in pieces, what a ring of keys and values "
     "holds on its way"
 )
@@ -47,10 +47,12 @@ class Plan:
     Attributes:
       memory: bytes by what they are for; together they are the peak.
       traffic: bytes of the results of collectives, by kind.
+      spared: bytes that are not in `memory` because the compiler computes them again to fit.
     """
 
     memory: Mapping[str, int]
     traffic: Mapping[str, int]
+    spared: int = 0
 
     @property
     def peak(self) -> int:
@@ -61,6 +63,8 @@ class Plan:
         parts = "; ".join(f"{name} {compiled.gib(size)}" for name, size in self.memory.items())
         lines = [f"memory of one device: {parts}"]
         lines.append(f"peak {compiled.gib(self.peak)}" if room is None else compiled.fits(self.peak, room))
+        if self.spared:
+            lines.append(f"to fit, the compiler has to compute {compiled.gib(self.spared)} again in the backward pass")
         return lines + [
             f"{kind}: {compiled.gib(size)} a {of} and device" for kind, size in self.traffic.items() if size
         ]
@@ -68,18 +72,20 @@ class Plan:
 
 def topology_devices(name: str) -> tuple[int, int]:
     """(number of devices, bytes of each) of a TPU topology, by its name alone; raises ConfigError for another name."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    one, slices = compiled.slices_of(name)
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", one)
     if match is None or match[1] not in _CHIPS:
         raise ConfigError(f"--topology={name} is not planned for: give a name such as {compiled.NAMES}")
     devices, kind = _CHIPS[match[1]]
-    return devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
+    return slices * devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
     """What one device has of a pass of B rows of `length` tokens, in elements.
 
-    The dense part divides the batch and heads; the experts divide the tokens among all devices (`parallel.expert`).
+    The dense part divides the batch and heads; the experts divide rows and their tokens among all devices. A batch of
+    fewer rows than devices along it is filled up for them (`parallel.expert`).
     """
 
     model: ModelConfig
@@ -133,8 +139,14 @@ class Share:
 
     @property
     def routed(self) -> int:
-        """Tokens that this device routes: every token is routed once."""
-        return cdiv(self.batch * self.length, math.prod(self.sizes.values()))
+        """Tokens that this device routes: every token is routed once, and so are those that fill up the batch."""
+        rows, parts = self.along("batch"), self.along("length")
+        rest = math.prod(self.sizes.values()) // (rows * parts)
+        if self.length % (parts * rest) == 0:
+            return cdiv(self.batch, rows) * (self.length // (parts * rest))
+        if self.length % parts == 0:
+            return cdiv(self.batch, rows * rest) * (self.length // parts)
+        return cdiv(self.batch, rows * parts * rest) * self.length
 
     @property
     def chosen(self) -> int:
@@ -244,7 +256,7 @@ def put_off(share: Share) -> int:
     return (rows + layers * 6 * share.inner) * share.item
 
 
-def training(config: Config, sizes: Mapping[str, int]) -> Plan:
+def training(config: Config, sizes: Mapping[str, int], room: int | None = None) -> Plan:
     """The training step of the first stage.
 
     Memory is that of the worst moment of the backward pass. Where there is one block it goes through the layers from
@@ -253,6 +265,8 @@ def training(config: Config, sizes: Mapping[str, int]) -> Plan:
 
     Args:
       sizes: devices along each mesh axis.
+      room: bytes of a device, if they are known. In a program that needs more the compiler by itself computes again
+        what is no product, and gathers matrices again, until it fits (`spared`).
     """
     model, step = config.model, schedule.plan_step(config.training, 0)
     share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length)
@@ -281,7 +295,18 @@ def training(config: Config, sizes: Mapping[str, int]) -> Plan:
         "temporaries": int(temporaries),
         "code": CODE_OF_LAYER["training"] * len(model.layer_pattern),
     }
-    return Plan(memory, _training_traffic(share, step.microbatches))
+    short = 0 if room is None else max(sum(memory.values()) - room, 0)
+    computed_again = short if short <= spared(share) else 0
+    memory["activations kept for the backward"] -= computed_again
+    return Plan(memory, _training_traffic(share, step.microbatches), computed_again)
+
+
+def spared(share: Share) -> int:
+    """What the compiler need not keep for the backward pass in a program that keeps everything: all but products."""
+    model = share.model
+    if model.remat != "none":
+        return 0
+    return sum(kept_bytes(share, kind, "none") - kept_bytes(share, kind, "dots") for kind in model.layer_kinds)
 
 
 def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
@@ -289,9 +314,10 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
 
     - all-gather: slices of matrices in the dtype of computation. Those of experts in the forward pass, and
       again where layers are computed again; those of attention again in the backward pass; the head once.
-    - reduce-scatter: gradients of the experts' matrices, in float32.
-    - all-reduce: gradients of the matrices of attention and of the head, in float32 and whole; those of all others
-      where there are copies of them; sums over divided heads and vocabulary.
+    - reduce-scatter: gradients of the matrices of attention and of the experts, in float32.
+    - all-reduce: gradients of embedding and head, in float32 and whole, and those of the last matrix of the experts
+      where its slices are narrower than a register of 128; those of all others where there are copies of them, the
+      slices of attention among them; sums over divided heads and vocabulary.
     - all-to-all: rows of the embedding and their gradient, where its columns are divided.
     - ragged-all-to-all: tokens to their experts and back, in the forward pass, where layers are computed again, and in
       the backward pass.
@@ -309,11 +335,17 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
     if slices > 1:
         traffic["all-gather"] += experts * share.item * (1 if model.remat == "none" else 2)
         traffic["all-gather"] += (dense * (3 if again else 2) + share.vocabulary) * share.item
+        # The compiler sums a matrix as a whole where a slice of it is narrower than a register.
+        whole = experts // 3 if model.hidden_size // slices % 128 else 0
         steps = itertools.accumulate(reduce_scatter_factors(slices, math.prod(sizes.values())), operator.mul)
-        traffic["reduce-scatter"] += sum(experts * f32 // divided for divided in steps)
+        traffic["all-reduce"] += whole * f32
+        traffic["reduce-scatter"] += sum((experts - whole) * f32 // divided for divided in steps)
+        traffic["reduce-scatter"] += dense * f32 // slices
         traffic["all-to-all"] += share.stream * (share.item + f32) // sizes["tensor"]
+    if share.along("tokens") > slices:
+        traffic["all-reduce"] += dense * f32 // slices
     if share.along("tokens") > 1:
-        traffic["all-reduce"] += (dense + share.vocabulary) * f32
+        traffic["all-reduce"] += (1 + (share.along("tokens") > slices)) * share.vocabulary * f32
     if copies > 1:
         traffic["all-reduce"] += (experts + share.vocabulary) * f32 // slices
     passes = 2 if model.remat == "none" else 3
@@ -343,7 +375,7 @@ def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, lengt
     """A pass over `length` new tokens of each of `batch` sequences: a piece of a prompt, or a step of decoding.
 
     Nothing is kept. What is alive together is the work of one layer, in its attention or in its experts, or that of the
-    head behind a step.
+    head behind a step; and in decoding what lies there in another layout from beginning to end.
 
     Args:
       model: of `generate.inference_config`.
@@ -355,7 +387,7 @@ def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, lengt
     attention = max(attention_work(share, kind, slots) for kind in _whole_layers(share))
     if length == 1:  # a step is short: the matrices of the experts are on their way while attention works
         head = share.gathered * share.vocabulary * share.item + 2 * share.logits
-        work = max(attention + expert_work(share), head)
+        work = max(attention + expert_work(share), head) + turned(share)
     else:
         work = max(attention, expert_work(share) + cache_taken_out(share, slots))
     memory = {
@@ -413,13 +445,30 @@ def cache_taken_out(share: Share, slots: int) -> int:
     return state_bytes(share, slots)[0] * 3 // (4 * softmax)
 
 
+def turned(share: Share) -> int:
+    """Matrices that decoding copies to another layout before its loop over blocks: the products of one token want it.
+
+    Those of q, k, v of lightning and of q of softmax, where they are not gathered in the loop.
+    """
+    model = share.model
+    if share.gathered or model.num_blocks == 1:
+        return 0
+    inner = model.hidden_size * model.num_heads * model.head_dim // share.along("heads")
+    return sum(inner * (3 if kind == "lightning" else 1) for kind in model.layer_kinds) * share.item
+
+
 def expert_work(share: Share) -> int:
     """What the experts of one layer hold when nothing is kept.
 
-    Tokens; the matrices of gate and up, if they are gathered; the rows that came, and both products.
+    Tokens; the matrices of gate and up, if they are gathered; the rows that came, and both products. Where slices of an
+    expert lie on several devices, the rows of all of them twice, before and after they are sorted, and beside them
+    those that came and those that go back.
     """
+    model, width = share.model, share.width
     matrices = share.gathered * share.expert_weights * 2 // 3
-    rows = share.received * (share.model.hidden_size + 2 * share.model.mlp_dim // share.width)
+    rows = share.received * (model.hidden_size + 2 * model.mlp_dim // width)
+    if width > 1:
+        rows = max(rows, 2 * (share.received + share.received // width) * model.hidden_size)
     return (share.stream + matrices + rows) * share.item
 
 
@@ -431,9 +480,17 @@ def _inference_traffic(share: Share) -> dict[str, int]:
         matrices += share.vocabulary if share.length == 1 else 0
         traffic["all-gather"] = matrices * share.item
         traffic["all-to-all"] = share.stream * share.item
-    if share.sizes["tensor"] > 1:
+    if (tensor := share.sizes["tensor"]) > 1:
         traffic["all-gather"] = traffic.get("all-gather", 0) + layers * share.stream * share.item
-        traffic["all-reduce"] = (layers + 1) * share.stream * share.item
+        if share.length % tensor:
+            traffic["all-reduce"] = (layers + 1) * share.stream * share.item
+        else:  # each takes a piece of a row to the experts, and of the sum over heads no more than that
+            traffic["all-reduce"] = share.stream * share.item
+            traffic["reduce-scatter"] = layers * share.stream // tensor * share.item
+    if share.width > 1:
+        rows = share.received * model.hidden_size * share.item
+        traffic["all-gather"] = traffic.get("all-gather", 0) + layers * rows
+        traffic["reduce-scatter"] = traffic.get("reduce-scatter", 0) + layers * rows // share.width
     if share.owners > 1:
         rows = share.received // share.width * model.hidden_size + share.chosen
         traffic["ragged-all-to-all"] = layers * rows * share.item
@@ -464,7 +521,7 @@ def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str
     decoder.check_sharded(config.model, sizes)
     decoder.param_shardings(config.model, mesh)
     loop.check_batches(config, mesh)
-    return training(config, sizes), sizes, room
+    return training(config, sizes, room), sizes, room
 
 
 def training_lines(config: Config, topology: str = "") -> list[str]:

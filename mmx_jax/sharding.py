@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,16 +59,26 @@ def _shape(sizes):
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (default: all).
 
+    Of several slices of a TPU, which the network of the data center joins, each has an equal part of the axis "data":
+    over that network go but the sums of gradients.
+
     Raises:
-      ConfigError: the sizes do not make the number of devices, or cannot be laid over the torus that they are in.
+      ConfigError: the sizes do not make the number of devices, or cannot be laid over the torus that they are in, or
+        the slices do not divide mesh.data.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
+    slices = _slices(devices)
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh.data={sizes['data']} does not divide over {slices} slices; make it a multiple of that")
+    shape = tuple(sizes.values())
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # make_mesh defaults to Explicit: a constraint is an assertion there
     try:
-        # make_mesh defaults to Explicit axes, where a sharding constraint is an assertion.
-        return jax.make_mesh(
-            tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-        )
+        if slices == 1:
+            return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=auto)
+        across = tuple(slices if axis == "data" else 1 for axis in MESH_AXES)
+        inside = tuple(size // count for size, count in zip(shape, across, strict=True))
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), MESH_AXES, axis_types=auto)
     except NotImplementedError:
         places = [(*device.coords, device.core_on_chip) for device in devices]
         torus = [size for size in np.max(places, axis=0) + 1 if size > 1]
@@ -77,6 +88,11 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             "an axis is a product of sizes of the torus, and each of these serves one axis; set mesh.* to sizes of "
             f"{', '.join(map(str, sorted(possible)))}"
         ) from None
+
+
+def _slices(devices) -> int:
+    """Slices of a TPU; elsewhere the number means something else."""
+    return len({getattr(x, "slice_index", None) or 0 for x in devices}) if devices[0].platform == "tpu" else 1
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

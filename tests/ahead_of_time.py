@@ -9,6 +9,12 @@ import sys
 import pytest
 
 
+def each(topologies, *, subset):
+    """Parameters of a test, marked for .ci/run where they are `subset`, and for `make topology` (pyproject.toml)."""
+    marks = {True: pytest.mark.topology_subset, False: pytest.mark.topology}
+    return [pytest.param(topology, marks=marks[topology == subset]) for topology in topologies]
+
+
 def answer_of(module, topology):
     """What `python -m module TOPOLOGY` prints last, as JSON."""
     if importlib.util.find_spec("libtpu") is None:

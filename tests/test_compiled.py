@@ -1,8 +1,11 @@
 """What a compiled program says of itself, on fake devices and for a TPU topology that is not there."""
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +33,16 @@ SMALL = (
 )  # fmt: skip
 TRAINING = "model.remat=full", "mesh.fsdp=2", "mesh.expert=2"
 INFERENCE = dict(dtype="bfloat16", batch=16, prompt_length=4096, context=32768, chunk=4096)
+
+
+def _page():
+    spec = importlib.util.spec_from_file_location("topologies", REPOSITORY / "benchmarks/topologies.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+topologies = _page()
 
 
 def counted_by_hand():
@@ -62,6 +75,45 @@ def test_collectives_in_loops_count_as_often_as_they_go_round():
     assert found["all-gather"] == [1, 4 * 2 * 2]
 
 
+# As XLA:TPU writes them, shortened: a loop whose first round was taken out of it, a sum of which a slice is kept, and a
+# sum over the network between slices.
+TPU_PROGRAM = """\
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
+  %input = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), replica_groups={{0,2},{1,3}}, to_apply=%add
+  ROOT %slice = f32[16,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %at, %zero), dynamic_slice_sizes={16,8}
+}
+
+%condition (carry: (s32[], f32[64,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %carry = (s32[]{:T(128)}, f32[64,8]{1,0:T(8,128)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %limit), direction=LT
+}
+
+%body (carry: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %fusion = f32[16,8]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %gather = f32[64,8]{1,0:T(8,128)} all-gather(%fusion), replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %one = s32[]{:T(128)} constant(1)
+  %begin = s32[]{:T(128)} copy(%one)
+  %carry = (s32[]{:T(128)}, f32[64,8]{1,0:T(8,128)}) tuple(%begin, %x)
+  %loop = (s32[]{:T(128)}, f32[64,8]{1,0:T(8,128)}) while(%carry), condition=%condition, body=%body
+  %send = (f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%y, %z), _xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def test_the_collectives_of_a_tpu_are_what_they_do():
+    scatter, gather, between = compiled.operations(TPU_PROGRAM)
+    assert scatter == ("reduce-scatter", 4, 16 * 8 * 4, 64 * 8 * 4, "f32", "{{0,2},{1,3}}")
+    assert gather == ("all-gather", 4, 64 * 8 * 4, 16 * 8 * 4, "f32", "mesh['a'=2,'b'=2] {'a'}")
+    assert between == ("slices-all-reduce", 1, 4 * 8 * 4, 4 * 8 * 4, "f32", "")
+    assert compiled.collectives(TPU_PROGRAM)["reduce-scatter"] == (4, 4 * 16 * 8 * 4)
+
+
 @pytest.fixture(scope="module")
 def foretold():
     """{what: [lines of the plan, lines of the dry run]} for four devices, and the error of a mesh without a torus."""
@@ -73,6 +125,7 @@ def peaks(lines):
     return [float(line.split()[1]) for line in lines if line.startswith("peak ")]
 
 
+@pytest.mark.topology_subset
 def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(foretold):
     text = "\n".join(foretold["training"][1])
     assert "of v5e:2x2, TPU v5 lite" in text
@@ -80,6 +133,7 @@ def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(foretold):
     assert re.search(r"^(all-gather: .* a step and device|collectives unknown)", text, re.M)
 
 
+@pytest.mark.topology_subset
 def test_prefill_and_decoding_compiled_for_a_topology_tell_memory(foretold):
     lines = foretold["inference"][1]
     # 2 x 2 layers x 16 rows x 2 heads x 32768 slots x 128 in bfloat16, 2 x 16 x 4 x 128 x 128 in float32, on 4 devices
@@ -89,6 +143,7 @@ def test_prefill_and_decoding_compiled_for_a_topology_tell_memory(foretold):
         assert lines[lines.index(title) + 1].startswith("lowered in ")
 
 
+@pytest.mark.topology_subset
 @pytest.mark.parametrize("what", ["training", "inference"])
 def test_the_plan_agrees_with_what_is_compiled(foretold, what):
     planned, compiled_peaks = map(peaks, foretold[what])
@@ -96,11 +151,19 @@ def test_the_plan_agrees_with_what_is_compiled(foretold, what):
     assert planned == pytest.approx(compiled_peaks, rel=0.15)
 
 
+@pytest.mark.topology_subset
 def test_a_program_that_does_not_fit_says_what_it_needs_and_what_there_is(foretold):
     (line,) = foretold["too large"]
     assert line.startswith("does not fit: ") and "512.00G" in line and "15.75G" in line, line
 
 
+@pytest.mark.topology_subset
+def test_slices_are_joined_along_data_alone(foretold):
+    assert foretold["slices"] == [[0, 0], [1, 1]]
+    assert "mesh.data=1 does not divide over 2 slices" in foretold["data"]
+
+
+@pytest.mark.topology_subset
 def test_a_mesh_that_no_torus_holds_is_an_error_that_says_which_do(foretold):
     assert "fsdp=8, expert=1, expert_tensor=1, tensor=8" in foretold["torus"]
     assert "torus of 4 x 4 x 4 devices" in foretold["torus"] and "sizes of 1, 4, 16, 64" in foretold["torus"]
@@ -110,13 +173,53 @@ def small_1b(*overrides):
     return config_io.apply_overrides(config_io.load_config(REPOSITORY / "configs/small_1b.py"), overrides)
 
 
+def planned(arguments):
+    """What `--plan` prints for the arguments of a dry run."""
+    program, *words = shlex.split(arguments)
+    flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    overrides = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
+    config = config_io.apply_overrides(config_io.load_config(REPOSITORY / flags["config"]), overrides)
+    if program == "train.py":
+        return plan.training_lines(config, flags["topology"])
+    lengths = {name: int(flags[name]) for name in ("batch", "prompt_length", "context")}
+    lengths["chunk"] = int(flags["prefill_chunk"])
+    return plan.inference_lines(config, dtype=flags["dtype"], topology=flags["topology"], **lengths)
+
+
+@pytest.mark.parametrize("name", topologies.CONFIGURATIONS)
+def test_the_plan_agrees_with_the_page_of_what_fits(name):
+    compiled_lines = json.loads(topologies.RESULTS.read_text())[name]["lines"]
+    assert peaks(planned(topologies.CONFIGURATIONS[name][1])) == pytest.approx(peaks(compiled_lines), rel=0.15)
+
+
+def test_the_plan_counts_collectives_as_the_program_for_1024_chips_has_them():
+    loads = json.loads((REPOSITORY / "benchmarks/results/scaling.json").read_text())["8k"]["loads"]
+    found = {load["kind"]: 0.0 for load in loads}
+    for load in loads:
+        found[load["kind"]] += load["bytes"] / 2**30
+    lines = planned(topologies.CONFIGURATIONS["train_8k"][1])
+    foretold = {kind: float(size) for line in lines for kind, size in re.findall(r"^(\S+): ([\d.]+) GiB", line)}
+    assert foretold.keys() - found.keys() <= {"all-to-all"}
+    assert {kind: foretold[kind] for kind in found} == pytest.approx(found, rel=0.02)
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much():
-    overrides = "mesh.data=1", "mesh.fsdp=8", "training.batch_tokens=65536"
+    overrides = "mesh.data=1", "mesh.fsdp=8", "training.batch_tokens=131072"
     assert re.search(
         r"peak .* of 15.750 GiB: does not fit, .* too much", plan.shortage(small_1b(*overrides), "v5e:2x4")
     )
     assert plan.shortage(small_1b(*overrides), "v5p:2x2x2") == ""
     assert "does not fit" in "\n".join(plan.training_lines(small_1b(*overrides), "v5e:2x4"))
+
+
+def test_a_plan_tells_what_the_compiler_has_to_compute_again_to_fit():
+    """The program for v5e:4x4 has 110 instructions that libtpu put in again (".remat"), and fills 14.4 of 15.75 GiB."""
+    config = small_1b("mesh.data=1", "mesh.fsdp=16", "training.batch_tokens=131072")
+    made, _, room = plan.training_plan(config, "v5e:4x4")
+    assert made.peak == room and made.spared > 0
+    roomy, _, _ = plan.training_plan(config, "v5p:4x2x2")
+    assert roomy.spared == 0 and roomy.peak == made.peak + made.spared
+    assert "to fit, the compiler has to compute" in "\n".join(plan.training_lines(config, "v5e:4x4"))
 
 
 def test_a_plan_of_text_01_follows_the_shapes():
@@ -146,6 +249,12 @@ def test_a_large_parameter_that_no_axis_divides_is_refused():
         ConfigError, match=r"blocks/layer_0/mlp/down of 185 MB would lie whole on each of the 8 devices"
     ):
         plan.training_plan(small_1b("mesh.data=8", "training.batch_tokens=65536"), "v5p:2x2x2")
+
+
+def test_slices_of_a_topology_are_counted():
+    assert compiled.slices_of("v5p:8x8x16") == ("v5p:8x8x16", 1)
+    assert compiled.slices_of("v5p:8x8x16:2") == ("v5p:8x8x16", 2)
+    assert plan.topology_devices("v5p:8x8x16:2")[0] == 2048
 
 
 def test_an_unknown_topology_is_one_error():
@@ -186,6 +295,13 @@ def foretell(topology):
         make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), compiled.topology_devices("v5p:4x4x4"))
     except ConfigError as error:
         answers["torus"] = str(error)
+    two = compiled.topology_devices("v5e:1x2:2")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), two)
+    answers["slices"] = [[device.slice_index for device in part.flat] for part in mesh.devices]
+    try:
+        make_mesh(MeshConfig(data=1, fsdp=4), two)
+    except ConfigError as error:
+        answers["data"] = str(error)
     return answers
 
 

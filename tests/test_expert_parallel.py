@@ -170,11 +170,13 @@ def on_tpu():
     return ahead_of_time.answer_of("tests.test_expert_parallel", "v5e:2x4")
 
 
+@pytest.mark.topology
 def test_gradients_summed_over_all_devices_stay_slices(on_tpu):
     """In one step the compiler would make the whole sum on every device."""
     assert on_tpu["sum"] == {"reduce-scatter": ["f32[4,512,2048]", "f32[4,128,2048]"]}
 
 
+@pytest.mark.topology
 def test_on_tpu_rows_travel_while_others_are_multiplied(on_tpu):
     """The first group cannot but travel before all products, and the last one behind them."""
     exposed = {}

@@ -20,6 +20,7 @@ ALLOWED = {
     "metrics": {"config"},
     "compiled": {"config", "pallas_kernels"},
     "overlap": {"compiled"},
+    "links": {"compiled"},
     "parallel": {"sharding", "pallas_kernels"},
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
     "models": {"config", "sharding", "layers"},

@@ -272,7 +272,7 @@ def compile_all(topology):
     }
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", ahead_of_time.each(TOPOLOGIES, subset="v5p:2x2x1"))
 def test_compiled_kernels_move_each_tensor_once(topology):
     programs = ahead_of_time.answer_of("tests.test_lightning_tpu", topology)
     forward, both, packed = (programs[name] for name in ("forward", "both", "packed"))
@@ -285,6 +285,7 @@ def test_compiled_kernels_move_each_tensor_once(topology):
         assert program["temporary"] < 3 * STATE_BYTES and program["copies"] == 0, programs
 
 
+@pytest.mark.topology
 def test_all_that_is_served_compiles():
     programs = ahead_of_time.answer_of("tests.test_lightning_tpu", SMALL)
     assert all(program["bytes"] > 0 for program in programs.values())

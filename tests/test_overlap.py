@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 
 from mmx_jax import compiled
@@ -47,6 +48,7 @@ def test_a_transfer_is_hidden_by_products_before_its_end():
     assert overlap(SCHEDULE, kinds=("all-gather",)) == (0, 0, 0)
 
 
+@pytest.mark.topology
 def test_groups_of_tokens_travel_while_others_are_multiplied():
     """A layer that is computed again for its gradient, on four chips: to the experts, back, and both for gradients."""
     exposed = ahead_of_time.answer_of("tests.test_overlap", "v5e:2x2")

@@ -217,6 +217,7 @@ def compile_splash(topology):
     return program.memory_analysis().temp_size_in_bytes / (2 * q.size)
 
 
+@pytest.mark.topology_subset
 def test_splash_compiles_for_tpu_in_memory_linear_in_length():
     assert ahead_of_time.answer_of("tests.test_softmax_attention", "v5e:2x2") < 8
 

@@ -115,17 +115,19 @@ def all_shapes(jaxpr):
             yield from all_shapes(inner)
 
 
-def test_no_more_than_one_chunk_of_logits_exists_forward_and_backward():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_group_has_logits_of_one_chunk_at_a_time_forward_and_backward(groups):
     rows, length, width, vocabulary, chunk = 2, 64, 4, 1009, 8
 
     def objective(hidden, head):
-        return loss.chunked_cross_entropy(hidden, head, jnp.zeros((rows, length), jnp.int32), chunk=chunk).objective
+        targets = jnp.zeros((rows, length), jnp.int32)
+        return loss.chunked_cross_entropy(hidden, head, targets, chunk=chunk, groups=groups).objective
 
     args = jnp.zeros((rows, length, width)), jnp.zeros((vocabulary, width))
     for function in (objective, jax.grad(objective, (0, 1))):
         shapes = list(all_shapes(jax.make_jaxpr(function)(*args).jaxpr))
-        assert (1, chunk, vocabulary) in shapes
-        assert max(np.prod(shape) for shape in shapes if vocabulary in shape) <= chunk * vocabulary
+        assert (groups, chunk, vocabulary) in shapes
+        assert max(np.prod(shape) for shape in shapes if vocabulary in shape) <= groups * chunk * vocabulary
 
 
 def fixture_router():

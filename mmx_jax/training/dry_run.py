@@ -28,9 +28,6 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     decoder.check_sharded(config.model, mesh.shape)
     loop.check_batches(config, mesh)
     plan = schedule.plan_step(config.training, 0)
-    batch_sharding = train_step.batch_sharding(mesh)
-    shape = (plan.rows, plan.stage.sequence_length)
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in train_step.BATCH_KEYS}
     state = train_step.abstract_state(config, mesh)
     per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)
     lines = [
@@ -41,10 +38,15 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
         f"optimizer {compiled.gib(compiled.bytes_per_device(state['opt_state']))}",
         *feeding.reading_lines(config, mesh),
     ]
+    return lines + compiled.report(lambda: lower_step(config, mesh), mesh, topology, of="step")
 
-    def lower():
-        step_function = train_step.make_train_step(loop.stage_config(config, plan.stage.rope_theta), mesh)
-        # The rate as in a run, so that both compile the same program.
-        return step_function.lower(state, batch, np.float32(plan.learning_rate))
 
-    return lines + compiled.report(lower, mesh, topology, of="step")
+def lower_step(config: Config, mesh) -> jax.stages.Lowered:
+    """The step of the first stage for `mesh`; to be called inside `compiled.compiling_for` of it."""
+    plan = schedule.plan_step(config.training, 0)
+    batch_sharding = train_step.batch_sharding(mesh)
+    shape = (plan.rows, plan.stage.sequence_length)
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in train_step.BATCH_KEYS}
+    step_function = train_step.make_train_step(loop.stage_config(config, plan.stage.rope_theta), mesh)
+    # The rate as in a run, so that both compile the same program.
+    return step_function.lower(train_step.abstract_state(config, mesh), batch, np.float32(plan.learning_rate))

@@ -30,7 +30,7 @@ class CrossEntropy(NamedTuple):
 
 
 def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, groups=1, parts=1):
-    """Cross entropy of a linear head; the logits of at most `chunk` tokens exist at one time, backward included.
+    """Cross entropy of a linear head; at most `chunk` tokens of a group have logits at one time, backward included.
 
     The gradients are computed in the forward scan, where the logits are at hand: the backward pass only
     scales them, so the head costs three products in all and no logits are ever recomputed or stored.
@@ -39,7 +39,7 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
       hidden: [B, T, M], float32 or bfloat16.
       head: [V, M]; it is multiplied in the dtype of `hidden`, with float32 accumulation and float32 logits.
       targets: int [B, T]; tokens with a negative target do not count.
-      chunk: tokens per step of the scan, at least one of each group.
+      chunk: tokens of each group per step of the scan, in which the whole head is read and its gradient added to.
       z_loss_coef: weight of the z-loss, the squared logsumexp (arXiv 2204.02311, section 5).
       groups: shards of the batch axis, a divisor of B. Every group takes part in every step and sums its own
         gradient of the head, so that the shards add theirs up once, behind the scan, instead of in every step.
@@ -184,7 +184,7 @@ def _split(hidden, targets, chunk, groups):
     """[B, T, M] and [B, T] -> [n, G, C, M] and [n, G, C], filled up with tokens without a target."""
     _, length, width = hidden.shape
     rows = hidden.shape[0] // groups
-    r, t = _tile(rows, length, max(1, chunk // groups))
+    r, t = _tile(rows, length, chunk)
     row_tiles, time_tiles = -(-rows // r), -(-length // t)
     pad = (0, 0), (0, row_tiles * r - rows), (0, time_tiles * t - length)
     hidden = jnp.pad(hidden.reshape(groups, rows, length, width), (*pad, (0, 0)))
@@ -199,7 +199,7 @@ def _join(chunks, shape, chunk):
     """The inverse of `_split` for [n, G, C, M]."""
     groups, width = chunks.shape[1], chunks.shape[3]
     rows, length = shape[0] // groups, shape[1]
-    r, t = _tile(rows, length, max(1, chunk // groups))
+    r, t = _tile(rows, length, chunk)
     row_tiles, time_tiles = -(-rows // r), -(-length // t)
     joined = chunks.reshape(row_tiles, time_tiles, groups, r, t, width).transpose(2, 0, 3, 1, 4, 5)
     joined = joined.reshape(groups, row_tiles * r, time_tiles * t, width)[:, :rows, :length]
