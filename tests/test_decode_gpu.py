@@ -186,10 +186,10 @@ def test_a_norm_and_its_router_lower_for_cuda_as_one_kernel(case):
 
 @interpreter.needed
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_of_a_layer_errs_no_more_than_through_xla(computed, batch):
+def test_a_step_of_a_layer_errs_at_most_twice_as_much_as_through_xla(computed, batch):
     want, xla, kernels = (computed[f"layer/{batch}/{name}"] for name in ("float32", "xla", "kernels"))
     assert not np.array_equal(xla, kernels)
-    assert oracles.relative_error(kernels, want) < 1.5 * oracles.relative_error(xla, want) < 3e-2
+    assert oracles.relative_error(kernels, want) < 2 * oracles.relative_error(xla, want) < 3e-2
 
 
 @interpreter.needed
