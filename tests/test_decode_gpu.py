@@ -77,17 +77,18 @@ MODEL = ModelConfig(
 
 
 def layer_output(batch, **changes):
-    """[B, 1, M] of one token through the first layer."""
+    """[6, 1, M]: one token each through the first layer, `batch` at a time; for the error of one alone is chance."""
     rng = np.random.default_rng(batch)
-    x = jnp.asarray(rng.normal(size=(batch, 1, MODEL.hidden_size)), jnp.bfloat16)
-    state = rng.normal(size=(batch, 2, 64, 64)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(6 // batch, batch, 1, MODEL.hidden_size)), jnp.bfloat16)
+    states = rng.normal(size=(6 // batch, batch, 2, 64, 64)).astype(np.float32)
     params = decoder.init_params(MODEL, jax.random.key(0))["blocks"]["layer_0"]
     params = jax.tree.map(lambda w: w[0], params)
     shared = decoder.LayerInputs(jnp.zeros((batch, 1), jnp.int32), None, None)
     layer = decoder.DecoderLayer(dataclasses.replace(MODEL, **changes), "lightning")
     slopes = jnp.array([0.5, 0.01])
     run = jax.jit(lambda params, x, state: layer.apply({"params": params}, x, shared, slopes, state)[0])
-    return run(params, x.astype(changes.get("dtype", x.dtype)), state)
+    x = x.astype(changes.get("dtype", x.dtype))
+    return jnp.concatenate([run(params, *inputs) for inputs in zip(x, states, strict=True)])
 
 
 def sigmoid(x):
@@ -186,10 +187,10 @@ def test_a_norm_and_its_router_lower_for_cuda_as_one_kernel(case):
 
 @interpreter.needed
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_of_a_layer_errs_at_most_twice_as_much_as_through_xla(computed, batch):
+def test_a_step_of_a_layer_errs_as_much_as_through_xla(computed, batch):
     want, xla, kernels = (computed[f"layer/{batch}/{name}"] for name in ("float32", "xla", "kernels"))
     assert not np.array_equal(xla, kernels)
-    assert oracles.relative_error(kernels, want) < 2 * oracles.relative_error(xla, want) < 3e-2
+    assert oracles.relative_error(kernels, want) < 1.25 * oracles.relative_error(xla, want) < 1e-2
 
 
 @interpreter.needed
