@@ -70,6 +70,27 @@ def route_inputs(case):
     return x, scale, router
 
 
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=256, num_layers=2, layer_pattern=("lightning",) * 2, num_heads=2, num_kv_heads=2,
+    head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=8, dtype="bfloat16",
+)  # fmt: skip
+
+
+def layer_output(batch, **changes):
+    """[6, 1, M]: one token each through the first layer, `batch` at a time; for the error of one alone is chance."""
+    rng = np.random.default_rng(batch)
+    x = jnp.asarray(rng.normal(size=(6 // batch, batch, 1, MODEL.hidden_size)), jnp.bfloat16)
+    states = rng.normal(size=(6 // batch, batch, 2, 64, 64)).astype(np.float32)
+    params = decoder.init_params(MODEL, jax.random.key(0))["blocks"]["layer_0"]
+    params = jax.tree.map(lambda w: w[0], params)
+    shared = decoder.LayerInputs(jnp.zeros((batch, 1), jnp.int32), None, None)
+    layer = decoder.DecoderLayer(dataclasses.replace(MODEL, **changes), "lightning")
+    slopes = jnp.array([0.5, 0.01])
+    run = jax.jit(lambda params, x, state: layer.apply({"params": params}, x, shared, slopes, state)[0])
+    x = x.astype(changes.get("dtype", x.dtype))
+    return jnp.concatenate([run(params, *inputs) for inputs in zip(x, states, strict=True)])
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -84,6 +105,10 @@ def compute_all(path):
         results = jax.jit(lambda *operands, chosen=chosen: norm_and_route(*operands[:2], EPS, operands[2], chosen))
         for name, y in zip(("normed", "experts", "chosen"), results(x, scale, router), strict=True):
             arrays[f"route/{case}/{name}"] = np.asarray(y, np.float32)
+    kernels = dict(lightning_implementation="mosaic_gpu", moe_implementation="mosaic_gpu")
+    for batch in (1, 3):
+        for name, changes in dict(float32=dict(dtype="float32"), xla={}, kernels=kernels).items():
+            arrays[f"layer/{batch}/{name}"] = np.asarray(layer_output(batch, **changes), np.float32)
     np.savez(path, **arrays)
 
 
@@ -161,16 +186,20 @@ def test_a_norm_and_its_router_lower_for_cuda_as_one_kernel(case):
 
 
 @interpreter.needed
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_of_a_layer_errs_as_much_as_through_xla(computed, batch):
+    want, xla, kernels = (computed[f"layer/{batch}/{name}"] for name in ("float32", "xla", "kernels"))
+    assert not np.array_equal(xla, kernels)
+    assert oracles.relative_error(kernels, want) < 1.25 * oracles.relative_error(xla, want) < 1e-2
+
+
+@interpreter.needed
 def test_a_step_of_a_model_is_few_kernels_unless_differentiated():
-    config = ModelConfig(
-        vocab_size=64, hidden_size=256, num_layers=2, layer_pattern=("lightning",), num_heads=2,
-        num_kv_heads=2, head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=8, dtype="bfloat16", scan_blocks=False,
-    )  # fmt: skip
-    params = decoder.abstract_params(config)
-    state = jax.eval_shape(lambda: init_state(config, 3, 16))
+    params = decoder.abstract_params(MODEL)
+    state = jax.eval_shape(lambda: init_state(MODEL, 3, 16))
 
     def calls(compute, length=1, **changes):
-        variant = dataclasses.replace(config, **changes)
+        variant = dataclasses.replace(MODEL, **changes)
         tokens = jax.ShapeDtypeStruct((3, length), jnp.int32)
 
         def logits(params, tokens, state):

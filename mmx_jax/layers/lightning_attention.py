@@ -57,7 +57,9 @@ class LightningAttention(nn.Module):
 
         decoding = state is not None and x.shape[1] == 1
         real = None if segment_ids is None else segment_ids[:, 0] > 0
-        if decoding and serves_gated_step(x.dtype, slopes, state, implementation=c.lightning_implementation):
+        # The states of several blocks are one stack: for a kernel, a copy out of it and one into it.
+        alone = decoding and c.num_blocks == 1
+        if alone and serves_gated_step(x.dtype, slopes, state, implementation=c.lightning_implementation):
             return _few_kernels_step(x, w_qkv, w_gate, w_out, scale, c.lightning_norm_eps, slopes, real, state)
         # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
         qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))

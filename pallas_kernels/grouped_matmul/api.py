@@ -124,8 +124,11 @@ def serves_norm_and_route(x, experts, *, implementation="auto") -> bool:
 
     `implementation` is that of `grouped_swiglu`, which comes behind it. No other one than "mosaic_gpu" has it.
     """
-    wanted = platform.platform() == "gpu" if implementation == "auto" else implementation == "mosaic_gpu"
-    return wanted and platform.why_not(lambda: mosaic_gpu_router.check(x, experts)) is None
+    if implementation != "mosaic_gpu" and (implementation != "auto" or platform.platform() != "gpu"):
+        return False
+    reason = platform.why_not(lambda: mosaic_gpu_router.check(x, experts))
+    platform.announce("norm and router of few tokens", "XLA" if reason else "mosaic_gpu", reason or "it serves")
+    return reason is None
 
 
 def norm_and_route(x, scale, eps, router, chosen):

@@ -58,6 +58,7 @@ def _jitted_route(x, scale, router, *, eps, chosen, interpreted):
         def load(ref, layout):
             return plgpu.load(ref, layout=layout, optimized=False)
 
+        router_part = load(router_ref.at[pl.ds(0, rows)], held)  # on its way while the norm is made
         row = load(x_ref.at[token], whole_row).astype(jnp.float32)
         rms = lax.rsqrt(jnp.sum(row * row) / width + eps)
         normed = (row * rms).astype(x.dtype).astype(jnp.float32)
@@ -69,9 +70,11 @@ def _jitted_route(x, scale, router, *, eps, chosen, interpreted):
         products = 0.0
         for start in range(0, width, rows):
             own = pl.ds(start, rows)
+            if start:
+                router_part = load(router_ref.at[own], held)
             factor = load(normed_smem.at[own], along_width).astype(jnp.float32)
             factor = plgpu.layout_cast(lax.broadcast_in_dim(factor, (rows, experts), (0,)), held)
-            products += factor * load(router_ref.at[own], held)
+            products += factor * router_part
         logits = jnp.sum(products, axis=0)
         unnormed = jnp.exp(logits - jnp.max(logits))
         probability = unnormed / jnp.sum(unnormed)

@@ -21,12 +21,13 @@ ROWS = 8  # of the state that the threads of a program hold at once: a row is 16
 def gated_step(projected, slopes, state, scale, real):
     """See `api.gated_step`."""
     real = None if real is None else real.astype(jnp.int32)
-    return _jitted_step(projected, slopes, state, scale, real, interpreted=platform() == "cpu")
+    # The decay is not for the kernel's approximate exponential: a state keeps its error for thousands of tokens.
+    return _jitted_step(projected, jnp.exp(-slopes), state, scale, real, interpreted=platform() == "cpu")
 
 
 # Jitted, so that the calls of a model's layers are traced and lowered once.
 @functools.partial(jax.jit, static_argnames="interpreted")
-def _jitted_step(projected, slopes, state, scale, real, *, interpreted):
+def _jitted_step(projected, decays, state, scale, real, *, interpreted):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -38,7 +39,7 @@ def _jitted_step(projected, slopes, state, scale, real, *, interpreted):
     )  # fmt: skip
     along_keys, along_values = held.reduce(1), held.reduce(0)
 
-    def kernel(projected_ref, slope_ref, scale_ref, *refs):
+    def kernel(projected_ref, decay_ref, scale_ref, *refs):
         real_ref = None if real is None else refs[0]
         state_ref, output_ref, squares_ref = refs[real is not None :]
         b, h, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
@@ -59,19 +60,19 @@ def _jitted_step(projected, slopes, state, scale, real, *, interpreted):
             return plgpu.layout_cast(lax.broadcast_in_dim(vector, (dim, SQUARES), (axis,)), held)
 
         own_state = state_ref.at[b, h, :, pl.ds(part * SQUARES, SQUARES)]
+        # All that is read is asked for at once; behind the sums over the rows, which wait, it would come later.
         old = load(own_state, held)
-        q, k = (spread(activated(index, keys, along_keys), 0) for index in (0, 1))
+        gate = jax.nn.sigmoid(number(3, values, along_values))
+        gate *= load(scale_ref.at[values], along_values).astype(jnp.float32)
+        q, k = (spread(activated(index, keys, along_keys), 0) for index in (0, 1))  # [D, SQUARES]
         v = spread(activated(2, values, along_values), 1)
-        new = jnp.exp(-slope_ref[h]) * old + k * v
+        new = decay_ref[h] * old + k * v
         if real is not None:
             new = lax.cond(real_ref[b] > 0, lambda: new, lambda: old)
         own_state[...] = new
         output = jnp.sum(q * new, axis=0)
         squares_ref[b, h * parts + part] = jnp.sum(output * output)
-        gate = jax.nn.sigmoid(number(3, values, along_values))
-        output_ref[b, values] = (gate * (output * load(scale_ref.at[values], along_values).astype(jnp.float32))).astype(
-            dtype
-        )
+        output_ref[b, values] = (gate * output).astype(dtype)
 
     state_ref = jax.new_ref(state)  # written in place
     call = plgpu.kernel(
@@ -81,7 +82,8 @@ def _jitted_step(projected, slopes, state, scale, real, *, interpreted):
             jax.ShapeDtypeStruct((batch, heads * parts), jnp.float32),
         ],
         grid=(batch, heads, parts), grid_names=("batch", "head", "part"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip
-    output, squares = call(projected, slopes, scale, *([] if real is None else [real]), state_ref)
+    output, squares = call(projected, decays, scale, *([] if real is None else [real]), state_ref)
     return output, squares, jax.freeze(state_ref)
