@@ -289,7 +289,7 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
 
     - all-gather: slices of matrices in the dtype of computation. Those of experts in the forward pass, and
       again where layers are computed again; those of attention again in the backward pass; the head once.
-    - reduce-scatter: gradients of the experts' matrices, in float32.
+    - reduce-scatter: gradients of the experts' matrices, in float32, and what the first of two steps leaves of them.
     - all-reduce: gradients of the matrices of attention and of the head, in float32 and whole; those of all others
       where there are copies of them; sums over divided heads and vocabulary.
     - all-to-all: rows of the embedding and their gradient, where its columns are divided.
