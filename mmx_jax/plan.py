@@ -314,7 +314,8 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
 
     - all-gather: slices of matrices in the dtype of computation. Those of experts in the forward pass, and
       again where layers are computed again; those of attention again in the backward pass; the head once.
-    - reduce-scatter: gradients of the matrices of attention and of the experts, in float32.
+    - reduce-scatter: gradients of the matrices of attention and of the experts, in float32, and what the first of two
+      steps leaves of the latter.
     - all-reduce: gradients of embedding and head, in float32 and whole, and those of the last matrix of the experts
       where its slices are narrower than a register of 128; those of all others where there are copies of them, the
       slices of attention among them; sums over divided heads and vocabulary.
