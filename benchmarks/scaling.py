@@ -236,7 +236,8 @@ pass. Written by `python benchmarks/scaling.py`. Nothing here ran on a TPU.
 ## What was compiled
 
 Seconds of a step. Collectives by what they carry, added up as if none ran beside another ("together"), and the busiest
-axis of the torus alone, which is what remains if all of them run side by side.
+axis of the torus alone, which is what remains if all of them run side by side. Peak memory is that of programs whose
+gradients of experts waited for the end of a round of the loop over blocks; today's is in TOPOLOGIES.md.
 """
 
 GROWING = """
@@ -410,7 +411,7 @@ def draw(results, path=PLOT):
     right.set(xscale="log", yscale="log", xlabel="chips", ylabel="seconds of a step")
     right.set_xticks(CHIPS, [f"{chips // 1024}k" for chips in CHIPS])
     right.set_xticks([], minor=True)
-    right.set_title("tokens fixed: sending (solid; squares compiled), computing (dashed)")
+    right.set_title("tokens fixed: sending (solid, squares compiled),\ncomputing (dashed)")
     right.legend()
     figure.savefig(path, dpi=110)
 
