@@ -1,10 +1,12 @@
 """Trains a small model on 8 CPU devices under several meshes and prints how far it is from one device, as JSON.
 
 A program of its own, because the number of devices is fixed when jax starts; tests/test_sharding.py runs it.
+`python -m tests.sharded_model here` does so on the devices at hand, such as the GPUs of a host, for each axis alone.
 """
 
 import gc
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -147,5 +149,14 @@ def main():
     print(json.dumps(report))
 
 
+def here():
+    jax.config.update("jax_default_matmul_precision", "highest")
+    count = jax.device_count()
+    for mode, factor in CAPACITY_FACTORS.items():
+        for axis in MESH_AXES:
+            report = report_of(config(capacity_factor=factor), {axis: {axis: count}})
+            print(f"{mode}, {axis}={count}: {report['meshes'][axis]['errors']}", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    here() if sys.argv[1:] == ["here"] else main()
