@@ -16,9 +16,7 @@ from pallas_kernels.lightning_attention import (
     mosaic_gpu,
     mosaic_gpu_rows,
 )
-from pallas_kernels.lightning_attention import (
-    mosaic_gpu_documents as facts,
-)
+from pallas_kernels.lightning_attention import mosaic_gpu_documents as facts
 from tests import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / mosaic_gpu.CHUNK  # the slope from which on the kernel cannot split the decay
