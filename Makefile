@@ -68,9 +68,10 @@ $(INSTALLED_PARITY): $(INSTALLED)
 	$(PIP) --editable '.[parity]'
 	@touch $@
 
-# libtpu compiles on any host; what runs is told by JAX_PLATFORMS.
+# libtpu compiles on any host; what runs is told by JAX_PLATFORMS. This version is that of the pages and of the plan; jax
+# may ask for an earlier one to run on a TPU.
 $(INSTALLED_TPU): $(INSTALLED)
-	$(PIP) --editable '.[tpu]'
+	$(PIP) libtpu==0.0.52
 	@touch $@
 
 clean:
