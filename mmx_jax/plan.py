@@ -22,7 +22,7 @@ from mmx_jax import compiled, generate, sharding
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import decoder
-from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors
+from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors, token_axes
 from mmx_jax.training import loop, schedule
 from pallas_kernels.platform import cdiv
 
@@ -140,13 +140,9 @@ class Share:
     @property
     def routed(self) -> int:
         """Tokens that this device routes: every token is routed once, and so are those that fill up the batch."""
-        rows, parts = self.along("batch"), self.along("length")
-        rest = math.prod(self.sizes.values()) // (rows * parts)
-        if self.length % (parts * rest) == 0:
-            return cdiv(self.batch, rows) * (self.length // (parts * rest))
-        if self.length % parts == 0:
-            return cdiv(self.batch, rows * rest) * (self.length // parts)
-        return cdiv(self.batch, rows * parts * rest) * self.length
+        axes = token_axes(self.sizes, self.length)
+        rows, parts = (math.prod(self.sizes[name] for name in names) for names in axes)
+        return cdiv(self.batch, rows) * (self.length // parts)
 
     @property
     def chosen(self) -> int:

@@ -13,6 +13,7 @@ the sums of gradients, and in the capacity mode the counts of the router, goes o
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -65,7 +66,7 @@ def mixture_of_experts(
     experts, embed, width = weight_axes
     for size, axis in zip(w_gate.shape, weight_axes, strict=True):
         axes_size(mesh, mesh_axes(axis), dividing=size, of=f"the experts {w_gate.shape}: axis {axis!r}")
-    batch_axes, length_axes = _token_axes(mesh, x.shape[1])
+    batch_axes, length_axes = token_axes(mesh.shape, x.shape[1])
     rows = x.shape[0]
     missing = -rows % axes_size(mesh, batch_axes)
     x, real = jnp.pad(x, ((0, missing), (0, 0), (0, 0))), jnp.pad(real, ((0, missing), (0, 0)))
@@ -85,17 +86,21 @@ def mixture_of_experts(
     return output[:rows], sums
 
 
-def _token_axes(mesh, length):
+def token_axes(sizes: Mapping[str, int], length: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Mesh axes for (batch, length) that divide the tokens among all devices, in the order of the batch.
 
     The dense part holds the same tokens on the devices of "tensor": each takes a piece of a row, or where a row is too
     short, as in decoding, some rows of the batch.
+
+    Args:
+      sizes: of all axes of the mesh, in its order.
+      length: of the rows.
     """
     batch, seq = mesh_axes("batch"), mesh_axes("length")
-    rest = tuple(name for name in mesh.axis_names if name not in batch + seq)
-    if length % axes_size(mesh, seq + rest) == 0:
+    rest = tuple(name for name in sizes if name not in batch + seq)
+    if length % math.prod(sizes[name] for name in seq + rest) == 0:
         return batch, seq + rest
-    if length % axes_size(mesh, seq) == 0:
+    if length % math.prod(sizes[name] for name in seq) == 0:
         return batch + rest, seq
     return batch + seq + rest, ()
 

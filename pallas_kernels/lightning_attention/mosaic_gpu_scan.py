@@ -1,10 +1,10 @@
 """The Mosaic GPU kernel of lightning attention.
 
 A program walks the chunks of one row and head, and 64 value columns, with three groups of threads. `load` keeps a ring
-of chunks in shared memory filled by TMA. `score` makes the causal products of q and k, up to two chunks ahead of
-`recur`, which makes the output and carries the state. Both are transposed there, value columns down and tokens or key
-columns across, so that the state and v' go from registers to the tensor cores: shared memory, which feeds the other
-operand, would not keep up with both. What documents and padding ask for is done in MIXED chunks alone.
+of chunks in shared memory filled by TMA. `score` makes the causal products of q and k and divides documents, up to two
+chunks ahead of `recur`, which makes the output and carries the state. Both are transposed there, value columns down and
+tokens or key columns across, so that the state and v' go from registers to the tensor cores: shared memory, which feeds
+the other operand, would not keep up with both. What documents and padding ask for is done in MIXED chunks alone.
 """
 
 import functools
