@@ -1,0 +1,216 @@
+"""Generates text: python infer.py --checkpoint=runs/demo/export --prompt='def main('.
+
+Or tells what it would take: python infer.py --config=configs/small_1b.py --dry_run --topology=v5e:2x2 --dtype=bfloat16.
+"""
+
+import math
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("checkpoint", None, "Folder: safetensors, a converted checkpoint, a training run or a step of one.")
+flags.DEFINE_multi_string("prompt", [], "Text to continue; given often, the prompts run as one batch.")
+flags.DEFINE_string("prompt_file", None, "UTF-8 file whose whole text is the prompt.")
+flags.DEFINE_bool("chat", False, "Talk: a line on standard input is a turn; end with end-of-file.")
+flags.DEFINE_string("score", None, "UTF-8 file to measure: log-probability, perplexity, bits per byte.")
+flags.DEFINE_enum("template", None, ["text01", "m1"], "Chat template, instead of the tokenizer's own.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
+flags.DEFINE_integer("max_new_tokens", 128, "Most tokens of a continuation.", 1)
+flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens.")
+flags.DEFINE_float("top_p", None, "Draw from the fewest tokens with this probability together.")
+flags.DEFINE_float("min_p", None, "Draw from tokens at least this probable relative to the likeliest.")
+flags.DEFINE_float("repetition_penalty", 1.0, "Over 1 makes tokens of the context less likely.")
+flags.DEFINE_integer("seed", 0, "Continuation i of a batch draws with seed + i.")
+flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", 1)
+flags.DEFINE_list("stop_ids", [], "Token ids that end a continuation, besides the tokenizer's own.")
+flags.DEFINE_multi_string("stop", [], "Text that ends a continuation and is not printed; may be given often.")
+flags.DEFINE_integer("prefill_chunk", 1024, "Tokens of a prompt in one pass.", 1)
+flags.DEFINE_bool("dry_run", False, "Compile prefill and decoding of --config, print memory and collectives, and end.")
+flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
+# Of --dry_run and --plan:
+flags.DEFINE_string("config", None, "Config file, of which model and mesh count; no checkpoint is read.")
+flags.DEFINE_multi_string("set", [], "Override of the config, field.path=value; may be given often.")
+flags.DEFINE_string("topology", None, "TPU topology to compile or plan for, such as v5p:8x8x16, without having it.")
+flags.DEFINE_integer("batch", 1, "Sequences.", 1)
+flags.DEFINE_integer("prompt_length", 1024, "Tokens of each prompt.", 1)
+flags.DEFINE_integer("context", 2048, "Tokens of prompt and continuation.", 1)
+
+
+@flags.multi_flags_validator(
+    ["dry_run", "plan", "config", "checkpoint", "topology"],
+    "give --checkpoint; or --config with --dry_run or --plan, which alone take --topology",
+)
+def _check_source(values):
+    if values["dry_run"] or values["plan"]:
+        return bool(values["config"]) and not values["checkpoint"]
+    return bool(values["checkpoint"]) and not values["config"] and not values["topology"]
+
+
+@flags.validator("stop_ids", "give token ids: --stop_ids=2,7")
+def _check_stop_ids(value):
+    return all(item.isdigit() for item in value)
+
+
+class UsageError(ValueError):
+    """Flags that do not go together, or a file that cannot be read."""
+
+
+def check_flags():
+    modes = [name for name in ("prompt", "prompt_file", "chat", "score") if FLAGS[name].value]
+    if len(modes) != 1:
+        given = " and ".join(f"--{name}" for name in modes) or "none of them"
+        raise UsageError(f"give one of --prompt, --prompt_file, --chat and --score; got {given}")
+    if FLAGS.num_samples > 1 and FLAGS.temperature == 0:
+        raise UsageError("--num_samples draws different texts only with --temperature above 0")
+    if FLAGS.num_samples > 1 and (FLAGS.chat or FLAGS.score):
+        raise UsageError("--num_samples goes with --prompt and --prompt_file")
+
+
+def read_text(path):
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def say(text=""):
+    """Standard output is the model's; everything else goes here."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def session_settings():
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "prefill_chunk")
+    return {name: FLAGS[name].value for name in names}
+
+
+def stop_tokens(model):
+    eos = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
+    return tuple(sorted({*model.tokenizer.stop_ids, *eos, *map(int, FLAGS.stop_ids)}))
+
+
+def complete(model, prompts):
+    """Streams the one continuation there is, or prints several one after another."""
+    from mmx_jax import text_generation
+
+    prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_samples)]
+    tokens, mask = text_generation.encode_prompts(model.tokenizer, prompts)
+    stops, speed = stop_tokens(model), text_generation.Speed()
+    session = model.session(len(prompts), stop_tokens=stops, **session_settings())
+    speed.extend(session, tokens, mask, reserve=FLAGS.max_new_tokens)
+    texts = [""] * len(prompts)
+    for row, text in text_generation.stream_text(
+        session, speed.watch(session.stream(FLAGS.max_new_tokens)), model.tokenizer, stop_tokens=stops,
+        stop_strings=FLAGS.stop,
+    ):  # fmt: skip
+        texts[row] += text
+        if len(prompts) == 1:
+            print(text, end="", flush=True)
+    if len(prompts) == 1:
+        print(flush=True)
+    else:
+        for row, text in enumerate(texts):
+            print(f"--- prompt {row // FLAGS.num_samples + 1}, sample {row % FLAGS.num_samples + 1}\n{text}")
+    say(speed)
+
+
+def chat(model):
+    from mmx_jax import text_generation
+
+    conversation = text_generation.Conversation(
+        model, template=FLAGS.template, max_new_tokens=FLAGS.max_new_tokens, stop_tokens=stop_tokens(model),
+        stop_strings=FLAGS.stop, **session_settings(),
+    )  # fmt: skip
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            say()
+            return
+        if not line.strip():
+            continue
+        try:
+            for text in conversation.reply(line.rstrip("\r\n")):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            say("\n(interrupted)")
+        print(flush=True)
+        say(conversation.speed)
+
+
+def score(model, text):
+    tokens = model.tokenizer.encode(text, parse_special=False)  # a document is data
+    if len(tokens) < 2:
+        raise UsageError(f"{FLAGS.score} has {len(tokens)} tokens; scoring needs two, for the first one is given")
+    total = float(model.score([tokens], prefill_chunk=FLAGS.prefill_chunk).sum(dtype="float64"))
+    mean = -total / (len(tokens) - 1)
+    print(f"tokens             {len(tokens)} (the first one is given, the others are scored)")
+    print(f"log-probability    {total:.4f} nats")
+    print(f"mean nll           {mean:.4f} nats per token")
+    print(f"perplexity         {math.exp(mean):.4f}" if mean < 700 else "perplexity         inf")
+    print(f"bits per byte      {-total / math.log(2) / len(text.encode()):.4f} (of the whole file)")
+
+
+def foretell():
+    from mmx_jax import config_io, generate_dry_run, plan
+
+    config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
+    lines_of = plan.inference_lines if FLAGS.plan else generate_dry_run.dry_run
+    lines = lines_of(
+        config, dtype=FLAGS.dtype, batch=FLAGS.batch, prompt_length=FLAGS.prompt_length, context=FLAGS.context,
+        chunk=FLAGS.prefill_chunk, topology=FLAGS.topology or "",
+    )  # fmt: skip
+    print("\n".join(lines))
+
+
+def run():
+    if FLAGS.dry_run or FLAGS.plan:
+        foretell()
+        return
+    check_flags()
+    text = read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
+    # Imported late, so that --help and a mistyped flag answer at once.
+    import mmx_jax
+
+    model = mmx_jax.from_pretrained(FLAGS.checkpoint, dtype=FLAGS.dtype)
+    if model.tokenizer is None:
+        raise UsageError(f"{FLAGS.checkpoint} holds no tokenizer.json; put the tokenizer's files beside the weights")
+    if FLAGS.chat:
+        chat(model)
+    elif FLAGS.score:
+        score(model, text)
+    else:
+        complete(model, FLAGS.prompt or [text])
+
+
+def main(argv):
+    if len(argv) > 1:
+        sys.exit(f"infer.py: {argv[1]!r} is not a flag; a prompt is written --prompt={argv[1]!r}")
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.FATAL)  # orbax logs what it also raises
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
+        if FLAGS["verbosity"].present:
+            raise
+        sys.stdout.flush()
+        # Orbax's unfinished reads of a damaged checkpoint bury the line under pages, at an orderly exit and before it.
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(stderr, f"infer.py: {error}\n".encode())
+        os._exit(1)
+
+
+def run_main():
+    """Entry point of infer.py and of `mmx-infer`."""
+    flags.adopt_module_key_flags(sys.modules[__name__])
+    app.run(main)
