@@ -62,6 +62,7 @@ ALLOWED = {
     "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate", "model", "text_generation"},
     "hub": set(),
     "cli": {
+        "__init__",
         "config",
         "config_io",
         "convert",
