@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import HANG_SECONDS
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -15,11 +17,11 @@ def environment(count):
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
 
 
-def answer_of(module, timeout=600, count=8):
-    """What `python -m module` prints on `count` devices, as JSON; it has `timeout` seconds."""
+def answer_of(module, count=8):
+    """What `python -m module` prints on `count` devices, as JSON."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", module],
-        env=environment(count), cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout,
+        env=environment(count), cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

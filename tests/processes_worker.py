@@ -37,6 +37,7 @@ from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
 from mmx_jax.training import feeding, loop, processes
 from mmx_jax.training import step as train_step
+from tests.patience import HANG_SECONDS
 
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny/hf"
 MODEL = ModelConfig(
@@ -223,7 +224,7 @@ def rows(folder, index, count, **mesh_sizes):
 
 
 def wait(address, *, fails):
-    processes._LOST_SECONDS = 5
+    processes._LOST_SECONDS = 15
     processes.join(address)
     with processes.together(lambda: "do this"):
         processes.largest(0)
@@ -242,7 +243,7 @@ def main():
     folder, index, count = pathlib.Path(folder), int(index), int(count)
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(address, count, index, initialization_timeout=60)
+        jax.distributed.initialize(address, count, index, initialization_timeout=HANG_SECONDS)
     compile_once()
     assert (jax.process_count(), jax.process_index(), len(jax.devices())) == (count, index, max(count, 2))
     for task in map(json.loads, tasks):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import HANG_SECONDS
+
 REPOSITORY = Path(__file__).parent.parent
 FILES = sorted(path for path in (REPOSITORY / "launch").iterdir())
 
@@ -14,7 +16,7 @@ FILES = sorted(path for path in (REPOSITORY / "launch").iterdir())
 @pytest.fixture(scope="module")
 def flags():
     done = subprocess.run(
-        [sys.executable, "train.py", "--helpfull"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "train.py", "--helpfull"], cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     return set(re.findall(r"^\s+--(?:\[no\])?(\w+)", done.stdout, re.MULTILINE))
 

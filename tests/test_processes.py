@@ -21,6 +21,7 @@ from mmx_jax import metrics
 from mmx_jax.config_io import config_from_json
 from mmx_jax.training import loop, processes
 from tests import fake_devices
+from tests.patience import HANG_SECONDS, wait_until
 from tests.processes_worker import TINY
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -56,9 +57,9 @@ class Workers:
     def text(self, index, kind="err"):
         return pathlib.Path(self._outputs[index][kind == "err"].name).read_text()
 
-    def wait(self, until=None, timeout=300):
-        """Until all have ended, or `until()`; one that fails, or all after `timeout`, end the others."""
-        deadline = time.monotonic() + timeout
+    def wait(self, until=None):
+        """Until all have ended, or `until()`; one that fails ends the others."""
+        deadline = time.monotonic() + HANG_SECONDS
         try:
             while any(process.poll() is None for process in self.processes):
                 assert time.monotonic() < deadline, "timeout\n" + self._errors()
@@ -353,13 +354,13 @@ def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoi
     (folder / "run.py").write_text(definition.format("processes_worker.hang_before_step(4, index=1)"))
     programs = start_programs(*command)
     try:
-        deadline = time.monotonic() + 100
-        while len(metrics.read_rows(folder / "killed/metrics.jsonl")) < 3:
-            assert time.monotonic() < deadline and programs[0].poll() is None
-            time.sleep(0.1)
+        wait_until(
+            lambda: len(metrics.read_rows(folder / "killed/metrics.jsonl")) >= 3,
+            alive=lambda: programs[0].poll() is None,
+        )
         time.sleep(1)  # process 0 waits in step 4
         programs[1].kill()
-        out, err = programs[0].communicate(timeout=60)
+        out, err = programs[0].communicate(timeout=HANG_SECONDS)
     finally:
         kill_all(programs)
     assert programs[0].returncode not in (0, None), out
@@ -372,7 +373,7 @@ def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoi
     (folder / "run.py").write_text(definition.format(""))
     programs = start_programs(*command)
     try:
-        outputs = [program.communicate(timeout=150) for program in programs]
+        outputs = [program.communicate(timeout=HANG_SECONDS) for program in programs]
     finally:
         kill_all(programs)
     assert [program.returncode for program in programs] == [0, 0], outputs
@@ -390,12 +391,12 @@ def test_a_process_that_is_silent_or_fails_stops_the_other():
             for program in programs:
                 assert "waits\n" in iter(program.stdout.readline, "")
             programs[silent].send_signal(signal.SIGSTOP)
-        lost = "another process of this run has ended or was silent for 5 s (see jax's lines above), and so ends this"
+        lost = "another process of this run has ended or was silent for 15 s (see jax's lines above), and so ends this"
         for programs, other in zip(pairs, (1, 0), strict=True):
-            _, err = programs[other].communicate(timeout=60)
+            _, err = programs[other].communicate(timeout=HANG_SECONDS)
             assert programs[other].returncode == -signal.SIGABRT
             assert err.splitlines()[-1] == f"{lost}: do this"
-        errors = [program.communicate(timeout=60)[1] for program in failing]
+        errors = [program.communicate(timeout=HANG_SECONDS)[1] for program in failing]
         assert [program.returncode for program in failing] == [1, 1]
         assert re.search(r"LostProcessError: another process of this run has ended.*: do this\n$", errors[0]), errors[0]
         assert errors[1] == "my own failure\n"

@@ -21,7 +21,7 @@ STATE = 4 * BATCH * HEADS * DIM * DIM  # bytes
 @pytest.fixture(scope="module")
 def report():
     """What tests/sharded_sequence.py found."""
-    return fake_devices.answer_of("tests.sharded_sequence", timeout=900)
+    return fake_devices.answer_of("tests.sharded_sequence")
 
 
 @pytest.mark.parametrize("case", LIGHTNING)

@@ -19,7 +19,7 @@ from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, S
 @pytest.fixture(scope="module")
 def report():
     """What tests/sharded_model.py found on 8 devices."""
-    return fake_devices.answer_of("tests.sharded_model", timeout=900)
+    return fake_devices.answer_of("tests.sharded_model")
 
 
 @pytest.mark.parametrize("packing", SEGMENTS)
