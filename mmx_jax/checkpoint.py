@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 import shutil
 
 import jax
@@ -204,7 +203,7 @@ class Checkpointer:
         return self.directory / str(step) / name / "metadata"
 
     def _read_back(self, saved):
-        """Raises CheckpointError unless what was saved is there: JSON items whole, all arrays, and a small one's values."""
+        """Raises CheckpointError unless the JSON items are whole, all arrays there, and a small one what it was."""
         folder = self.directory / str(saved.step)
         try:
             for name, value in saved.texts.items():
@@ -222,11 +221,8 @@ class Checkpointer:
     def _settle(self, step):
         """Files the loss of a step that is on disk, and deletes the steps that need not be kept."""
         if step in self._losses and step in self.steps() and jax.process_index() == 0:
-            path = self._loss_file(step)
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"loss": self._losses[step]}))
-            temporary.replace(path)
+            self._loss_file(step).parent.mkdir(exist_ok=True)
+            files.write_text(self._loss_file(step), json.dumps({"loss": self._losses[step]}))
         self._evict()
 
     def _loss_file(self, step):

@@ -69,6 +69,21 @@ def full_disk(folder: pathlib.Path, kind: Callable[[str], Exception], remedy: st
         raise kind(f"{error.filename or folder}: disk full; {remedy}") from error
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replaces a file by one rename, once it is on disk; the OSError of a failure names the file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def remove(path: pathlib.Path) -> None:
     """Removes a folder with all in it, a file or a link; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():

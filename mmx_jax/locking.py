@@ -169,9 +169,7 @@ def _refuse_living(path, flocked, message):
 
 def _in_use(path, holder):
     who = str(holder) if holder else "another process"
-    return LockedError(
-        f"{path.parent}: in use by {who} ({path.name}): wait for it or end it, or choose another folder"
-    )
+    return LockedError(f"{path.parent}: in use by {who} ({path.name}): wait for it or end it, or choose another folder")
 
 
 def _is_at(file, path):

@@ -21,7 +21,7 @@ ALLOWED = {
     "sharding": {"config"},
     "chat": set(),
     "tokenizer": {"chat", "json_io", "files"},
-    "metrics": {"config", "json_io"},
+    "metrics": {"config", "json_io", "files"},
     "compiled": {"config", "pallas_kernels"},
     "overlap": {"compiled"},
     "links": {"compiled"},
@@ -30,7 +30,15 @@ ALLOWED = {
     "models": {"config", "sharding", "layers"},
     "checkpoint": {"config", "config_io", "json_io", "locking", "sharding", "models", "files", "array_files"},
     "convert": {
-        "config", "config_io", "json_io", "locking", "sharding", "models", "checkpoint", "tokenizer", "files",
+        "config",
+        "config_io",
+        "json_io",
+        "locking",
+        "sharding",
+        "models",
+        "checkpoint",
+        "tokenizer",
+        "files",
         "array_files",
     },  # fmt: skip
     "training": {
