@@ -53,17 +53,24 @@ def region_checksum(values: np.ndarray, origin: tuple[int, ...], shape: tuple[in
       values: the region, of any strides.
       origin: where it begins in the array of `shape`.
     """
-    if not shape:
-        values, origin, shape = np.reshape(values, 1), (0,), (1,)
-    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
-    rows = max(1, _SLICE_ELEMENTS // max(1, math.prod(values.shape[1:])))
+    pad = 2 - len(shape)
+    if pad > 0:
+        values, origin, shape = values.reshape((1,) * pad + values.shape), (0,) * pad + origin, (1,) * pad + shape
+    if values.size == 0:
+        return 0
+    weights = (2 * np.arange(values.shape[-1], dtype=np.uint64) + 1).astype(np.uint32)  # within a row
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    step = max(1, _SLICE_ELEMENTS * len(values) // values.size)
     total = 0
-    for start in range(0, len(values), rows):
-        part = np.ascontiguousarray(values[start : start + rows])
-        bits = part.view(_UNSIGNED[part.dtype.itemsize]).astype(np.uint32)
-        weight = np.ones(bits.shape, np.uint32)  # 2 x position + 1
-        for axis, first in enumerate((origin[0] + start, *origin[1:])):
-            index = np.arange(first, first + bits.shape[axis], dtype=np.uint64) * np.uint64(2 * strides[axis])
-            weight += index.astype(np.uint32).reshape([-1 if i == axis else 1 for i in range(bits.ndim)])
-        total += int(np.sum(bits * weight, dtype=np.uint32))
+    for start in range(0, len(values), step):
+        part = np.ascontiguousarray(values[start : start + step])
+        bits = part.view(_UNSIGNED[part.dtype.itemsize]).astype(np.uint32, copy=False)
+        begins = np.uint64(0)  # of the rows
+        for axis, size in enumerate(bits.shape[:-1] + (1,)):
+            first = origin[axis] + (start if axis == 0 else 0)
+            index = np.arange(first, first + size, dtype=np.uint64) * np.uint64(strides[axis] % 2**32)
+            begins = begins + index.reshape([-1 if i == axis else 1 for i in range(bits.ndim)])
+        begins = 2 * begins[..., 0].astype(np.uint32)
+        rows = np.einsum("...j,j->...", bits, weights) + begins * bits.sum(-1, dtype=np.uint32)
+        total += int(rows.sum(dtype=np.uint32))
     return total % 2**32

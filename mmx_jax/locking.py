@@ -25,7 +25,15 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, err
 
 
 class LockedError(RuntimeError):
-    """The folder is in use; the message names the holder and the remedy."""
+    """The folder is in use; the message names the holder and the remedy.
+
+    Attributes:
+      holder: who has it, in words.
+    """
+
+    def __init__(self, message: str, holder: str = "another process"):
+        super().__init__(message)
+        self.holder = holder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class Holder:
     beat: int = 0
 
     def __str__(self):
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return f"process {self.pid} on {self.host} (since {self.since})"
 
 
 class FolderLock:
@@ -169,7 +177,8 @@ def _refuse_living(path, flocked, message):
 
 def _in_use(path, holder):
     who = str(holder) if holder else "another process"
-    return LockedError(f"{path.parent}: in use by {who} ({path.name}): wait for it or end it, or choose another folder")
+    remedy = "wait for it or end it, or choose another folder"
+    return LockedError(f"{path.parent}: in use by another process: {who} holds {path.name}; {remedy}", who)
 
 
 def _is_at(file, path):
