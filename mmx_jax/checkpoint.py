@@ -1,61 +1,81 @@
 """Checkpoints of a training run: orbax behind a few methods.
 
 A step is one folder, FOLDER/<step>/{params, optimizer, position, data, config, checksums}, that gets its name by a
-rename once everything in it is written: a kill leaves the older steps as they were, and what it leaves of its own is
-removed when the run is opened again. The checksums are of the arrays' values, for the files have none: orbax reads a
-flipped bit back without a word.
+rename once everything in it is written, and loses it by a rename before anything in it is deleted: a kill leaves the
+other steps as they were, and what it leaves of its own is removed when the run is opened again. The checksums are of
+the arrays' values, for the files have none: orbax reads a flipped bit back without a word.
+
+A step counts once its essentials were read back; only then are older ones deleted. What is saved is finite.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
-import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+
+from mmx_jax import files, json_io
+from mmx_jax.array_files import ArrayFolder, region_checksum
 
 _CHUNK_BYTES = 1 << 27
+_DISCARDED = "discarded"  # folder of steps that are being deleted
+_FINITE = "all values are finite"  # mark among the checksums; older versions did not look
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the step, the cause and what is left."""
 
 
+class NotFiniteError(CheckpointError):
+    """A state that is not saved, for values in it are not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A step that was handed to orbax and has not been read back yet."""
+
+    step: int
+    shapes: dict[str, dict]  # of params and optimizer
+    texts: dict[str, object]  # what the JSON items hold
+
+
 class Checkpointer:
-    """The checkpoints of one run; keeps the newest `keep` and, if `keep_best`, the one with the lowest loss.
+    """The checkpoints of one run; keeps the newest `keep` and, if `keep_best`, the one with the lowest held-out loss.
 
     Args:
       directory: made if missing.
       asynchronous: `save` returns once the arrays are copied off the devices; `wait` for the files.
+
+    Raises:
+      files.PathError: what is written into a folder of that name could not be read back.
     """
 
     def __init__(self, directory, *, keep: int = 3, keep_best: bool = True, asynchronous: bool = True):
-        self.directory = pathlib.Path(directory).absolute()
-        policies = [checkpoint_managers.LatestN(keep)]
-        if keep_best:
-            # Sorted from high to low, the last one is the best.
-            best = checkpoint_managers.BestN(
-                get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False
-            )
-            policies.append(best)
+        self.directory = files.destination(directory, arrays=True).absolute()
+        self._keep, self._keep_best = keep, keep_best
+        self._unread: _Saved | None = None
+        self._losses: dict[int, float] = {}
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / _DISCARDED, ignore_errors=True)
+        items = ("position", "data", "config", "checksums")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=_loss_of,
-                best_mode="min",
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                max_to_keep=None,  # see _evict
+                todelete_subdir=_DISCARDED,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=asynchronous,
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
-                "position": ocp.JsonCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-                "checksums": ocp.JsonCheckpointHandler(),
+                **{name: ocp.JsonCheckpointHandler() for name in items},
             },
         )
 
@@ -76,30 +96,69 @@ class Checkpointer:
         Args:
           state: {"step", "params", "opt_state"} of `mmx_jax.training.step`.
           position: what the host counts (JSON). data: state of the data pipeline (JSON). config: JSON form.
-          eval_loss: held-out loss of this very step; without it the step cannot be the best.
+          eval_loss: held-out loss of this very step, where it is known; see `note_loss`.
 
         Raises:
-          CheckpointError: this save, or the asynchronous one before it, failed. Older steps are untouched.
+          NotFiniteError: a parameter or moment is not finite; nothing is written.
+          CheckpointError: this save, or the asynchronous one before it, failed or cannot be read back. Older steps
+            are untouched.
         """
+        self.wait()
+        sums, not_finite = _checksums(state, position, data)
+        if not_finite:
+            raise NotFiniteError(f"step {step} is not saved: not finite are {_listed(not_finite)}")
+        trees = {"params": state["params"], "optimizer": _optimizer_item(state)}
+        texts = {"position": position, "data": data, "config": config, "checksums": sums | {_FINITE: True}}
         args = ocp.args.Composite(
-            params=_save_args(state["params"]),
-            optimizer=_save_args(_optimizer_item(state)),
-            position=ocp.args.JsonSave(position),
-            data=ocp.args.JsonSave(data),
-            config=ocp.args.JsonSave(config),
-            checksums=ocp.args.JsonSave(_checksums(state, position, data)),
+            **{name: _save_args(tree) for name, tree in trees.items()},
+            **{name: ocp.args.JsonSave(value) for name, value in texts.items()},
         )
         try:
-            self._manager.save(step, args=args, metrics=None if eval_loss is None else {"loss": eval_loss}, force=True)
+            self._manager.save(step, args=args, force=True)
         except Exception as error:  # orbax, tensorstore and the system each raise their own
             raise self._save_error(error) from error
+        self._unread = _Saved(step, {name: _shapes(tree) for name, tree in trees.items()}, _as_json(texts))
+        if eval_loss is not None:
+            self.note_loss(step, eval_loss)
+        self.poll()
+
+    def note_loss(self, step: int, eval_loss: float):
+        """Notes the held-out loss of `step`, saved or being saved. Without it, or not finite, it cannot be the best."""
+        if math.isfinite(eval_loss):
+            self._losses[step] = eval_loss
+            if self._unread is None:
+                self._settle(step)
+
+    def poll(self):
+        """Reads the last save back if it has ended by now; raises CheckpointError as `wait` does."""
+        # Several processes do so together, in `wait`.
+        if self._unread is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self):
-        """Blocks until the last save is on disk; raises CheckpointError if it failed."""
+        """Blocks until the last save is on disk and was read back; raises CheckpointError if either failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            self._unread = None
             raise self._save_error(error) from error
+        if self._unread is not None:
+            saved, self._unread = self._unread, None
+            self._read_back(saved)
+            self._settle(saved.step)
+
+    def last_good(self) -> int | None:
+        """The newest step that was saved, read back and finite; None if there is none."""
+        for step in reversed(self.steps_on_disk()):
+            with contextlib.suppress(OSError, json_io.JsonError):
+                if json_io.read_object(self._item(step, "checksums")).get(_FINITE) is True:
+                    return step
+        return None
+
+    def read_position(self, step: int) -> dict:
+        """The `position` that `step` was saved with."""
+        self._check_exists(step)
+        return self._read(step, position=ocp.args.JsonRestore())["position"]
 
     def read_config(self, step: int) -> dict:
         """The configuration that was in force when `step` was saved."""
@@ -134,12 +193,64 @@ class Checkpointer:
     def discard_after(self, step: int) -> list[int]:
         """Deletes the steps after `step` and returns them: a run that went back must not meet them again."""
         later = [other for other in self.steps() if other > step]
-        for other in later:
-            self._manager.delete(other)
+        self._discard(reversed(later))  # newest first: a kill in between leaves a run that went less far
         return later
 
     def close(self):
         self._manager.close()
+
+    def _item(self, step, name):
+        return self.directory / str(step) / name / "metadata"
+
+    def _read_back(self, saved):
+        """Raises CheckpointError unless the JSON items are whole, all arrays there, and a small one what it was."""
+        folder = self.directory / str(saved.step)
+        try:
+            for name, value in saved.texts.items():
+                if json_io.loads(self._item(saved.step, name).read_bytes()) != value:
+                    raise ValueError(f"{name} is not what was written")
+            sums = saved.texts["checksums"]
+            for item, shapes in saved.shapes.items():
+                _check_arrays(ArrayFolder(folder / item), shapes, {key: sums[f"{item}/{key}"] for key in shapes})
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"step {saved.step} was written to {self.directory} and cannot be read back: {_cause(error)}; older "
+                f"steps are untouched: {_listed([step for step in self.steps_on_disk() if step != saved.step])}"
+            ) from error
+
+    def _settle(self, step):
+        """Files the loss of a step that is on disk, and deletes the steps that need not be kept."""
+        if step in self._losses and step in self.steps() and jax.process_index() == 0:
+            self._loss_file(step).parent.mkdir(exist_ok=True)
+            files.write_text(self._loss_file(step), json.dumps({"loss": self._losses[step]}))
+        self._evict()
+
+    def _loss_file(self, step):
+        return self.directory / str(step) / "metrics" / "metrics"  # where orbax puts metrics that it is given
+
+    def _loss(self, step):
+        """Held-out loss; None where it is unknown or not finite."""
+        if step not in self._losses:
+            loss = math.nan
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                loss = float(json.loads(self._loss_file(step).read_text())["loss"])
+            self._losses[step] = loss
+        return self._losses[step] if math.isfinite(self._losses[step]) else None
+
+    def _evict(self):
+        steps = self.steps()
+        kept = set(steps[-self._keep :])
+        losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
+        if self._keep_best and losses:
+            kept.add(min(reversed(steps), key=lambda step: losses.get(step, math.inf)))
+        self._discard([step for step in steps if step not in kept])
+
+    def _discard(self, steps):
+        """Deletes steps: each first loses its name, so that half of one is never taken for a whole one."""
+        for step in steps:
+            self._manager.delete(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / _DISCARDED, ignore_errors=True)
 
     def _check_exists(self, step):
         if step not in self.steps():
@@ -158,10 +269,12 @@ class Checkpointer:
         )
         adam = type(abstract_state["opt_state"])(**items["optimizer"]["adam"])
         state = {"step": items["optimizer"]["step"], "params": items["params"], "opt_state": adam}
-        found = _checksums(state, items["position"], items["data"])
+        found, not_finite = _checksums(state, items["position"], items["data"])
         damaged = sorted(name for name in found if found[name] != items["checksums"].get(name))
         if damaged:
             raise self._read_error(step, ValueError(f"checksums differ, the files are damaged: {_listed(damaged)}"))
+        if not_finite:
+            raise self._read_error(step, ValueError(f"not finite are {_listed(not_finite)}"))
         return state, items["position"], items["data"]
 
     def _read(self, step, **items):
@@ -209,10 +322,13 @@ class Checkpointer:
         )
 
     def _save_error(self, error):
-        return CheckpointError(
-            f"a checkpoint could not be written to {self.directory}: {_cause(error)}; "
-            f"older steps are untouched: {_listed(self.steps_on_disk())}. Is the disk full?"
-        )
+        older = f"older steps are untouched: {_listed(self.steps_on_disk())}"
+        if files.is_disk_full(error):
+            return CheckpointError(
+                f"{self.directory}: disk full: a checkpoint could not be written; {older}; free some space and start "
+                "the run again: it continues from the newest step"
+            )
+        return CheckpointError(f"a checkpoint could not be written to {self.directory}: {_cause(error)}; {older}")
 
 
 def _save_args(tree):
@@ -221,12 +337,24 @@ def _save_args(tree):
     return ocp.args.StandardSave(tree, save_args=chunked)
 
 
-def _loss_of(metrics):
-    return metrics["loss"]
+def _as_json(value):
+    return json.loads(json.dumps(value))
+
+
+def _check_arrays(folder, shapes, sums):
+    """Raises ValueError unless all arrays are there, and the smallest has its checksum."""
+    for key, (shape, dtype) in shapes.items():
+        found = folder.open(key.replace("/", "."))
+        if (tuple(found.shape), found.dtype.name) != (shape, dtype):
+            raise ValueError(f"{folder.folder.name}/{key} is {found.dtype.name}{list(found.shape)}")
+    smallest = min(shapes, key=lambda key: math.prod(shapes[key][0]))
+    values = np.asarray(folder.open(smallest.replace("/", ".")).read().result())
+    if region_checksum(values, (0,) * values.ndim, values.shape) != sums[smallest]:
+        raise ValueError(f"the values of {folder.folder.name}/{smallest} are not those that were written")
 
 
 @jax.jit
-def _array_checksums(tree):
+def array_checksums(tree):
     """Per leaf, the sum of its bits times an odd number for each position, modulo 2^32.
 
     A sum of integers is the same on every mesh, and one flipped bit always changes this one.
@@ -244,12 +372,25 @@ def _array_checksums(tree):
     return jax.tree.map(checksum, tree)
 
 
+@jax.jit
+def _look_through(tree):
+    """(checksums, whether all values are finite), per leaf."""
+    return array_checksums(tree), jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree)
+
+
 def _checksums(state, position, data):
+    """(checksums by name, names of the leaves that are not finite)."""
     arrays = {"params": state["params"], "optimizer": _optimizer_item(state)}
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_array_checksums(arrays)))
-    sums = {jax.tree_util.keystr(path, simple=True, separator="/"): int(leaf) for path, leaf in leaves}
+    sums, finite = (_by_name(tree) for tree in jax.device_get(_look_through(arrays)))
+    sums = {name: int(value) for name, value in sums.items()}
     text = json.dumps([position, data], sort_keys=True)
-    return sums | {"position and data": hashlib.sha256(text.encode()).hexdigest()}
+    sums["position and data"] = hashlib.sha256(text.encode()).hexdigest()
+    return sums, [name for name, value in finite.items() if not value]
+
+
+def _by_name(tree, is_leaf=None):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _optimizer_item(state):
@@ -258,11 +399,8 @@ def _optimizer_item(state):
 
 def _shapes(tree):
     tree = getattr(tree, "tree", tree)  # newer orbax wraps the metadata
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in leaves
-    }
+    leaves = _by_name(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
 
 
 def _listed(items):

@@ -28,7 +28,7 @@ def load_config(path: str | os.PathLike) -> Config:
     (`configs/ablations/` does). Raises FileNotFoundError, and ConfigError where `get_config` is missing,
     returns something else, or builds a config with an impossible value, or its own code fails.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no config file {path!r}; a config is a .py file that defines get_config()")
     try:

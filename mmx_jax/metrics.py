@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 
+from mmx_jax import files
+
 
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl and, where tensorboardX is installed, to WORKDIR/tensorboard.
@@ -22,7 +24,7 @@ class MetricsWriter:
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         truncate_rows(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)  # nothing that a close could fail on once more
         self._board = _tensorboard(self._path.parent / "tensorboard", resume_step)
 
     @property
@@ -30,8 +32,8 @@ class MetricsWriter:
         return self._board is not None
 
     def write(self, row: dict):
-        self._file.write(json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        _append(self._file, line.encode())
         if self._board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float) and math.isfinite(value):
@@ -63,9 +65,23 @@ def truncate_rows(path, step: int):
     """Removes the rows after `step`; the file is replaced in one rename."""
     path = pathlib.Path(path)
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _append(file, data):
+    """Writes all of `data`; the OSError of a failure names the file."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def missing_lines() -> list[str]:
+    """What is said at the start of a run that could not draw its picture."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return []
+    return ["loss.png will not be drawn: matplotlib is not installed (pip install matplotlib)"]
 
 
 def plot_loss(rows: list[dict], path, *, unigram_entropy: float | None = None, title: str = ""):

@@ -112,7 +112,7 @@ class Tokenizer:
           FileNotFoundError: there is no `tokenizer.json`.
           TokenizerError: a file that cannot be understood.
         """
-        path = pathlib.Path(path)
+        path = pathlib.Path(os.path.expanduser(path))
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
@@ -156,7 +156,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, the chat template within."""
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(os.path.expanduser(folder))
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         config = self.config if self.chat_template is None else self.config | {"chat_template": self.chat_template}

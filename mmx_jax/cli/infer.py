@@ -71,7 +71,7 @@ def check_flags():
 
 
 def read_text(path):
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.expanduser(path))
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:

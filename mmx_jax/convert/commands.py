@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from mmx_jax import files
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config_io import config_to_json
 from mmx_jax.convert import rules
@@ -49,16 +50,23 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _destination(path, *, arrays=False) -> Path:
+    try:
+        return files.destination(path, arrays=arrays)
+    except files.PathError as error:
+        raise ConversionError(str(error)) from None
+
+
 def _budget(specs):
     return max(spec.nbytes for spec in specs)
 
 
 def _carry(folder: Path | None, destination: Path) -> list[str]:
-    files = carried_files(folder) if folder else []
-    for file in files:
+    carried = carried_files(folder) if folder else []
+    for file in carried:
         with atomic_file(destination / file.name) as out:
             out.write(file.read_bytes())
-    return [file.name for file in files]
+    return [file.name for file in carried]
 
 
 def import_checkpoint(source_path, destination, *, overwrite: bool = False) -> str:
@@ -73,7 +81,7 @@ def import_checkpoint(source_path, destination, *, overwrite: bool = False) -> s
     Raises:
       ConversionError: source and rules do not match, source or disk is damaged or full, or `destination` exists.
     """
-    destination = Path(destination)
+    destination = _destination(destination, arrays=True)
     source = resolve(source_path)
     if source.kind != "huggingface":
         raise ConversionError(f"{source_path}: already a checkpoint of ours ({source.kind}); nothing to import")
@@ -191,7 +199,7 @@ def export_checkpoint(
     source = resolve(source_path)
     tensors = open_tensors(source)
     return export_tensors(
-        tensors, Path(destination), naming=naming, shard_size=shard_size, dtype=dtype, overwrite=overwrite,
+        tensors, _destination(destination), naming=naming, shard_size=shard_size, dtype=dtype, overwrite=overwrite,
         identity={"source": str(source.params_dir.absolute()), **_identity(source, tensors)},
         manifest=_read_manifest(source), carry_from=source.tokenizer_dir or source.params_dir.parent,
     )  # fmt: skip
@@ -230,7 +238,7 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
     job = Job(destination, plan, overwrite=overwrite, resumable=resumable)
     try:
         job.begin()
-        finished = {file for file in shards if _is_finished(job, file)}
+        finished = {file for file in shards if _is_finished(job, file, tensors.checksums)}
         missing = [spec.nbytes for file in shards if file not in finished for spec in shards[file]]
         check_free_space(job.folder, sum(missing))
 
@@ -264,7 +272,9 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
                         del tensor  # before the next one is asked for
 
                 digest = write_shard(job.folder / file, names, stream(), progress.advance)
-                job.record(file, sha256=digest, tensors=digests)
+                sums = {} if tensors.checksums is None else tensors.checksums.parts(list(digests))
+                job.record(file, sha256=digest, tensors=digests, sums=sums)
+        _check_saved(tensors, job)
         if list(shards) != [SINGLE_NAME]:
             write_index(job.folder / INDEX_NAME, shards)
         write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
@@ -323,9 +333,25 @@ def _identity(source, tensors):
     return {mark.name: [mark.stat().st_size, mark.stat().st_mtime_ns] for mark in marks if mark.exists()}
 
 
-def _is_finished(job, file):
-    path = job.folder / file
-    return file in job.finished and path.is_file() and sha256_file(path) == job.finished[file]["sha256"]
+def _is_finished(job, file, checksums):
+    path, known = job.folder / file, job.finished.get(file)
+    if known is None or not path.is_file() or sha256_file(path) != known["sha256"]:
+        return False
+    if checksums is not None:
+        if "sums" not in known:
+            return False
+        checksums.restore(known["sums"])
+    return True
+
+
+def _check_saved(tensors, job):
+    """Raises ConversionError where the parameters of a training step are not those that were saved."""
+    try:
+        if tensors.checksums is not None:
+            tensors.checksums.check(tensors.mappings)
+    except ConversionError:
+        job.discard()
+        raise
 
 
 def verify_checkpoints(first, second, print_line=print) -> bool:
@@ -357,6 +383,9 @@ def verify_checkpoints(first, second, print_line=print) -> bool:
             dtype = _both(specs, lambda spec: spec.dtype.name)
             print_line(f"{name:{width}}  {shape:16} {dtype:19} {a[:10]:10} {b[:10]:10} {'yes' if equal else 'NO'}")
             progress.advance(size(name))
+    for side in sides:
+        if side.checksums is not None:
+            side.checksums.check(side.mappings)
     print_line(f"{len(names) - unequal} of {len(names)} tensors are equal" + (f"; {unequal} differ" if unequal else ""))
     return not unequal
 

@@ -1,17 +1,25 @@
-"""A conversion in progress: `DST.partial` with a journal, which becomes `DST` when it is whole."""
+"""A conversion in progress: `DST.partial` with a journal, which becomes `DST` when it is whole.
+
+The journal goes last. So a folder `DST` that still holds one was put there by a process that was killed before it had
+removed what it replaced: the next one finishes that first.
+"""
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
+from mmx_jax import files
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.safetensors_io import fsync_folder
+from mmx_jax.locking import FolderLock, LockedError
 
 JOURNAL = "journal.jsonl"
+_COMMIT = {"commit": "the parts are whole"}  # last line of the journal: DST may change places with them
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Job:
@@ -25,27 +33,42 @@ class Job:
     """
 
     def __init__(self, destination: Path, plan: dict, *, overwrite: bool, resumable: bool = True):
+        if destination.name in ("", ".."):
+            destination = destination.resolve()
+        if not destination.name:
+            raise ConversionError(f"{destination}: exists already, and nothing can replace it; give another folder")
         self.destination = destination
         self.folder = destination.with_name(destination.name + ".partial")
-        if destination.exists() and not overwrite:
-            raise ConversionError(f"{destination}: exists already; give --overwrite to replace it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / JOURNAL, "a+b")
+        self.replaced = destination.with_name(destination.name + ".replaced")
+        destination.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ConversionError(f"{self.folder}: another process is converting into it; wait for it") from None
+            self._lock = FolderLock(destination.with_name(destination.name + ".lock"))
+        except LockedError as error:
+            raise ConversionError(
+                f"{destination}: another process is converting into it: {error.holder}; wait for it"
+            ) from None
+        self._file = None
+        try:
+            self._open(plan, overwrite, resumable)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, plan, overwrite, resumable):
+        self._finish_commit()
+        if _exists(self.destination) and not overwrite:
+            raise ConversionError(f"{self.destination}: exists already; give --overwrite to replace it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.folder / JOURNAL, "a+b", buffering=0)
         lines = self._read()
         self.finished: dict[str, dict] = {}
         self.resumed = bool(lines)
         if lines and resumable:
             difference = _first_difference(lines[0], plan)
             if not difference:
-                self.finished = {line["part"]: line for line in lines[1:]}
+                self.finished = {line["part"]: line for line in lines[1:] if line != _COMMIT}
                 return
             if not overwrite:
-                self._file.close()
                 raise ConversionError(
                     f"{difference} changed since {self.folder} was begun; begin anew with --overwrite"
                 )
@@ -64,28 +87,44 @@ class Job:
         self._append(self.finished[part])
 
     def commit(self):
-        """Gives the folder its final name."""
+        """Gives the folder its final name; a kill at any point leaves the old or the new folder there, or beside it."""
         for folder, _, _ in os.walk(self.folder):
             fsync_folder(Path(folder))
-        if self.destination.exists():
-            old = self.destination.with_name(self.destination.name + ".replaced")
-            if old.exists():
-                shutil.rmtree(old)
-            os.rename(self.destination, old)
+        self._append(_COMMIT)
+        if not _exists(self.destination):
             os.rename(self.folder, self.destination)
-            shutil.rmtree(old)
-        else:
+        elif not _exchange(self.folder, self.destination):
+            if _exists(self.replaced):
+                raise ConversionError(f"{self.replaced}: is in the way; move it, and run the same command again")
+            os.rename(self.destination, self.replaced)
             os.rename(self.folder, self.destination)
-        # Last: until here, a kill leaves something that the same command continues.
-        (self.destination / JOURNAL).unlink()
-        fsync_folder(self.destination.parent)
+        self._finish_commit()
+
+    def discard(self):
+        """Removes the unfinished folder: what is in it cannot be made good."""
+        files.remove(self.folder)
 
     def close(self):
-        self._file.close()
+        """Lets others convert into the destination."""
+        if self._file is not None:
+            self._file.close()
+        self._lock.release()
+
+    def _finish_commit(self):
+        """Does what is left of a commit, this one or one that was killed."""
+        if _ends_with_commit(self.destination / JOURNAL):
+            # The new one is in its place. What it replaced has no journal, or lost it in an earlier commit.
+            files.remove(self.folder)
+            files.remove(self.replaced)
+            # Last: until here, a kill leaves something that the same command finishes.
+            (self.destination / JOURNAL).unlink()
+            fsync_folder(self.destination.parent)
+        elif not _exists(self.destination) and _exists(self.replaced) and _ends_with_commit(self.folder / JOURNAL):
+            # The old one had made way, and the new one had not come.
+            os.rename(self.replaced, self.destination)
 
     def _append(self, line):
         self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def _read(self):
@@ -102,8 +141,32 @@ class Job:
     def _clear(self):
         for entry in self.folder.iterdir():
             if entry.name != JOURNAL:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                files.remove(entry)
         self._file.truncate(0)
+
+
+def _ends_with_commit(journal):
+    try:
+        return journal.read_bytes().endswith(json.dumps(_COMMIT).encode() + b"\n")
+    except OSError:
+        return False
+
+
+def _exists(path):
+    return os.path.lexists(path)
+
+
+def _exchange(first, second) -> bool:
+    """Lets two folders change names in one step; False where the system or its file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
 
 
 def _first_difference(old, new, name="the plan"):
@@ -120,14 +183,11 @@ def _first_difference(old, new, name="the plan"):
 @contextlib.contextmanager
 def disk_errors(folder: Path):
     """Turns errors of the file system into ConversionError, a full disk with its remedy."""
+    remedy = "free some space and run the same command again: it continues where it stopped"
     try:
-        yield
+        with files.full_disk(folder, ConversionError, remedy):
+            yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(
-                f"{error.filename or folder}: disk full; free some space and run the same command again: "
-                "it continues where it stopped"
-            ) from None
         raise ConversionError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 

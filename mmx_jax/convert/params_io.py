@@ -7,7 +7,6 @@ that the zarr specification says it is. Orbax restores the result like any other
 """
 
 import itertools
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
+from mmx_jax.array_files import ArrayFolder
+from mmx_jax.convert.checksums import RunningChecksums, stored_checksums
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.rules import Mapping, copy_strips
 from mmx_jax.convert.safetensors_io import atomic_file, raw_bytes
@@ -144,33 +145,21 @@ class ParamsReader:
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 metadata = flatten(checkpointer.metadata(folder.absolute()).item_metadata.tree)
-            self._zarr3 = bool(json.loads((folder / "_METADATA").read_text()).get("use_zarr3"))
+            self._arrays = ArrayFolder(folder, CACHE_BYTES)
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ConversionError(f"{folder}: not an orbax parameter tree ({_first_line(error)})") from None
         self.shapes = {path: tuple(leaf.shape) for path, leaf in metadata.items()}
         self.dtypes = {path: np.dtype(leaf.dtype) for path, leaf in metadata.items()}
-        self._ocdbt = (folder / "manifest.ocdbt").exists()
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES if self._ocdbt else 0}})
-        self._stores = {}
-
-    def _store(self, path):
-        if path not in self._stores:
-            name = ".".join(path)
-            if self._ocdbt:
-                kvstore = {"driver": "ocdbt", "base": f"file://{self.folder.absolute()}/", "path": name}
-            else:
-                kvstore = {"driver": "file", "path": str(self.folder.absolute() / name)}
-            # A chunk that is not there must be an error, not zeros.
-            spec = {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-            self._stores[path] = ts.open(spec, read=True, context=self._context).result()
-        return self._stores[path]
+        self.checksums = RunningChecksums(folder, stored_checksums(folder))
 
     def read_hf(self, mapping: Mapping) -> np.ndarray:
-        """The Hugging Face tensor of a mapping, contiguous, in the dtype on disk."""
+        """The Hugging Face tensor of a mapping, contiguous, in the dtype on disk; `checksums` takes note of it."""
         out = np.empty(mapping.hf_shape, self.dtypes[mapping.leaf])
         view = mapping.to_mmx(out)
+        self.checksums.begin(mapping.hf)
         try:
-            piece = self._store(mapping.leaf)[mapping.index] if mapping.index else self._store(mapping.leaf)
+            store = self._arrays.open(".".join(mapping.leaf))
+            piece = store[mapping.index] if mapping.index else store
             step = chunk_shape(piece.shape, 0, out.dtype.itemsize)
             counts = [-(-size // width) for size, width in zip(piece.shape, step, strict=True)]
             for position in itertools.product(*map(range, counts)):
@@ -178,7 +167,12 @@ class ParamsReader:
                 region = tuple(
                     slice(part.start, min(part.stop, size)) for part, size in zip(region, piece.shape, strict=True)
                 )
-                copy_strips(view[region], piece[region].read().result())
+                values = piece[region].read().result()
+                copy_strips(view[region], values)
+                origin = (*mapping.index, *(part.start for part in region))
+                self.checksums.add(
+                    mapping.hf, values.reshape((1,) * len(mapping.index) + values.shape), origin, store.shape
+                )
         except ValueError as error:
             raise ConversionError(
                 f"{self.folder}: cannot read {'/'.join(mapping.leaf)}{list(mapping.index)}: {_first_line(error)}"

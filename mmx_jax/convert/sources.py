@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmx_jax import files
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config_io import config_from_json
 from mmx_jax.convert import rules
@@ -42,7 +43,7 @@ def resolve(path) -> WeightsSource:
     Raises:
       ConversionError: none of these, or its config is missing or wrong.
     """
-    path = Path(path)
+    path = files.expand(path)
     if not path.is_dir():
         raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint")
     if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
@@ -104,6 +105,8 @@ def carried_files(folder: Path) -> list[Path]:
 class HuggingFaceTensors:
     """The tensors of a Hugging Face folder, without the derived buffers."""
 
+    checksums = None  # there are none in such a folder
+
     def __init__(self, source: WeightsSource):
         self.config = source.config
         self.mappings = rules.expand(self.config)
@@ -129,6 +132,7 @@ class ParamsTensors:
                     f"{source.params_dir}: {'/'.join(path)} has dtype {dtype.name}, expected one of "
                     f"{', '.join(rules.WEIGHT_DTYPES)}; cast it first"
                 )
+        self.checksums = self._reader.checksums
         self.specs = {m.hf: TensorSpec(m.hf, self._reader.dtypes[m.leaf], m.hf_shape) for m in self.mappings}
 
     def read(self, mapping: rules.Mapping) -> np.ndarray:

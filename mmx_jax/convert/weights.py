@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mmx_jax import checkpoint, files
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert import rules
+from mmx_jax.convert import checksums, rules
 from mmx_jax.convert.commands import export_tensors
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.params_io import ParamsReader, flatten, unflatten
@@ -60,8 +61,8 @@ def load_params(
     config = dataclasses.replace(source.config, param_dtype=dtypes[("embed", "embedding")].name)
     places = _placement(config, shapes, mesh, shardings)
     if not huggingface:
-        abstract = {path: jax.ShapeDtypeStruct(shapes[path], dtypes[path], sharding=places[path]) for path in shapes}
-        return config, _restore(source.params_dir, unflatten(abstract))
+        abstract = {path: jax.ShapeDtypeStruct(shapes[path], stored[path], sharding=places[path]) for path in shapes}
+        return config, unflatten(_restore_checked(source.params_dir, abstract, dtypes))
     slices = {}
     for mapping in mappings:
         slices.setdefault(mapping.leaf, {})[mapping.index] = mapping
@@ -72,10 +73,39 @@ def load_params(
     return config, unflatten(leaves)
 
 
+def _restore_checked(params_dir, abstract, dtypes):
+    """Restores leaves (path -> leaf) in `dtypes`; those of a training step have the checksums that it holds.
+
+    The sums are those of the values on disk. So a leaf that is to be cast is read by itself, and cast, before the next.
+    """
+    expected = checksums.stored_checksums(params_dir)
+    if not expected:
+        cast = {path: jax.ShapeDtypeStruct(x.shape, dtypes[path], sharding=x.sharding) for path, x in abstract.items()}
+        return flatten(_restore(params_dir, unflatten(cast)))
+    kept = [path for path, leaf in abstract.items() if leaf.dtype == dtypes[path]]
+    leaves, sums = {}, {}
+    for group in [kept, *([path] for path in abstract if path not in kept)]:
+        if not group:
+            continue
+        read = flatten(_restore(params_dir, unflatten({path: abstract[path] for path in group})))
+        sums |= flatten(jax.device_get(checkpoint.array_checksums(unflatten(read))))
+        leaves |= {path: _cast(leaf, dtypes[path]) for path, leaf in read.items()}
+    checksums.check(params_dir, {path: int(value) for path, value in sums.items()}, expected)
+    return leaves
+
+
+def _cast(leaf, dtype):
+    return leaf if leaf.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=leaf.sharding)(leaf)
+
+
 def _restore(params_dir, abstract):
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(params_dir.absolute(), abstract)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+            return checkpointer.restore(
+                params_dir.absolute(),
+                ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True),
+            )
     except Exception as error:  # orbax raises bare Exceptions
         # Its unfinished reads go down with the traceback, each with pages of complaint that nobody can act on.
         hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
@@ -131,6 +161,8 @@ class _ShardReader:
 class _ArrayTensors:
     """Parameters in memory as Hugging Face tensors."""
 
+    checksums = None
+
     def __init__(self, params, config: ModelConfig):
         self.config = config
         self.mappings = rules.expand(config)
@@ -166,8 +198,12 @@ def save_huggingface(
     Raises:
       ConversionError: the tree does not fit `config`, `path` exists, or the disk is full.
     """
+    try:
+        destination = files.destination(path)
+    except files.PathError as error:
+        raise ConversionError(str(error)) from None
     return export_tensors(
-        _ArrayTensors(params, config), Path(path), naming=naming, shard_size=shard_size, dtype=dtype,
+        _ArrayTensors(params, config), destination, naming=naming, shard_size=shard_size, dtype=dtype,
         overwrite=overwrite, identity={"source": uuid.uuid4().hex}, manifest={},
         carry_from=None if tokenizer_dir is None else Path(tokenizer_dir), resumable=False,
     )  # fmt: skip

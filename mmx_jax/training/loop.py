@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -14,13 +15,13 @@ import jax
 import numpy as np
 import rich.console
 
-from mmx_jax import config_io, metrics, sharding
-from mmx_jax.checkpoint import Checkpointer, CheckpointError
+from mmx_jax import config_io, files, metrics, sharding
+from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import feeding, flops, processes, schedule
+from mmx_jax.training import feeding, flops, processes, schedule, start
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -90,36 +91,73 @@ def train(
     Raises:
       TrainingError, CheckpointError, ConfigError, processes.LostProcessError: with one clear message.
     """
-    workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    mesh = sharding.make_mesh(config.mesh)
-    decoder.check_sharded(config.model, mesh.shape)
-    check_batches(config, mesh)
-    checkpointer = Checkpointer(
-        workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_best=config.checkpoint.keep_best,
-        asynchronous=config.checkpoint.asynchronous,
+    workdir = files.destination(workdir, arrays=True)
+    if console is None:
+        console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
+
+    def say(line):
+        console.print(line, markup=False)
+
+    remedy = "free some space and start the run again: it continues from its newest checkpoint"
+    with files.full_disk(workdir, TrainingError, remedy):
+        workdir.mkdir(parents=True, exist_ok=True)
+        mesh = sharding.make_mesh(config.mesh)
+        decoder.check_sharded(config.model, mesh.shape)
+        check_batches(config, mesh)
+        with start.alone_in(workdir, say) as check_lock:
+            checkpointer = Checkpointer(
+                workdir / "checkpoints",
+                keep=config.checkpoint.keep,
+                keep_best=config.checkpoint.keep_best,
+                asynchronous=config.checkpoint.asynchronous,
+            )
+            with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
+                begin, notes = _find_start(config, workdir, checkpointer, resume)
+                if begin.step == checkpointer.latest_step() and start.is_finished(config, begin, steps):
+                    say(start.finished_line(config, begin, workdir))
+                    return _finished(config, workdir, begin)
+                with jax.set_mesh(mesh), StopSignals() as signals:
+                    run = _Run(config, workdir, mesh, checkpointer, begin, check_lock)
+                    with Progress(schedule.total_tokens(config.training), run.tokens_seen, console=console) as progress:
+                        for line in run.introduction() + notes + run.notes:
+                            progress.message(line)
+                        try:
+                            return run.loop(steps, profile_steps, signals, progress)
+                        finally:
+                            run.close()
+
+
+def _find_start(config, workdir, checkpointer, resume):
+    """(where the run begins, notes); raises ConfigError where the configuration does not continue that step."""
+    step = _resume_step(checkpointer, resume)
+    if not step:
+        return start.Start(), []
+    stored, current = checkpointer.read_config(step), json.loads(config_io.config_to_json(config))
+    differing = check_same_run(stored, current, branch=resume.isdecimal())
+    notes = [f"continues from step {step} with another {field}" for field in differing]
+    other_order = stored["data"]["seed"] != current["data"]["seed"]
+    if other_order:
+        notes.append(
+            f"data.seed is another: the data of the stage begin anew in the order of seed {config.data.seed}, and "
+            "held-out losses before and after this step are of other documents"
+        )
+    return start.look_at(checkpointer, step, workdir, data_begins_anew=other_order), notes
+
+
+def _finished(config, workdir, begin):
+    """The result of a run that had nothing left to do."""
+    entropy = begin.eval_row and begin.eval_row.get("unigram_entropy")
+    if entropy is None:
+        tokenizer = Tokenizer.load(workdir / "tokenizer")
+        entropy = data_pipeline.corpus_statistics(config.data, tokenizer).unigram_entropy
+    return TrainResult(
+        step=begin.step,
+        tokens_seen=begin.tokens_seen,
+        loss=begin.loss,
+        eval_loss=begin.eval_loss,
+        unigram_entropy=entropy,
+        interrupted=False,
     )
-    with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
-        start = _resume_step(checkpointer, resume)
-        notes = []
-        if start:
-            differing = check_same_run(checkpointer.read_config(start), json.loads(config_io.config_to_json(config)))
-            notes += [f"continues from step {start} with another {field}" for field in differing]
-            discarded = checkpointer.discard_after(start)
-            notes += [f"discarded the later steps {', '.join(map(str, discarded))}"] if discarded else []
-        with jax.set_mesh(mesh), StopSignals() as signals:
-            run = _Run(config, workdir, mesh, checkpointer, start)
-            if console is None and not processes.is_first():
-                console = rich.console.Console(quiet=True)
-            with Progress(schedule.total_tokens(config.training), run.tokens_seen, console=console) as progress:
-                for line in run.introduction() + notes:
-                    progress.message(line)
-                try:
-                    return run.loop(steps, profile_steps, signals, progress)
-                finally:
-                    run.close()
 
 
 @contextlib.contextmanager
@@ -135,29 +173,39 @@ def _closing(checkpointer):
 class _Run:
     """The mutable half of a run: device state, position, data iterators, writers."""
 
-    def __init__(self, config, workdir, mesh, checkpointer, start):
+    def __init__(self, config, workdir, mesh, checkpointer, begin, check_lock):
         self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
-        if processes.is_first():
-            _write_text(workdir / "config.json", config_io.config_to_json(config))
+        self.check_lock = check_lock  # raises where another run has taken the folder over
         with processes.first_before_others("tokenizer"):
             self.tokenizer = prepare_tokenizer(config, workdir)
         self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
-        self.step, self.tokens_seen, self.nonfinite_in_a_row = start, 0, 0
+        self.step, self.tokens_seen, self.nonfinite_in_a_row = begin.step, begin.tokens_seen, 0
         self.iterator, self.iterator_stage = None, None
         self.eval_batches = None  # (rows of a batch, what this process holds of each), read when first needed
         self.train_steps, self.eval_steps = {}, {}  # by RoPE base
         self.compiled = set()  # (RoPE base, rows, length) of the steps taken so far
-        self.last_loss, self.eval_loss, self.eval_at, self.saved_at = None, None, None, start
-        if start:
-            abstract = train_step.abstract_state(config, mesh)
-            self.state, position, data_state = checkpointer.restore(start, abstract)
-            self.tokens_seen = position["tokens_seen"]
-            if position["stage_index"] is not None:
-                self._open_stage(position["stage_index"])
-                self.iterator.set_state(data_state)
+        self.last_loss, self.eval_loss, self.saved_at = begin.loss, begin.eval_loss, begin.step
+        self.eval_at = None if begin.eval_row is None else begin.step
+        self.notes = []
+        if begin.step:
+            self._restore(begin)
         else:
             self.state = train_step.init_state(config, mesh)
-        self.writer = metrics.MetricsWriter(workdir, resume_step=start) if processes.is_first() else None
+        self.writer = None
+        if processes.is_first():
+            files.write_text(workdir / "config.json", config_io.config_to_json(config))
+            self.writer = metrics.MetricsWriter(workdir, resume_step=begin.step)
+
+    def _restore(self, begin):
+        """Reads the step and its place in the data; only then are later steps given up."""
+        abstract = train_step.abstract_state(self.config, self.mesh)
+        self.state, position, data_state = self.checkpointer.restore(begin.step, abstract)
+        if position["stage_index"] is not None:
+            self._open_stage(position["stage_index"])
+            if not begin.data_begins_anew:
+                self.iterator.set_state(data_state)
+        if discarded := self.checkpointer.discard_after(begin.step):
+            self.notes.append(f"discarded the later steps {', '.join(map(str, discarded))}")
 
     def close(self):
         """Stops the thread of the data pipeline and closes the files."""
@@ -178,6 +226,7 @@ class _Run:
             f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length "
             f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
+            *metrics.missing_lines(),
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
             *feeding.reading_lines(self.config, self.mesh),
         ]
@@ -185,6 +234,8 @@ class _Run:
     def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
         clock = _Clock(self.tokens_seen)
         plan = schedule.plan_step(self.config.training, self.tokens_seen)
+        if self.step and self._evaluation_is_due() and plan is not None:
+            self._evaluate(progress)  # a run that ended between the two
         profiled = profile_steps and processes.is_first()
         while plan is not None and not (steps and self.step >= steps) and not signals.agreed():
             if profiled and self.step + 1 == profile_steps[0]:
@@ -195,25 +246,22 @@ class _Run:
             if self.step % self.config.training.log_every_steps == 0:
                 self._log(row, clock, plan, progress)
             plan = schedule.plan_step(self.config.training, self.tokens_seen)
-            every = self.config.training.eval_every_steps
-            if every and self.step % every == 0:
-                with clock.paused():
-                    self._evaluate(progress)
+            # A step is safe before anything else is tried.
             if self.step % self.config.checkpoint.save_every_steps == 0:
                 with clock.paused():
                     self._save(progress)
+            if self._evaluation_is_due():
+                with clock.paused():
+                    self._evaluate(progress)
+            self.checkpointer.poll()
         if received := signals.agreed():
             progress.message(f"{received}: saving step {self.step}, then stopping")
-        elif self.eval_at != self.step:
-            self._evaluate(progress)
         if self.saved_at != self.step:
             self._save(progress)
         self.checkpointer.wait()
-        if processes.is_first():
-            rows = metrics.read_rows(self.workdir / "metrics.jsonl")
-            metrics.plot_loss(
-                rows, self.workdir / "loss.png", unigram_entropy=self.unigram_entropy, title=self.config.name
-            )  # fmt: skip
+        if not received and self.eval_at != self.step:
+            self._evaluate(progress)
+        self._draw(progress)
         return TrainResult(
             step=self.step,
             tokens_seen=self.tokens_seen,
@@ -222,6 +270,21 @@ class _Run:
             unigram_entropy=self.unigram_entropy,
             interrupted=bool(received),
         )
+
+    def _evaluation_is_due(self):
+        every = self.config.training.eval_every_steps
+        return every and self.step % every == 0 and self.eval_at != self.step
+
+    def _draw(self, progress):
+        """Draws loss.png, where that can be done; the run does not depend on it."""
+        if not processes.is_first() or metrics.missing_lines():
+            return
+        path = self.workdir / "loss.png"
+        try:
+            rows = metrics.read_rows(self.workdir / "metrics.jsonl")
+            metrics.plot_loss(rows, path, unigram_entropy=self.unigram_entropy, title=self.config.name)
+        except Exception as error:  # matplotlib has many
+            progress.message(f"{path} was not drawn: {type(error).__name__}: {error}")
 
     def _train_one(self, plan):
         """One optimizer step; returns its metrics on the host. Raises NonFiniteError beyond the allowed number."""
@@ -313,6 +376,8 @@ class _Run:
         self.eval_at = self.step
         count = sum(float(part["count"]) for part in sums)
         self.eval_loss = sum(float(part["nll"]) for part in sums) / count
+        if self.saved_at == self.step:
+            self.checkpointer.note_loss(self.step, self.eval_loss)
         accuracy = sum(float(part["correct"]) for part in sums) / count
         self._write_row(
             {
@@ -367,23 +432,24 @@ class _Run:
             # Whatever broke the last step may be in the parameters: it must not push out a good checkpoint.
             progress.message(f"step {self.step} is not saved: the last {self.nonfinite_in_a_row} steps were not finite")
             return
-        self.checkpointer.save(
-            self.step,
-            self.state,
-            position={
-                "tokens_seen": self.tokens_seen,
-                "stage_index": self.iterator_stage,
-            },
-            data=self._data_state(),
-            config=json.loads(config_io.config_to_json(self.config)),
-            eval_loss=self.eval_loss if self.eval_at == self.step else None,
-        )
+        self.check_lock()
+        try:
+            self.checkpointer.save(
+                self.step,
+                self.state,
+                position={
+                    "tokens_seen": self.tokens_seen,
+                    "stage_index": self.iterator_stage,
+                },
+                data=self._data_state(),
+                config=json.loads(config_io.config_to_json(self.config)),
+            )
+        except NotFiniteError as error:
+            raise NonFiniteError("\n".join([str(error), *self._ways_on(self.step)])) from None
 
     def _nonfinite_message(self, row, gradient_norms):
-        self.checkpointer.wait()
         names = train_step.nonfinite_names(gradient_norms, len(self.config.model.layer_pattern))
         router = row["router"]
-        last_good = self.checkpointer.latest_step()
         return "\n".join(
             [
                 f"step {self.step} is not finite: loss {row['loss']}, z-loss {row['z_loss']}, "
@@ -394,13 +460,32 @@ class _Run:
                 "router by layer: "
                 + "; ".join(f"{name} {np.array2string(values, precision=3)}" for name, values in router.items()),
                 f"parameters: norm {row['parameter_norm']} before this step",
-                f"last good checkpoint: step {last_good} in {self.checkpointer.directory}"
-                if last_good is not None
-                else f"no checkpoint has been saved in {self.checkpointer.directory}",
-                "continue from there with another data.seed or learning rate, or skip such steps with "
-                "training.max_nonfinite_steps",
+                *self._ways_on(self.step - self.nonfinite_in_a_row),
             ]
         )
+
+    def _ways_on(self, failed_on):
+        """What to do about numbers that are not finite, which the state of step `failed_on` led to."""
+        self.checkpointer.wait()
+        good = self.checkpointer.last_good()
+        if good is None:
+            return [
+                f"no good checkpoint has been saved in {self.checkpointer.directory}: begin anew with a lower "
+                "learning rate"
+            ]
+        lines = [f"last good checkpoint: step {good} in {self.checkpointer.directory}"]
+        if good == failed_on:
+            older = [step for step in self.checkpointer.steps_on_disk() if step < good]
+            lines.append(
+                "its values are finite, but the very next step failed on them: with the same data it may fail again, "
+                f"whatever the learning rate; older steps: {', '.join(map(str, older)) or 'none'}"
+            )
+        return [
+            *lines,
+            f"continue from there with another data.seed or learning rate, as in --resume={good} "
+            f"--set training.learning_rate={self.config.training.learning_rate / 10:g}, or skip such steps with "
+            "training.max_nonfinite_steps",
+        ]
 
 
 class StopSignals:
@@ -483,8 +568,11 @@ def check_tokens(model, mesh, rows: int, length: int):
         )
 
 
-def check_same_run(stored: dict, current: dict) -> list[str]:
+def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list[str]:
     """The harmless fields that differ, as "field: old -> new"; raises ConfigError on any other difference.
+
+    Args:
+      branch: the step was named, with --resume=N: `start.BRANCH_FIELDS` may differ too.
 
     Raises TrainingError where the run was saved before there were shards.
     """
@@ -499,13 +587,17 @@ def check_same_run(stored: dict, current: dict) -> list[str]:
         allowed = HARMLESS_FIELDS + ("training.total_tokens",)
     else:
         allowed = HARMLESS_FIELDS
+    allowed += start.BRANCH_FIELDS if branch else ()
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
     harmful = [line for key, line in lines.items() if not key.startswith(allowed)]
     if harmful:
+        could_branch = any(line.startswith(start.BRANCH_FIELDS) for line in harmful) and not branch
+        fields = ", ".join(field.rstrip("_") for field in start.BRANCH_FIELDS)
         raise ConfigError(
             "the run in this folder was made with another configuration and would not continue as itself:\n  "
             + "\n  ".join(harmful)
             + "\nundo these changes, or start in a new --workdir"
+            + (f"; from a step that is named, with --resume=N, these may change: {fields}" if could_branch else "")
         )
     return list(lines.values())
 
@@ -535,9 +627,18 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path):
     if not folder.exists():
         temporary = workdir / "tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        loaded.save(temporary)
+        _save_tokenizer(loaded, temporary)
         os.replace(temporary, folder)
     return loaded
+
+
+def _save_tokenizer(tokenizer, folder):
+    try:
+        tokenizer.save(folder)
+    except Exception as error:  # the library raises bare Exceptions
+        if not files.is_disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def how_to_continue(checkpointer) -> str:
@@ -576,9 +677,3 @@ def _flatten(tree, prefix=""):
     if isinstance(tree, dict):
         return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}".strip(".")).items()}
     return {prefix: tree}
-
-
-def _write_text(path, text):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
