@@ -5,10 +5,9 @@ of stacks, a fifth of the memory traffic of a training step and almost half of t
 A step takes 86 GB with nothing recomputed; on a card of 80 GB add `--set model.remat=dots`.
 """
 
-from mmx_jax.config import CheckpointConfig, Config, LearningRatePhase, ModelConfig, TrainingConfig, deepnorm_alpha
+from mmx_jax.config import CheckpointConfig, Config, LearningRatePhase, ModelConfig, TrainingConfig
 
 LAYERS = 16
-ALPHA = deepnorm_alpha(LAYERS)
 
 
 def get_config() -> Config:
@@ -27,22 +26,17 @@ def get_config() -> Config:
         num_experts=8,
         experts_per_token=2,
         router_aux_loss_coef=0.01,
-        lightning_alpha=ALPHA,
-        softmax_alpha=ALPHA,
-        mlp_alpha=ALPHA,
         remat="none",
     )
     batch_tokens = 2 * 8192
-    warmup_tokens = 500 * batch_tokens
-    total_tokens = 10_000 * batch_tokens
     training = TrainingConfig(
-        total_tokens=total_tokens,
+        total_tokens=10_000 * batch_tokens,
         sequence_length=8192,
         batch_tokens=batch_tokens,
         learning_rate=2e-4,
         learning_rate_phases=(
-            LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
-            LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
+            LearningRatePhase(shape="linear", share=0.05, start=0.0, end=1.0),
+            LearningRatePhase(shape="cosine", start=1.0, end=0.1),  # the rest of the run
         ),
         loss_chunk=2048,
         eval_every_steps=500,
