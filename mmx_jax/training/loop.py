@@ -495,10 +495,15 @@ def check_same_run(stored: dict, current: dict) -> list[str]:
             "which this one does not read: continue with that version, or start in a new --workdir"
         )
     old, new = (_flatten(config_io.resolved(plain)) for plain in (stored, current))
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     allowed = HARMLESS_FIELDS
     if _same_rates_so_far(old, new):
         allowed += ("training.total_tokens", "training.learning_rate_phases")
+        for flat in (old, new):  # where they end says no more than the length of the run does
+            flat["training.learning_rate_phases"] = [
+                {name: phase[name] for name in ("shape", "start", "end")}
+                for phase in flat["training.learning_rate_phases"]
+            ]
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
     harmful = [line for key, line in lines.items() if not key.startswith(allowed)]
     if harmful:
