@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from mmx_jax import config_io
-from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig, deepnorm_alpha
+from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.models.decoder import Decoder, init_params
 from mmx_jax.models.state import init_state
@@ -36,12 +36,10 @@ from mmx_jax.sharding import make_mesh
 from mmx_jax.training import step as training_step
 from pallas_kernels import platform
 
-ALPHA = deepnorm_alpha(8)
 WIDE = ModelConfig(
     vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, rotary_dim=64,
     mlp_dim=768, num_experts=8, experts_per_token=2, max_position_embeddings=16384, dtype="float32",
     lightning_chunk=64, softmax_block=256,
-    lightning_alpha=ALPHA, softmax_alpha=ALPHA, mlp_alpha=ALPHA,
 )  # fmt: skip
 _demo = config_io.load_config(Path(__file__).resolve().parent.parent / "configs/debug.py")
 DEBUG = _demo.training

@@ -31,7 +31,7 @@ SERVED = "--batch=64 --context=131072"
 # What is shown, and the arguments of python.
 CONFIGURATIONS = {
     "small_1b": (
-        "`small_1b`, training, 8k",
+        "`small_1b` (2.66B parameters, 0.87B active), training, 8k",
         "train.py --dry_run --config=configs/small_1b.py --topology=v5e:4x4 --set mesh.data=1 --set mesh.fsdp=16 "
         "--set training.batch_tokens=131072 --set training.microbatch_rows=16",
     ),

@@ -1,24 +1,13 @@
 """The demo: a hybrid lightning-attention MoE that learns Python from the standard library on two CPU cores."""
 
-from mmx_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LearningRatePhase,
-    ModelConfig,
-    TrainingConfig,
-    deepnorm_alpha,
-)
-
-LAYERS = 4
-ALPHA = deepnorm_alpha(LAYERS)
+from mmx_jax.config import CheckpointConfig, Config, DataConfig, LearningRatePhase, ModelConfig, TrainingConfig
 
 
 def get_config() -> Config:
     model = ModelConfig(
         vocab_size=2048,
         hidden_size=128,
-        num_layers=LAYERS,
+        num_layers=4,
         layer_pattern=("lightning", "softmax"),  # every kind of layer at the smallest depth
         num_heads=4,
         num_kv_heads=2,
@@ -30,23 +19,18 @@ def get_config() -> Config:
         num_experts=4,
         experts_per_token=2,
         router_aux_loss_coef=0.01,
-        lightning_alpha=ALPHA,
-        softmax_alpha=ALPHA,
-        mlp_alpha=ALPHA,
         dtype="float32",
         lightning_chunk=64,
         softmax_block=128,
     )
-    total_tokens = 240 * 4096
-    warmup_tokens = 20 * 4096
     training = TrainingConfig(
-        total_tokens=total_tokens,
+        total_tokens=240 * 4096,
         sequence_length=256,
         batch_tokens=4096,
         learning_rate=3e-3,
         learning_rate_phases=(
-            LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
-            LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
+            LearningRatePhase(shape="linear", share=1 / 12, start=0.0, end=1.0),
+            LearningRatePhase(shape="cosine", start=1.0, end=0.1),  # the rest of the run
         ),
         eval_every_steps=80,
         eval_batches=4,

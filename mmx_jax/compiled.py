@@ -48,6 +48,8 @@ def topology_devices(name: str):
         return topologies.get_topology_desc(platform="tpu", topology_name=one, **several).devices
     except Exception as error:  # of several types, some of them jaxlib's own
         reason = (str(error).splitlines() or [""])[0][:200]
+        if re.match(r"[ah]\d{3}\b|b[23]00\b", name):
+            reason = "a GPU: its programs are compiled on one, without --topology, and planned with --plan"
         raise ConfigError(
             f"--topology={name} cannot be compiled for ({reason}): it needs libtpu, `pip install -e '.[tpu]'`, and a "
             f"name such as {NAMES}"

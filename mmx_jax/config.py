@@ -7,7 +7,10 @@ flax and a config file costs nothing to load. `mmx_jax.config_io` reads, overrid
 import dataclasses
 import math
 
+from mmx_jax.config_base import ConfigError, Section, added
+
 LAYER_KINDS = ("lightning", "softmax")
+BRANCHES = (*LAYER_KINDS, "mlp")  # of a layer, each with its residual
 FLOAT_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "attention_out")
 CAPACITY_SCOPES = ("global", "local")
@@ -19,8 +22,11 @@ SEQUENCE_METHODS = ("gather", "ring")
 PRNG_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be; the message names the field and the remedy."""
+# The largest size of a dimension, which indices of 32 bits reach, and the smallest positive number of float32.
+_MAX_SIZE = 2**31 - 1
+_FLOAT32_TINY = 2.0**-126
+_MAX_LAYERS = 100_000  # the kinds of all layers are listed one by one
+_DEFAULT_TOTAL_TOKENS = 1_000_000
 
 
 def _require(ok: bool, message: str):
@@ -31,7 +37,22 @@ def _require(ok: bool, message: str):
 def _require_positive(config, *names: str):
     for name in names:
         value = getattr(config, name)
-        _require(isinstance(value, (int, float)) and value > 0, f"{name}={value!r} must be positive")
+        _require(value > 0, f"{name}={value!r} must be positive")
+        _require(value >= _FLOAT32_TINY, f"{name}={value!r} is zero in float32, the smallest is {_FLOAT32_TINY:.2e}")
+
+
+def _require_not_negative(config, *names: str):
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{name}={value!r} must not be negative")
+
+
+def _require_sizes(config, *names: str):
+    """Of dimensions of arrays."""
+    _require_positive(config, *names)
+    for name in names:
+        value = getattr(config, name)
+        _require(value <= _MAX_SIZE, f"{name}={value!r} is larger than any array, at most {_MAX_SIZE:,}")
 
 
 def _require_choice(config, **choices: tuple[str, ...]):
@@ -49,7 +70,7 @@ def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Shapes and constants of one decoder. The defaults are those of MiniMax-Text-01.
 
     `layer_pattern` is repeated `num_layers / len(layer_pattern)` times; every repetition is one hybrid
@@ -79,11 +100,11 @@ class ModelConfig:
     router_jitter_noise: float = 0.0
 
     postnorm: bool = True  # DeepNorm: the residual is the normed input; False is classic pre-norm
-    lightning_alpha: float = 160**0.25
+    lightning_alpha: float | None = None  # None: (2 num_layers)^(1/4) of DeepNorm with postnorm, else 1
     lightning_beta: float = 1.0
-    softmax_alpha: float = 160**0.25
+    softmax_alpha: float | None = None
     softmax_beta: float = 1.0
-    mlp_alpha: float = 160**0.25
+    mlp_alpha: float | None = None
     mlp_beta: float = 1.0
     rms_norm_eps: float = 1e-5
     lightning_norm_eps: float = 1e-6  # the output norm of lightning attention has its own
@@ -108,24 +129,28 @@ class ModelConfig:
     sequence_lightning: str = "gather"
     sequence_softmax: str = "ring"
 
-    def __post_init__(self):
-        object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
-        _require_positive(
-            self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-            "mlp_dim", "num_experts", "experts_per_token", "rope_theta", "max_position_embeddings",
-            "rms_norm_eps", "lightning_norm_eps", "softmax_block", "token_groups",
+    def check(self):
+        _require_sizes(
+            self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+            "num_experts", "experts_per_token", "max_position_embeddings", "softmax_block", "token_groups",
         )  # fmt: skip
+        _require_positive(self, "rope_theta", "rms_norm_eps", "lightning_norm_eps")
+        _require_not_negative(self, "router_aux_loss_coef", "initializer_range")
+        _require(self.num_layers <= _MAX_LAYERS, f"num_layers={self.num_layers} is more than {_MAX_LAYERS:,}")
         _require(
-            self.lightning_chunk is None or self.lightning_chunk > 0,
+            self.lightning_chunk is None or 0 < self.lightning_chunk <= _MAX_SIZE,
             f"lightning_chunk={self.lightning_chunk} must be positive, or None for one chosen from shape and device",
         )
         _require(bool(self.layer_pattern), "layer_pattern is empty: name at least one layer kind")
         for kind in self.layer_pattern:
             _require(kind in LAYER_KINDS, f"layer_pattern holds {kind!r}; the kinds are {', '.join(LAYER_KINDS)}")
+        period = len(self.layer_pattern)
+        below = self.num_layers // period * period
+        possible = f"{below} and {below + period} are" if below else f"{period} is"
         _require(
-            self.num_layers % len(self.layer_pattern) == 0,
-            f"num_layers={self.num_layers} is not a multiple of the {len(self.layer_pattern)} layers of "
-            "layer_pattern; give the whole stack as the pattern if it has no period",
+            self.num_layers % period == 0,
+            f"num_layers={self.num_layers} is not a multiple of the {period} layers of layer_pattern, {possible}; "
+            "give the whole stack as the pattern if it has no period",
         )
         _require(
             self.num_heads % self.num_kv_heads == 0,
@@ -166,13 +191,19 @@ class ModelConfig:
         """The kind of every layer, by absolute index."""
         return self.layer_pattern * self.num_blocks
 
-    def residual_scales(self, kind: str) -> tuple[float, float]:
-        """(alpha, beta) of the attention residual of a layer kind; see spec C.2."""
-        return getattr(self, f"{kind}_alpha"), getattr(self, f"{kind}_beta")
+    def residual_scales(self, branch: str) -> tuple[float, float]:
+        """(alpha, beta) of a residual; branch: a layer kind, for that of its attention, or "mlp".
+
+        alpha scales what is kept, beta what is added. An alpha of None follows from the depth.
+        """
+        alpha, beta = getattr(self, f"{branch}_alpha"), getattr(self, f"{branch}_beta")
+        if alpha is None:
+            alpha = deepnorm_alpha(self.num_layers) if self.postnorm else 1.0
+        return alpha, beta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
 
     The dense part and the experts lay themselves out apart over the same devices: what `expert` and `expert_tensor`
@@ -187,16 +218,16 @@ class MeshConfig:
     tensor: int = 1  # heads and vocabulary; different experts
     seq: int = 1  # tokens of a row
 
-    def __post_init__(self):
+    def check(self):
         sizes = dataclasses.astuple(self)
         _require(
-            all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+            all(size == -1 or 0 < size <= _MAX_SIZE for size in sizes) and sizes.count(-1) <= 1,
             f"mesh sizes {dataclasses.asdict(self)} must be positive, at most one of them -1",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Section):
     """One source of documents: a file, or a folder searched for files of its format."""
 
     path: str
@@ -205,14 +236,14 @@ class SourceConfig:
     text_field: str = "text"  # of jsonl, Parquet and ArrayRecord rows
     tokens_field: str = "tokens"  # of pre-tokenised rows
 
-    def __post_init__(self):
+    def check(self):
         _require(bool(self.path), "path of a data source is empty")
         _require_choice(self, format=SOURCE_FORMATS)
         _require_positive(self, "weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """What is read and how it is packed. With no source, the standard library's own `.py` files."""
 
     sources: tuple[SourceConfig, ...] = ()
@@ -226,30 +257,39 @@ class DataConfig:
     prefetch: int = 2
     seed: int = 0
 
-    def __post_init__(self):
-        object.__setattr__(self, "sources", tuple(self.sources))
+    def check(self):
         _require(0 <= self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
-        _require_positive(self, "shards", "packing_bins", "packing_alignment")
-        for name in ("tokenizer_vocab_size", "shuffle_buffer", "prefetch"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require_sizes(self, "shards", "packing_bins", "packing_alignment")
+        _require_not_negative(self, "tokenizer_vocab_size", "shuffle_buffer", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LearningRatePhase:
-    """One piece of the schedule: `tokens` long, from `start` to `end`, both times the peak rate.
+class LearningRatePhase(Section):
+    """One piece of the schedule, from `start` to `end`, both times the peak rate.
 
-    `tokens=0` is allowed for the last phase and runs to the end of training.
+    Its length is `share` of the tokens of the run, or `tokens`. The last phase may have neither: it is then what is
+    left of the run.
     """
 
     shape: str = "constant"
     tokens: int = 0
+    share: float = added(0.0)
     start: float = 1.0
     end: float = 1.0
 
-    def __post_init__(self):
+    @property
+    def is_rest(self) -> bool:
+        """Whether the phase takes what the others leave of the run."""
+        return not (self.tokens or self.share)
+
+    def check(self):
         _require_choice(self, shape=LR_SHAPES)
-        _require(self.tokens >= 0, f"tokens={self.tokens} of a learning-rate phase must not be negative")
-        _require(self.start >= 0 and self.end >= 0, f"{self.start=}, {self.end=} must not be negative")
+        _require_not_negative(self, "tokens", "start", "end")
+        _require(0 <= self.share <= 1, f"share={self.share} of a learning-rate phase must lie in [0, 1]")
+        _require(
+            not (self.tokens and self.share),
+            f"a learning-rate phase has tokens={self.tokens} and share={self.share}: give one of them",
+        )
         _require(self.shape != "constant" or self.start == self.end, "a constant phase needs start == end")
         _require(
             self.shape != "exponential" or (self.start > 0 and self.end > 0),
@@ -258,19 +298,19 @@ class LearningRatePhase:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchRampStep:
+class BatchRampStep(Section):
     """From `from_tokens` seen tokens on, one optimizer step takes `batch_tokens` tokens."""
 
     from_tokens: int
     batch_tokens: int
 
-    def __post_init__(self):
-        _require(self.from_tokens >= 0, f"from_tokens={self.from_tokens} must not be negative")
+    def check(self):
+        _require_not_negative(self, "from_tokens")
         _require_positive(self, "batch_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Section):
     """One stage of training: its length, sequence length, RoPE base and mixture (Table 6 of the report)."""
 
     tokens: int
@@ -278,17 +318,20 @@ class StageConfig:
     rope_theta: float | None = None  # None: the model's
     source_weights: tuple[float, ...] = ()  # one for each data source; empty: their own
 
-    def __post_init__(self):
-        object.__setattr__(self, "source_weights", tuple(self.source_weights))
-        _require_positive(self, "tokens", "sequence_length")
+    def check(self):
+        _require_positive(self, "tokens")
+        _require_sizes(self, "sequence_length")
         _require(self.rope_theta is None or self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
+        _require(
+            all(weight > 0 for weight in self.source_weights), f"source_weights={self.source_weights} must be positive"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The recipe. Lengths of schedules are tokens, as in section 4.1 of the report."""
+class TrainingConfig(Section):
+    """The recipe. Lengths of schedules are tokens, as in section 4.1 of the report, or shares of the run."""
 
-    total_tokens: int = 1_000_000
+    total_tokens: int = _DEFAULT_TOTAL_TOKENS
     sequence_length: int = 8192
     batch_tokens: int = 131072  # of one optimizer step: sequence_length x rows x accumulation
     microbatch_rows: int = 0  # rows of one forward and backward pass; 0: the whole batch at once
@@ -315,18 +358,13 @@ class TrainingConfig:
     seed: int = 0
     prng_implementation: str = "unsafe_rbg"
 
-    def __post_init__(self):
-        for name in ("batch_ramp", "stages", "learning_rate_phases"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        _require_positive(
-            self, "total_tokens", "sequence_length", "batch_tokens", "learning_rate", "adam_eps",
-            "loss_chunk", "log_every_steps", "eval_batches",
-        )  # fmt: skip
-        for name in (
-            "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps",
+    def check(self):
+        _require_positive(self, "total_tokens", "batch_tokens", "learning_rate", "adam_eps", "log_every_steps")
+        _require_sizes(self, "sequence_length", "loss_chunk", "eval_batches")
+        _require_not_negative(
+            self, "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps",
             "eval_every_steps",
-        ):  # fmt: skip
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        )  # fmt: skip
         _require(
             0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1, f"{self.adam_b1=}, {self.adam_b2=} must lie in [0, 1)"
         )
@@ -336,11 +374,17 @@ class TrainingConfig:
             aux_loss_pooling=AUX_LOSS_POOLING,
             prng_implementation=PRNG_IMPLEMENTATIONS,
         )
-        _require(bool(self.learning_rate_phases), "learning_rate_phases is empty")
-        for phase in self.learning_rate_phases[:-1]:
-            _require(phase.tokens > 0, "only the last of learning_rate_phases may have tokens=0 (to the end)")
         starts = [step.from_tokens for step in self.batch_ramp]
         _require(starts == sorted(set(starts)), f"from_tokens of batch_ramp must grow, got {starts}")
+        _require(bool(self.learning_rate_phases), "learning_rate_phases is empty")
+        for phase in self.learning_rate_phases[:-1]:
+            _require(
+                not phase.is_rest,
+                "only the last of learning_rate_phases may have neither tokens nor share (it runs to the end)",
+            )
+        self._check_batches()
+
+    def _check_batches(self):
         for stage in self.resolved_stages:
             for batch_tokens in [self.batch_tokens] + [step.batch_tokens for step in self.batch_ramp]:
                 _require(
@@ -354,13 +398,57 @@ class TrainingConfig:
                     f"microbatch_rows={self.microbatch_rows}",
                 )
 
+    def check_schedule(self):
+        """Raises ConfigError where the phases of the learning rate do not end with the run.
+
+        Such a run would end at a rate that nobody chose. This is no part of `check`: what earlier versions wrote in
+        config.json can still be read.
+        """
+        _require(
+            self.total_tokens in (self.run_tokens, _DEFAULT_TOTAL_TOKENS),
+            f"total_tokens={self.total_tokens:,}, and the stages have {self.run_tokens:,} tokens: change the tokens of "
+            "the stages, or leave the stages out",
+        )
+        remedy = "give lengths as shares of the run, or no length to the last phase, which then is the rest of the run"
+        taken, run = self.phase_ends[-1], self.run_tokens
+        if self.learning_rate_phases[-1].is_rest:
+            taken = (0, *self.phase_ends)[-2]
+            _require(
+                taken < run,
+                f"learning_rate_phases take {taken:,} tokens before the last one, and the run has {run:,}: {remedy}",
+            )
+            return
+        _require(taken <= run, f"learning_rate_phases take {taken:,} tokens, and the run has {run:,}: {remedy}")
+        _require(
+            taken == run,
+            f"learning_rate_phases end after {taken:,} of the {run:,} tokens of the run: {remedy}; or add a constant "
+            "phase without a length",
+        )
+
     @property
     def resolved_stages(self) -> tuple[StageConfig, ...]:
         return self.stages or (StageConfig(tokens=self.total_tokens, sequence_length=self.sequence_length),)
 
+    @property
+    def run_tokens(self) -> int:
+        """Length of the run: the sum of its stages."""
+        return sum(stage.tokens for stage in self.resolved_stages)
+
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """Tokens seen at the end of each of `learning_rate_phases`."""
+        tokens, share, ends = 0, 0.0, []
+        for phase in self.learning_rate_phases:
+            tokens, share = tokens + phase.tokens, share + phase.share
+            ends.append(tokens + round(share * self.run_tokens))
+        rounding = 1e-9 * self.run_tokens if share else 0  # shares such as 0.1 + 0.2 + 0.7 are not quite 1
+        if phase.is_rest or abs(ends[-1] - self.run_tokens) <= rounding:
+            ends[-1] = self.run_tokens
+        return tuple(ends)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When training saves and what it keeps."""
 
     save_every_steps: int = 1000
@@ -368,12 +456,12 @@ class CheckpointConfig:
     keep_best: bool = True  # and the one with the lowest evaluation loss
     asynchronous: bool = True
 
-    def __post_init__(self):
+    def check(self):
         _require_positive(self, "save_every_steps", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Section):
     """Everything a run is made of."""
 
     name: str = "minimax_text_01"
@@ -383,7 +471,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    def __post_init__(self):
+    def check(self):
         for stage in self.training.resolved_stages:
             _require(
                 not stage.source_weights or len(stage.source_weights) == max(1, len(self.data.sources)),

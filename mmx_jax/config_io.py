@@ -1,22 +1,20 @@
 """Reading, overriding and writing of `mmx_jax.config`: Python files, `--set` strings, JSON, print.
 
-One checker, `_build`, stands behind all of them: it turns plain values (dicts, lists, numbers, strings)
-into the dataclasses by their annotations, refuses what does not fit, and names the field.
+One function, `_build`, stands behind all of them: it turns plain values (dicts, lists, numbers, strings)
+into the dataclasses by their annotations, which refuse what does not fit, and names the field.
 """
 
 import dataclasses
 import decimal
 import difflib
 import json
-import math
 import os
 import runpy
-import types
-import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mmx_jax.config import Config, ConfigError
+from mmx_jax.config import BRANCHES, Config, ConfigError
+from mmx_jax.config_base import checked, entry_kind, field_kinds, kind_name, optional_kind, wrong_type
 
 _MAX_INT_DIGITS = 30  # 1e999999999 is an integer that no memory holds
 
@@ -38,7 +36,8 @@ def load_config(path: str | os.PathLike) -> Config:
         config = get_config()
         if not isinstance(config, Config):
             raise ConfigError(f"get_config() returned {type(config).__name__}, expected Config")
-        return _build(Config, _plain(config), "")
+        config.training.check_schedule()
+        return config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # whatever the code of the file raises
@@ -68,7 +67,30 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
         if path.startswith("mesh."):
             axes[path] = text
         _set(root, path, text)
-    return _build(Config, root, "")
+    changed = _build(Config, root, "")
+    try:
+        changed.training.check_schedule()
+    except ConfigError as error:
+        raise ConfigError(f"training: {error}") from error
+    return changed
+
+
+def resolved(plain: dict[str, Any]) -> dict[str, Any]:
+    """A plain config in which values that follow from others are written out.
+
+    Two configs that mean the same are then equal: alphas that were given and those that follow from the depth, phases
+    of the learning rate in tokens and in shares of the run.
+
+    Args:
+      plain: what `config_to_json` wrote, of this version or an earlier one, parsed.
+    """
+    config = _build(Config, plain, "")
+    plain = _plain(config)
+    for branch in BRANCHES:
+        plain["model"][f"{branch}_alpha"] = config.model.residual_scales(branch)[0]
+    for phase, end in zip(plain["training"]["learning_rate_phases"], config.training.phase_ends, strict=True):
+        phase |= {"end_tokens": end, "tokens": 0, "share": 0.0}
+    return plain
 
 
 def config_to_json(config: Config) -> str:
@@ -137,42 +159,15 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-# Annotations. The kinds in use: int, float, bool, str, X | None, tuple[X, ...], a dataclass.
+# Annotations and their plain values.
 
 
-def _fields(cls: type) -> dict[str, Any]:
-    """Name -> annotation."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _optional(kind: Any) -> Any:
-    """X of `X | None`, else None."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        (inner,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
-        return inner
-    return None
-
-
-def _entry(kind: Any) -> Any:
-    """X of `tuple[X, ...]`, else None."""
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
-
-
-def _name(kind: Any) -> str:
-    if inner := _optional(kind):
-        return f"{_name(inner)} or none"
-    if entry := _entry(kind):
-        return f"a list of {_name(entry)}"
-    return kind.__name__
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """Plain values of the fields of `cls` that have a default."""
+def _defaults(cls: type, *, added_only: bool = False) -> dict[str, Any]:
+    """Plain values of the fields of `cls` that have a default; `added_only`: of those that `config_base.added` made."""
     return {
         field.name: _plain(field.default)
         for field in dataclasses.fields(cls)
-        if field.default is not dataclasses.MISSING
+        if field.default is not dataclasses.MISSING and ("added" in field.metadata or not added_only)
     }
 
 
@@ -187,32 +182,21 @@ def _build(kind: Any, value: Any, path: str, *, fill: bool = False) -> Any:
     """
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path, fill=fill)
-    if inner := _optional(kind):
+    if inner := optional_kind(kind):
         return None if value is None else _build(inner, value, path, fill=fill)
-    if entry := _entry(kind):
+    if entry := entry_kind(kind):
         if not isinstance(value, list):
-            raise _wrong_type(path, kind, value)
+            raise wrong_type(path, kind, value)
         return tuple(_build(entry, member, f"{path}.{index}", fill=fill) for index, member in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except OverflowError:
-            raise _wrong_type(path, kind, value) from None
-    # bool is a subclass of int, and True is no layer count.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong_type(path, kind, value)
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{path}={value} is not finite")
-    return value
+    return checked(kind, value, path)
 
 
 def _build_dataclass(cls: type, value: Any, path: str, *, fill: bool) -> Any:
     where = path or "config"
     if not isinstance(value, dict):
-        raise _wrong_type(where, cls, value)
-    if fill:
-        value = _defaults(cls) | value
-    kinds = _fields(cls)
+        raise wrong_type(where, cls, value)
+    value = _defaults(cls, added_only=not fill) | value
+    kinds = field_kinds(cls)
     unknown = [name for name in value if name not in kinds]
     if unknown:
         hints = "; ".join(f"{name!r}, nearest is {_nearest(name, kinds)!r}" for name in unknown)
@@ -229,11 +213,6 @@ def _build_dataclass(cls: type, value: Any, path: str, *, fill: bool) -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _wrong_type(path: str, kind: Any, value: Any) -> ConfigError:
-    shown = repr(value)
-    return ConfigError(f"{path}={shown if len(shown) < 80 else shown[:77] + '...'}: expected {_name(kind)}")
-
-
 # Overrides.
 
 
@@ -247,7 +226,7 @@ def _set(root: dict, path: str, text: str):
     kind, _ = _child(kind, node, leaf, path, parent)
     if dataclasses.is_dataclass(kind):
         raise ConfigError(
-            f"{path} is a group of fields: set one of them, {', '.join(f'{path}.{n}' for n in _fields(kind))}"
+            f"{path} is a group of fields: set one of them, {', '.join(f'{path}.{n}' for n in field_kinds(kind))}"
         )
     node[int(leaf) if isinstance(node, list) else leaf] = _parse(kind, text, path)
 
@@ -255,13 +234,13 @@ def _set(root: dict, path: str, text: str):
 def _child(kind: Any, node: Any, part: str, path: str, parent: str) -> tuple[Any, Any]:
     """(annotation, plain value) of the field or entry `part` of `node`, which has the annotation `kind`."""
     if dataclasses.is_dataclass(kind):
-        kinds = _fields(kind)
+        kinds = field_kinds(kind)
         if part not in kinds:
             raise ConfigError(f"no field {path!r}; the nearest is {_nearest_path(path, parent, kind)!r}")
         return kinds[part], node.get(part)  # absent: a required field of an entry that was just appended
-    entry = _entry(kind)
+    entry = entry_kind(kind)
     if entry is None:
-        raise ConfigError(f"no field {path!r}: {parent} is a single value, {_name(kind)}")
+        raise ConfigError(f"no field {path!r}: {parent} is a single value, {kind_name(kind)}")
     if not (part.isascii() and part.isdigit()) or int(part) > len(node):
         raise ConfigError(f"no field {path!r}: {parent} has {len(node)} entries, and {len(node)} appends one more")
     if int(part) == len(node):
@@ -280,7 +259,7 @@ def _nearest_path(path: str, parent: str, kind: type) -> str:
     finds `model.hidden_size`.
     """
     if any(part.isdigit() for part in parent.split(".")):
-        return f"{parent}.{_nearest(path.rpartition('.')[2], _fields(kind))}"
+        return f"{parent}.{_nearest(path.rpartition('.')[2], field_kinds(kind))}"
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, path, candidate).ratio()
@@ -291,7 +270,7 @@ def _nearest_path(path: str, parent: str, kind: type) -> str:
 
 
 def _paths(cls: type, prefix: str) -> Iterator[str]:
-    for name, kind in _fields(cls).items():
+    for name, kind in field_kinds(cls).items():
         if dataclasses.is_dataclass(kind):
             yield from _paths(kind, f"{prefix}{name}.")
         else:
@@ -300,9 +279,9 @@ def _paths(cls: type, prefix: str) -> Iterator[str]:
 
 def _parse(kind: Any, text: str, path: str) -> Any:
     """The plain value that `text` means for the annotation `kind`."""
-    if inner := _optional(kind):
+    if inner := optional_kind(kind):
         return None if text.strip().lower() in ("none", "null") else _parse(inner, text, path)
-    if entry := _entry(kind):
+    if entry := entry_kind(kind):
         return _parse_tuple(entry, text, path)
     if kind is str:
         return text
@@ -316,7 +295,7 @@ def _parse(kind: Any, text: str, path: str) -> Any:
             return float(stripped)
     except ValueError:
         pass
-    raise _wrong_type(path, kind, text)
+    raise wrong_type(path, kind, text)
 
 
 def _parse_int(text: str) -> int:
@@ -342,7 +321,7 @@ def _parse_tuple(entry: Any, text: str, path: str) -> list:
         return _plain(_build(tuple[entry, ...], values, path, fill=True))
     if dataclasses.is_dataclass(entry):
         raise ConfigError(
-            f"{path}={text!r}: expected a JSON list of objects with the fields {', '.join(_fields(entry))}; "
+            f"{path}={text!r}: expected a JSON list of objects with the fields {', '.join(field_kinds(entry))}; "
             f"or set {path}.0.FIELD=value"
         )
     return [_parse(entry, member.strip(), f"{path}.{index}") for index, member in enumerate(stripped.split(","))]

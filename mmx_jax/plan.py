@@ -3,7 +3,7 @@
 Sizes of arrays follow from the shapes, the mesh and the rules of `mmx_jax.sharding`. Which of them are alive together
 follows from the programs: what the backward pass keeps is what `jax.checkpoint` and the `custom_vjp`s save, listed
 below; what is alive beside it is the work of one layer. The latter depends on the order that the compiler finds, and
-is fitted to what `--dry_run` says (BUILD.md, "Plan without compiling").
+is fitted to compiled programs, for TPUs and for GPUs apart (BUILD.md, "Plan without compiling").
 
 Letters are those of the house style: T tokens, M hidden size, H heads, K key-value heads, D head_dim, F width of an
 expert, E experts, V vocabulary; all numbers are those of one device.
@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import operator
+import os
 import re
 from collections.abc import Mapping
 
@@ -32,12 +33,27 @@ CODE_OF_LAYER = {"training": 32 << 20, "prefill": 10 << 20, "decoding": 4 << 20}
 # Devices of a chip, and the device kind, by the first part of the name of a TPU topology.
 _CHIPS = {"v5e": (1, "TPU v5 lite"), "v5p": (1, "TPU v5"), "v6e": (1, "TPU v6 lite"), "tpu7x": (2, "TPU7x")}
 
-_CAVEAT = (
-    "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it in the programs tried "
-    "(BUILD.md). Not foreseen: the order of the compiler's work, the size of the code (a constant "
-    "for a layer), a collective that is replaced by another kind or runs in pieces, what a ring of keys and values "
-    "holds on its way"
+# Memory of a card, bytes: `bytes_limit` over the fraction of it that was in force.
+_CARDS = {"h100": 85_018_542_080, "h200": 150_109_880_320}
+# Of XLA:GPU, which lets the products for gradients of matrices wait and keeps their factors: the part of the factors of
+# all layers that is there at the worst moment, and of the gradients in float32. Fitted to benchmarks/gpu_memory.py.
+_GPU_POSTPONED = 0.87
+_GPU_GRADIENTS = 0.4
+
+_NOT_FORESEEN = (
+    "Not foreseen: the order of the compiler's work, the size of the code (a constant for a layer), a collective that "
+    "is replaced by another kind or runs in pieces, what a ring of keys and values holds on its way"
 )
+_FITTED = {
+    "tpu": "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it in the programs tried "
+    f"(BUILD.md). {_NOT_FORESEEN}",
+    "gpu": "from formulas, fitted to 18 programs of configs/small_1b.py and its variants, compiled on one H100 and one "
+    "H200 (benchmarks/gpu_memory.py): peak memory within 5 % in training and 8 % in inference. No other GPU was "
+    "measured, nor several together. Not foreseen: what XLA computes again by itself to stay within the memory, which "
+    "is not always enough",
+    "cpu": "no accelerator is at hand, and the formulas are not fitted to a CPU: these are those of a TPU; name what "
+    "is meant with --topology=h100, h200:2, v5p:2x2x1 and the like",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +86,72 @@ class Plan:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The devices that a plan is for.
+
+    Attributes:
+      platform: "tpu", "gpu" or "cpu".
+      name: for messages.
+      count: devices.
+      room: bytes of one that a program may use; None if they are not known.
+      card: bytes of one GPU, of which a process takes a part; None elsewhere.
+    """
+
+    platform: str
+    name: str
+    count: int
+    room: int | None
+    card: int | None = None
+
+    def remarks(self, peaks: list[int]) -> list[str]:
+        """What the user can do about the room of a GPU, and what the formulas are fitted to."""
+        lines = []
+        if self.card is not None:
+            fraction, wanted = self.room / self.card, math.ceil(100 * max(peaks) / self.card)
+            lines.append(
+                f"a process takes {fraction:.0%} of the {compiled.gib(self.card)} of {self.name}, see "
+                "XLA_PYTHON_CLIENT_MEM_FRACTION"
+            )
+            if wanted > 95:
+                lines[-1] += "; no part of one card is enough: see model.remat, training.microbatch_rows and mesh"
+            elif max(peaks) > self.room:
+                lines[-1] += f"; {wanted / 100:.2f} of it is enough"
+        return [*lines, _FITTED[self.platform]]
+
+
+def gpu_fraction() -> float:
+    """The part of a GPU's memory that jax takes for itself."""
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    return float(next((os.environ[name] for name in names if name in os.environ), 0.75))
+
+
+def target_of(topology: str) -> Target:
+    """The devices of a TPU topology or a number of GPUs by name, or, of "", those at hand.
+
+    Args:
+      topology: such as v5p:8x8x16, h100, or h200:2 for two of them in one host.
+    """
+    if match := re.fullmatch(rf"({'|'.join(_CARDS)})(?::([1-9]\d*))?", topology):
+        card = _CARDS[match[1]]
+        return Target("gpu", match[1].upper(), int(match[2] or 1), int(card * gpu_fraction()), card)
+    if topology:
+        return Target("tpu", topology, *topology_devices(topology))
+    devices = jax.devices()
+    room = (devices[0].memory_stats() or {}).get("bytes_limit")
+    card = int(room / gpu_fraction()) if devices[0].platform == "gpu" and room else None
+    return Target(devices[0].platform, devices[0].device_kind, len(devices), room, card)
+
+
 def topology_devices(name: str) -> tuple[int, int]:
     """(number of devices, bytes of each) of a TPU topology, by its name alone; raises ConfigError for another name."""
     one, slices = compiled.slices_of(name)
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", one)
     if match is None or match[1] not in _CHIPS:
-        raise ConfigError(f"--topology={name} is not planned for: give a name such as {compiled.NAMES}")
+        raise ConfigError(
+            f"--topology={name} is not planned for: give a name such as {compiled.NAMES}, or {', '.join(_CARDS)}, with "
+            "a number behind it for several GPUs (h100:2)"
+        )
     devices, kind = _CHIPS[match[1]]
     return slices * devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
 
@@ -213,6 +289,8 @@ def kept_bytes(share: Share, kind: str, remat: str) -> int:
         return 2 * stream + (5 * inner if kind == "lightning" else inner + 2 * keys) + 2 * wide + narrow
     attention = 9 * inner if kind == "lightning" else 3 * inner + 2 * keys
     routing = (share.routed * share.model.hidden_size + share.chosen) * ITEM_BYTES["float32"]
+    if share.model.num_experts == 1:  # nothing is routed
+        routing = 0
     return 3 * stream + attention + 2 * wide + narrow + share.expert_weights * item + routing
 
 
@@ -252,22 +330,27 @@ def put_off(share: Share) -> int:
     return (rows + layers * 6 * share.inner) * share.item
 
 
-def training(config: Config, sizes: Mapping[str, int], room: int | None = None) -> Plan:
-    """The training step of the first stage.
+def postponed(share: Share) -> int:
+    """Bytes of the factors of products for gradients of one layer's matrices, which XLA:GPU keeps for later.
 
-    Memory is that of the worst moment of the backward pass. Where there is one block it goes through the layers from
-    the last one, each of which leaves its gradients and frees what it kept. In a loop over blocks both are stacks that
-    are there from beginning to end, with the gradients of one block beside them.
+    Of the experts the hidden rows and the gradients of gate and up, the rows that came and the gradient of those that
+    went out; of attention the gradients of q, k, v, and of output and gate.
+    """
+    rows = share.received * (3 * share.model.mlp_dim // share.width + 2 * share.model.hidden_size)
+    return (rows + 6 * share.inner) * share.item
+
+
+def _worst_moment_tpu(share: Share, gradients: Mapping[str, float]) -> tuple[float, float]:
+    """(bytes kept for the backward pass, bytes beside them) at the worst moment of the backward pass.
+
+    Where there is one block it goes through the layers from the last one, each of which leaves its gradients and frees
+    what it kept. In a loop over blocks both are stacks that are there from beginning to end, with the gradients of one
+    block beside them.
 
     Args:
-      sizes: devices along each mesh axis.
-      room: bytes of a device, if they are known. In a program that needs more the compiler by itself computes again
-        what is no product, and gathers matrices again, until it fits (`spared`).
+      gradients: in float32, of "blocks" and "rest".
     """
-    model, step = config.model, schedule.plan_step(config.training, 0)
-    share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length)
-    parameters = decoder.bytes_of_share(model, sizes)
-    gradients = {name: size * 4 // ITEM_BYTES[model.param_dtype] for name, size in parameters.items()}
+    model = share.model
     looped = model.num_blocks > 1
     kept = [kept_bytes(share, kind, model.remat) for kind in model.layer_pattern]
     work = [layer_work(share, kind, looped=looped) for kind in model.layer_pattern]
@@ -275,24 +358,61 @@ def training(config: Config, sizes: Mapping[str, int], room: int | None = None) 
     loss = 2 * share.stream * share.item + share.vocabulary * ITEM_BYTES["float32"]
     if looped:
         summed = gradients["blocks"] * (1 + 1 / model.num_blocks)
-        moments = [(model.num_blocks * sum(kept), summed + loss + max(work) + put_off(share))]
+        return model.num_blocks * sum(kept), summed + loss + max(work) + put_off(share)
+    own, last = gradients["blocks"] / model.num_layers, model.num_layers - 1
+    ends = [loss if i == last else gradients["rest"] for i in range(last + 1)]  # the head's is soon a slice
+    return max(((sum(kept[: i + 1]), own * (last - i) + ends[i] + work[i]) for i in range(last + 1)), key=sum)
+
+
+def _worst_moment_gpu(share: Share, gradients: Mapping[str, float], *, accumulated: bool) -> tuple[float, float]:
+    """The same of XLA:GPU, where it is the end of the backward pass: factors of most layers wait for their products.
+
+    In a loop over blocks they wait within one block; the gradients are then a stack, with those of a block and all
+    matrices in the dtype of computation beside them. Elsewhere a gradient goes into its update at once, unless it is
+    summed over micro-batches. Matrices that are not gathered are rounded again rather than kept.
+    """
+    model = share.model
+    kept = model.num_blocks * sum(kept_bytes(share, kind, model.remat) for kind in model.layer_pattern)
+    if model.remat == "none" and not share.gathered:
+        kept -= model.num_layers * share.expert_weights * share.item
+    waiting = _GPU_POSTPONED * len(model.layer_pattern) * postponed(share)
+    every = sum(gradients.values())
+    if model.num_blocks > 1:
+        matrices = every * share.item / ITEM_BYTES["float32"]
+        return kept, waiting + every + gradients["blocks"] / model.num_blocks + matrices
+    return kept, waiting + every * (1 if accumulated else _GPU_GRADIENTS)
+
+
+def training(config: Config, sizes: Mapping[str, int], room: int | None = None, *, platform: str = "tpu") -> Plan:
+    """The training step of the first stage.
+
+    Args:
+      sizes: devices along each mesh axis.
+      room: bytes of a device, if they are known. In a program that needs more, the compiler for a TPU by itself
+        computes again what is no product, and gathers matrices again, until it fits (`spared`).
+      platform: "gpu" for what XLA:GPU makes of it; anything else is taken as a TPU.
+    """
+    model, step = config.model, schedule.plan_step(config.training, 0)
+    share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length)
+    parameters = decoder.bytes_of_share(model, sizes)
+    gradients = {name: size * 4 // ITEM_BYTES[model.param_dtype] for name, size in parameters.items()}
+    if platform == "gpu":
+        activations, temporaries = _worst_moment_gpu(share, gradients, accumulated=step.microbatches > 1)
     else:
-        own, last = gradients["blocks"] / model.num_layers, model.num_layers - 1
-        ends = [loss if i == last else gradients["rest"] for i in range(last + 1)]  # the head's is soon a slice
-        moments = [(sum(kept[: i + 1]), own * (last - i) + ends[i] + work[i]) for i in range(last + 1)]
-    activations, temporaries = max(moments, key=sum)
+        activations, temporaries = _worst_moment_tpu(share, gradients)
     if step.microbatches > 1:  # the sum over micro-batches
         temporaries += sum(gradients.values())
-    total = sum(parameters.values())
     memory = {
-        "parameters": total,
+        "parameters": sum(parameters.values()),
         "optimizer": 2 * sum(gradients.values()),
         "activations kept for the backward": int(activations),
         "temporaries": int(temporaries),
-        "code": CODE_OF_LAYER["training"] * len(model.layer_pattern),
     }
-    short = 0 if room is None else max(sum(memory.values()) - room, 0)
-    computed_again = short if short <= spared(share) else 0
+    computed_again = 0
+    if platform != "gpu":
+        memory["code"] = CODE_OF_LAYER["training"] * len(model.layer_pattern)
+        short = 0 if room is None else max(sum(memory.values()) - room, 0)
+        computed_again = short if short <= spared(share) else 0
     memory["activations kept for the backward"] -= computed_again
     return Plan(memory, _training_traffic(share, step.microbatches), computed_again)
 
@@ -368,7 +488,9 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
     return {kind: size * microbatches for kind, size in traffic.items()}
 
 
-def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, length: int, slots: int) -> Plan:
+def inference(
+    model: ModelConfig, sizes: Mapping[str, int], *, batch: int, length: int, slots: int, platform: str = "tpu"
+) -> Plan:
     """A pass over `length` new tokens of each of `batch` sequences: a piece of a prompt, or a step of decoding.
 
     Nothing is kept. What is alive together is the work of one layer, in its attention or in its experts, or that of the
@@ -392,8 +514,9 @@ def inference(model: ModelConfig, sizes: Mapping[str, int], *, batch: int, lengt
         "key-value caches": caches,
         "lightning states": lightning,
         "temporaries": work,
-        "code": CODE_OF_LAYER["decoding" if length == 1 else "prefill"] * len(model.layer_pattern),
     }
+    if platform != "gpu":
+        memory["code"] = CODE_OF_LAYER["decoding" if length == 1 else "prefill"] * len(model.layer_pattern)
     return Plan(memory, _inference_traffic(share))
 
 
@@ -494,31 +617,22 @@ def _inference_traffic(share: Share) -> dict[str, int]:
     return traffic
 
 
-def _devices(config: Config, topology: str) -> tuple[Mapping[str, int], int | None]:
-    """(devices along each mesh axis, bytes of one) of a topology, or of the devices at hand."""
-    if topology:
-        count, room = topology_devices(topology)
-    else:
-        devices = jax.devices()
-        count, room = len(devices), (devices[0].memory_stats() or {}).get("bytes_limit")
-    return sharding.mesh_sizes(config.mesh, count), room
-
-
 def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str, int], int | None]:
     """(plan of a training step, devices along each mesh axis, bytes of one), checked as a run checks it.
 
     Args:
-      topology: name of a TPU topology, such as v5p:8x8x16; "": the devices at hand.
+      topology: as `target_of` takes it.
 
     Raises:
       ConfigError: no such topology; a mesh that does not divide the shapes, or leaves a large parameter whole.
     """
-    sizes, room = _devices(config, topology)
+    target = target_of(topology)
+    sizes = sharding.mesh_sizes(config.mesh, target.count)
     mesh = sharding.abstract_mesh(sizes)
     decoder.check_sharded(config.model, sizes)
     decoder.param_shardings(config.model, mesh)
     loop.check_batches(config, mesh)
-    return training(config, sizes, room), sizes, room
+    return training(config, sizes, target.room, platform=target.platform), sizes, target.room
 
 
 def training_lines(config: Config, topology: str = "") -> list[str]:
@@ -530,7 +644,7 @@ def training_lines(config: Config, topology: str = "") -> list[str]:
         f"{step.stage.sequence_length} tokens in {step.microbatches} micro-batches; mesh {dict(sizes)}"
         + (f" of {topology}" if topology else ""),
         *plan.lines("step", room),
-        _CAVEAT,
+        *target_of(topology).remarks([plan.peak]),
     ]
 
 
@@ -548,7 +662,8 @@ def inference_lines(
     """What `infer.py --plan` prints; arguments and errors are those of `mmx_jax.generate_dry_run.dry_run`."""
     generate.check_lengths(config.model, prompt_length, context)
     model = generate.inference_config(config.model, dtype)
-    sizes, room = _devices(config, topology)
+    target = target_of(topology)
+    sizes = sharding.mesh_sizes(config.mesh, target.count)
     decoder.check_sharded(model, sizes)
     decoder.param_shardings(model, sharding.abstract_mesh(sizes))
     slots = generate.slots_for(prompt_length, context, chunk)
@@ -557,12 +672,14 @@ def inference_lines(
         f"parameters {decoder.count_parameters(model):,} in {dtype}; {batch} sequences of {slots} slots; mesh "
         f"{dict(sizes)}" + (f" of {topology}" if topology else "")
     ]
+    peaks = []
     passes = (
         (f"prefill of {prompt_length} tokens in pieces of up to {max(pieces)}, {len(pieces)} of them; one piece:",
          "piece", max(pieces)),
         ("decoding, one step:", "step", 1),
     )  # fmt: skip
     for title, name, length in passes:
-        lines.append(title)
-        lines += inference(model, sizes, batch=batch, length=length, slots=slots).lines(name, room)
-    return [*lines, _CAVEAT]
+        plan = inference(model, sizes, batch=batch, length=length, slots=slots, platform=target.platform)
+        lines += [title, *plan.lines(name, target.room)]
+        peaks.append(plan.peak)
+    return [*lines, *target.remarks(peaks)]

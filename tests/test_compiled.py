@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmx_jax import compiled, config_io, generate_dry_run, plan
 from mmx_jax.config import ConfigError, MeshConfig
+from mmx_jax.models.decoder import count_parameters
 from mmx_jax.sharding import make_mesh
+from mmx_jax.training import flops
 from mmx_jax.training.dry_run import dry_run
 from tests import ahead_of_time, fake_devices
 
@@ -249,6 +251,90 @@ def test_a_large_parameter_that_no_axis_divides_is_refused():
         ConfigError, match=r"blocks/layer_0/mlp/down of 185 MB would lie whole on each of the 8 devices"
     ):
         plan.training_plan(small_1b("mesh.data=8", "training.batch_tokens=65536"), "v5p:2x2x2")
+
+
+# Peaks that XLA compiled on one H100 with nothing recomputed by itself, GiB (jax 0.11.2); the first also on an H200.
+BLOCK_OF_8 = "model.layer_pattern=" + ",".join(["lightning"] * 7 + ["softmax"])
+MEASURED_ON_H100 = {
+    (): (73.11, 78.23),
+    ("training.batch_tokens=8192",): (53.97,),
+    ("model.remat=dots", "training.batch_tokens=32768"): (91.02,),
+    ("model.remat=full", "training.batch_tokens=65536"): (102.14,),
+    ("model.hidden_size=1024", "training.batch_tokens=32768"): (85.16,),
+    ("model.num_experts=1", "model.experts_per_token=1", "model.mlp_dim=8448"): (54.37,),
+    ("model.remat=full", BLOCK_OF_8): (58.79,),
+    ("model.remat=full", "training.batch_tokens=65536", "training.microbatch_rows=2"): (68.07,),
+}
+
+
+@pytest.mark.parametrize("overrides", MEASURED_ON_H100)
+def test_the_plan_of_a_gpu_agrees_with_what_was_measured_there(overrides):
+    made, sizes, _ = plan.training_plan(small_1b(*overrides), "h100")
+    assert dict(sizes)["data"] == 1 and made.spared == 0
+    for peak in MEASURED_ON_H100[overrides]:
+        assert made.peak / 2**30 == pytest.approx(peak, rel=0.055)
+
+
+def test_the_plan_of_a_prompt_agrees_with_a_gpu():
+    lengths = dict(dtype="bfloat16", batch=32, prompt_length=8192, context=8192, chunk=1024)
+    lines = plan.inference_lines(small_1b(), topology="h200", **lengths)
+    assert peaks(lines) == pytest.approx([8.33, 6.43], rel=0.08)
+
+
+def test_a_plan_for_a_gpu_tells_of_the_part_of_the_card(monkeypatch):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    remat = small_1b("model.remat=dots")
+    text = "\n".join(plan.training_lines(remat, "h100"))
+    assert "of 59.385 GiB: does not fit" in text and "a process takes 75% of the 79.180 GiB of H100" in text
+    assert re.search(r"MEM_FRACTION; 0\.8\d of it is enough", text) and "compiled on one H100" in text
+    text = "\n".join(plan.training_lines(remat, "h200"))
+    assert "of 104.851 GiB: fits" in text and "is enough" not in text
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    assert plan.shortage(remat, "h100") == ""
+    large = small_1b("model.remat=dots", "training.batch_tokens=32768")
+    assert "no part of one card is enough" in "\n".join(plan.training_lines(large, "h100"))
+    sharded = plan.training_plan(small_1b("mesh.data=1", "mesh.fsdp=2", "training.batch_tokens=32768"), "h100:2")
+    assert sharded[1]["fsdp"] == 2 and sharded[0].traffic["all-gather"] > 0
+
+
+def test_the_device_at_hand_says_whether_the_plan_is_fitted_to_it(monkeypatch):
+    assert "not fitted to a CPU" in plan.target_of("").remarks([1])[-1]
+
+    class Gpu:
+        platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+        def memory_stats(self):
+            return {"bytes_limit": 63_763_906_560}
+
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()] * 2)
+    target = plan.target_of("")
+    assert (target.platform, target.count, target.room) == ("gpu", 2, 63_763_906_560)
+    assert target.card == pytest.approx(plan.target_of("h100").card, rel=0.001)
+
+
+@pytest.mark.parametrize("name", ["h100:0", "h100:x", "a100", "h100:"])
+def test_an_unknown_gpu_is_not_planned_for(name):
+    with pytest.raises(ConfigError, match=rf"--topology={name} is not planned for: .* or h100, h200"):
+        plan.target_of(name)
+
+
+def test_a_gpu_that_is_not_there_is_not_compiled_for():
+    with pytest.raises(ConfigError, match=r"--topology=h100 cannot be compiled for \(a GPU: .* planned with --plan"):
+        compiled.topology_devices("h100")
+
+
+def test_the_name_of_small_1b_is_not_its_size():
+    model = small_1b().model
+    parts = flops.forward_flops(model, 1)
+    active = sum(parts[name] for name in ("attention_projections", "router", "experts")) / 2
+    first = (REPOSITORY / "configs/small_1b.py").read_text().splitlines()[0]
+    for number, count in zip(re.findall(r"([\d.]+) billion", first), (count_parameters(model), active), strict=True):
+        assert round(count / 1e9, 2) == float(number)
+    assert f"{count_parameters(model) / 1e9:.2f}B parameters, {active / 1e9:.2f}B active" in topologies.CONFIGURATIONS[
+        "small_1b"
+    ][0]  # fmt: skip
 
 
 def test_slices_of_a_topology_are_counted():

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmx_jax import config as config_lib
+from mmx_jax import config_base
 from mmx_jax.config import (
     BatchRampStep,
     CheckpointConfig,
@@ -25,9 +27,9 @@ from mmx_jax.config import (
     SourceConfig,
     StageConfig,
     TrainingConfig,
-    deepnorm_alpha,
 )
 from mmx_jax.config_io import apply_overrides, config_from_json, config_to_json, format_config, load_config
+from mmx_jax.training import schedule
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG_FILES = sorted((REPOSITORY / "configs").rglob("*.py"))
@@ -38,6 +40,11 @@ BASE = Config(
     ),
     data=DataConfig(sources=(SourceConfig(path="/a"), SourceConfig(path="/b", weight=2.0))),
 )
+
+
+def schedule_ends(config):
+    """The learning rate behind the last step."""
+    return schedule.learning_rate(config.training, schedule.total_tokens(config.training))
 
 
 def get(config, path: str):
@@ -71,7 +78,7 @@ def models(draw):
         experts_per_token=draw(st.integers(1, experts)),
         capacity_factor=draw(st.none() | rate),
         postnorm=draw(st.booleans()),
-        mlp_alpha=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        mlp_alpha=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
         bos_token_id=draw(optional_id),
         eos_token_id=draw(optional_id),
         dtype=draw(st.sampled_from(config_lib.FLOAT_DTYPES)),
@@ -86,21 +93,23 @@ def configs(draw):
     weights = st.lists(rate, min_size=max(1, len(sources)), max_size=max(1, len(sources)))
     stage = st.builds(
         StageConfig,
-        tokens=positive,
+        tokens=st.integers(1, 2**50),
         sequence_length=st.just(length),
         rope_theta=st.none() | rate,
         source_weights=st.just(()) | weights,
     )
     ramp = sorted(draw(st.sets(positive, max_size=3)))
-    phase = st.builds(LearningRatePhase, shape=st.just("linear"), tokens=positive, start=rate, end=rate)
+    shares = draw(st.lists(st.floats(0.01, 0.3), max_size=3))
+    rates = [LearningRatePhase(shape="linear", share=share, start=draw(rate), end=draw(rate)) for share in shares]
+    stages = draw(st.lists(stage, max_size=3))
     training = TrainingConfig(
-        total_tokens=draw(positive),
+        total_tokens=sum(stage.tokens for stage in stages) or draw(st.integers(10, 2**60)),
         sequence_length=length,
         batch_tokens=length * draw(st.integers(1, 9)),
         batch_ramp=[BatchRampStep(from_tokens=at, batch_tokens=length * draw(st.integers(1, 9))) for at in ramp],
-        stages=draw(st.lists(stage, max_size=3)),
+        stages=stages,
         learning_rate=draw(rate),
-        learning_rate_phases=draw(st.lists(phase, min_size=1, max_size=3)),
+        learning_rate_phases=[*rates, LearningRatePhase(shape="cosine", start=draw(rate), end=draw(rate))],
     )
     return Config(
         name=draw(name),
@@ -155,8 +164,11 @@ def test_a_malformed_number_is_a_config_error_and_nothing_else(text):
 def test_every_config_file_loads_and_round_trips(path):
     config = load_config(path)
     assert config_from_json(config_to_json(config)) == config
-    if config.model.postnorm:
-        assert config.model.mlp_alpha == pytest.approx(deepnorm_alpha(config.model.num_layers), rel=1e-12)
+    for branch in ("lightning", "softmax", "mlp"):
+        alpha = (2 * config.model.num_layers) ** 0.25 if config.model.postnorm else 1.0
+        assert config.model.residual_scales(branch) == pytest.approx((alpha, 1.0), rel=1e-12)
+    end = config.training.learning_rate_phases[-1].end * config.training.learning_rate
+    assert schedule_ends(config) == pytest.approx(end, rel=1e-12)
 
 
 def test_ablations_differ_from_their_base_only_in_the_model():
@@ -185,10 +197,10 @@ def test_recipe_of_the_report():
 @pytest.mark.parametrize(
     "path, text, expected",
     [
-        ("training.total_tokens", "1_000", 1000),
-        ("training.total_tokens", "1e6", 1_000_000),
-        ("training.total_tokens", "1.5e3", 1500),
-        ("training.total_tokens", "9007199254740993", 2**53 + 1),  # not a float64
+        ("training.seed", "1_000", 1000),
+        ("training.seed", "1e6", 1_000_000),
+        ("training.seed", "1.5e3", 1500),
+        ("training.seed", "9007199254740993", 2**53 + 1),  # not a float64
         ("model.rope_theta", "10000", 10000.0),
         ("training.learning_rate", "3e-4", 3e-4),
         ("model.capacity_factor", "1.25", 1.25),
@@ -323,6 +335,196 @@ def test_load_config_checks_types_and_names_the_file(tmp_path):
             load_config(tmp_path / file)
     with pytest.raises(FileNotFoundError, match="get_config"):
         load_config(tmp_path / "absent.py")
+
+
+# Every section, with every tuple filled, so that each kind of field is met.
+PHASE, STAGE = LearningRatePhase(), StageConfig(tokens=1, sequence_length=8, rope_theta=1e4, source_weights=(1.0, 2.0))
+RAMP = BatchRampStep(from_tokens=0, batch_tokens=8)
+SECTIONS = (
+    ModelConfig(capacity_factor=1.0, expert_buffer=1.0, lightning_chunk=64),
+    MeshConfig(),
+    SourceConfig(path="/a"),
+    DataConfig(sources=(SourceConfig(path="/a"),)),
+    PHASE,
+    RAMP,
+    STAGE,
+    TrainingConfig(sequence_length=8, batch_tokens=8, stages=(STAGE,), batch_ramp=(RAMP,)),
+    CheckpointConfig(),
+    Config(),
+)
+WRONG = {
+    float: (math.nan, math.inf, -math.inf, True, "1.0", 10**400, [1.0]),
+    int: (1.0, True, math.nan, "1", 2**63, -(2**63) - 1, 10**5000),
+    bool: (1, 0, 1.0, "true", None),
+    str: (3, b"a", None, "half \ud800"),
+}
+
+
+def wrong_values(kind):
+    """Values that a field with the annotation `kind` must not take."""
+    if inner := config_base.optional_kind(kind):
+        return [value for value in wrong_values(inner) if value is not None]
+    if entry := config_base.entry_kind(kind):
+        return ["ab", 3, None, *([value] for value in wrong_values(entry))]
+    return WRONG.get(kind, ({}, None, 3))
+
+
+def field_cases():
+    for section in SECTIONS:
+        for field, kind in config_base.field_kinds(type(section)).items():
+            yield pytest.param(section, field, kind, id=f"{type(section).__name__}.{field}")
+
+
+def test_the_sections_are_all():
+    assert {type(section) for section in SECTIONS} == set(config_base.Section.__subclasses__())
+
+
+@pytest.mark.parametrize("section, field, kind", list(field_cases()))
+def test_no_field_takes_a_number_that_is_not_finite_or_another_type(section, field, kind):
+    for value in wrong_values(kind):
+        with pytest.raises(ConfigError, match=rf"^{field}[.=0-9]"):
+            dataclasses.replace(section, **{field: value})
+
+
+def test_numbers_are_what_their_annotations_say():
+    training = TrainingConfig(weight_decay=0, learning_rate=np.float64(1e-3))
+    assert type(training.weight_decay) is float and type(training.learning_rate) is float
+    assert StageConfig(tokens=1, sequence_length=1, source_weights=[1, 2]).source_weights == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: ModelConfig(vocab_size=2**31), "vocab_size=2147483648 is larger than any array"),
+        (lambda: ModelConfig(num_layers=8 * 10**9), "num_layers=8000000000 is larger than any array"),
+        (lambda: ModelConfig(num_layers=8 * 10**8), "num_layers=800000000 is more than 100,000"),
+        (lambda: ModelConfig(lightning_chunk=2**40), "lightning_chunk=1099511627776"),
+        (lambda: TrainingConfig(sequence_length=2**40, batch_tokens=2**40), "sequence_length=1099511627776 is larger"),
+        (lambda: TrainingConfig(adam_eps=1e-50), "adam_eps=1e-50 is zero in float32"),
+        (lambda: ModelConfig(router_aux_loss_coef=-1.0), "router_aux_loss_coef=-1.0 must not be negative"),
+        (lambda: MeshConfig(data=2**40), "must be positive"),
+        (lambda: StageConfig(tokens=1, sequence_length=1, source_weights=(1.0, 0.0)), "must be positive"),
+        (lambda: LearningRatePhase(tokens=1, share=0.5), "tokens=1 and share=0.5: give one of them"),
+        (lambda: LearningRatePhase(share=1.5), "share=1.5 of a learning-rate phase must lie in"),
+    ],
+)
+def test_sizes_beyond_reason_are_refused(build, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build()
+
+
+def test_a_depth_that_the_pattern_does_not_divide_names_those_that_it_does():
+    with pytest.raises(ConfigError, match="num_layers=81 is not a multiple of the 8 layers of .*, 80 and 88"):
+        ModelConfig(num_layers=81)
+    with pytest.raises(ConfigError, match="num_layers=3 is not a multiple of the 8 layers of layer_pattern, 8 is"):
+        ModelConfig(num_layers=3)
+
+
+# -- what follows from other fields -----------------------------------------------------------------------------------
+
+BRANCHES = ("lightning", "softmax", "mlp")
+
+
+def alphas(model):
+    return [model.residual_scales(branch)[0] for branch in BRANCHES]
+
+
+def test_residual_scales_follow_the_depth_unless_given():
+    assert alphas(ModelConfig()) == [160**0.25] * 3
+    assert alphas(dataclasses.replace(ModelConfig(), num_layers=64)) == [128**0.25] * 3
+    for file in ("debug.py", "ablations/base.py"):
+        deep = apply_overrides(load_config(REPOSITORY / "configs" / file), ["model.num_layers=64"])
+        assert alphas(deep.model) == [128**0.25] * 3
+        again = config_from_json(config_to_json(deep))
+        assert alphas(dataclasses.replace(again.model, num_layers=128)) == [4.0] * 3
+    assert alphas(ModelConfig(num_layers=64, mlp_alpha=1.5)) == [128**0.25, 128**0.25, 1.5]
+    assert alphas(ModelConfig(postnorm=False)) == [1.0] * 3
+    assert alphas(ModelConfig(postnorm=False, softmax_alpha=2.0)) == [1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("file", ["debug.py", "small_1b.py", "ablations/base.py"])
+@pytest.mark.parametrize("total", [200_000, 983_040, 10**12])
+def test_a_schedule_follows_the_length_of_the_run(file, total):
+    base = load_config(REPOSITORY / "configs" / file)
+    peak, last = base.training.learning_rate, base.training.learning_rate_phases[-1].end
+    changed = apply_overrides(base, [f"training.total_tokens={total}"])
+    assert schedule_ends(changed) == pytest.approx(last * peak, rel=1e-12)
+    if len(base.training.learning_rate_phases) == 2:  # a warm-up, then a cosine
+        warm = base.training.learning_rate_phases[0].share
+        for part in (0.25, 0.5, 1.0):
+            rate = schedule.learning_rate(changed.training, round(part * warm * total))
+            assert rate == pytest.approx(part * peak, rel=1e-3)
+        middle = schedule.learning_rate(changed.training, round((1 + warm) / 2 * total))
+        assert middle == pytest.approx((1 + last) / 2 * peak, rel=1e-3)
+
+
+def test_the_schedules_in_shares_are_those_in_tokens_of_before():
+    for file, batch, warmup, total in (("debug.py", 4096, 20, 240), ("small_1b.py", 16384, 500, 10_000)):
+        training = load_config(REPOSITORY / "configs" / file).training
+        assert (training.batch_tokens, training.run_tokens) == (batch, total * batch)
+        assert training.phase_ends == (warmup * batch, total * batch)
+
+
+def phases(*given):
+    return tuple(LearningRatePhase(shape="linear", **phase) for phase in given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([{"tokens": 300}, {}], "take 300 tokens before the last one, and the run has 200: give lengths as shares"),
+        ([{"tokens": 200}, {}], "take 200 tokens before the last one, and the run has 200"),
+        ([{"tokens": 100}, {"tokens": 101}], "take 201 tokens, and the run has 200"),
+        ([{"share": 0.6}, {"share": 0.6}], "take 240 tokens, and the run has 200"),
+        ([{"tokens": 150}], "end after 150 of the 200 tokens of the run: .*; or add a constant phase without a length"),
+        ([{"share": 0.5}, {"tokens": 50}], "end after 150 of the 200 tokens"),
+        ([{}, {"tokens": 50}], "only the last of learning_rate_phases may have neither tokens nor share"),
+    ],
+)
+def test_a_schedule_that_does_not_end_with_the_run_is_an_error(given, message, tmp_path):
+    text = json.dumps([{"shape": "linear", **phase} for phase in given])
+    overrides = ["training.stages=", "training.total_tokens=200", f"training.learning_rate_phases={text}"]
+    with pytest.raises(ConfigError, match=rf"^training: learning_rate_phases {message}|^training: {message}"):
+        apply_overrides(BASE, overrides)
+    file = tmp_path / "c.py"
+    entries = ", ".join(f"LearningRatePhase(shape='linear', **{phase})" for phase in given)
+    file.write_text(
+        "from mmx_jax.config import *\ndef get_config(): return Config(training=TrainingConfig(total_tokens=200, "
+        f"learning_rate_phases=({entries},)))"
+    )
+    with pytest.raises(ConfigError, match=f"c.py: .*{message}"):
+        load_config(file)
+
+
+SHARES = (0.7, 0.2, 0.1)  # in this order not quite 1
+
+
+@pytest.mark.parametrize("total", [10, 983_040, 10**13 + 1, 2**60 + 1])
+def test_shares_that_add_up_to_1_end_with_the_run(total):
+    training = TrainingConfig(total_tokens=total, learning_rate_phases=phases(*({"share": s} for s in SHARES)))
+    training.check_schedule()
+    assert training.phase_ends[-1] == total and sum(SHARES) < 1
+
+
+def test_a_length_that_the_stages_overrule_is_an_error():
+    text_01 = load_config(REPOSITORY / "configs/minimax_text_01.py")
+    with pytest.raises(ConfigError, match="total_tokens=200,000, and the stages have 11,758,000,000,000 tokens"):
+        apply_overrides(text_01, ["training.total_tokens=2e5"])
+    with pytest.raises(ConfigError, match="take 2,500,000,000,000 tokens before|take 7,500,000,000,000 tokens, and"):
+        apply_overrides(load_config(REPOSITORY / "configs/minimax_m1.py"), ["training.total_tokens=2e5"])
+
+
+def test_what_earlier_versions_wrote_is_read():
+    """Without the field `share`, with every alpha, and with a schedule that ended behind the run."""
+    plain = json.loads(config_to_json(load_config(REPOSITORY / "configs/debug.py")))
+    plain["training"] |= {"total_tokens": 200_000, "learning_rate_phases": []}
+    for shape, tokens, start, end in (("linear", 81_920, 0.0, 1.0), ("cosine", 901_120, 1.0, 0.1)):
+        plain["training"]["learning_rate_phases"].append(dict(shape=shape, tokens=tokens, start=start, end=end))
+    plain["model"] |= dict.fromkeys(("lightning_alpha", "softmax_alpha", "mlp_alpha"), 8**0.25)
+    old = config_from_json(json.dumps(plain))
+    assert alphas(old.model) == [8**0.25] * 3 and old.training.learning_rate_phases[0].share == 0
+    with pytest.raises(ConfigError, match="take 983,040 tokens, and the run has 200,000"):
+        old.training.check_schedule()
 
 
 def test_load_config_makes_whole_numbers_floats_where_the_field_is_a_float(tmp_path):

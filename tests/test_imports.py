@@ -16,8 +16,9 @@ ALLOWED = {
     "locking": set(),
     "files": set(),
     "array_files": {"json_io"},
-    "config": set(),
-    "config_io": {"config", "json_io"},
+    "config_base": set(),
+    "config": {"config_base"},
+    "config_io": {"config", "config_base", "json_io"},
     "sharding": {"config"},
     "chat": set(),
     "tokenizer": {"chat", "json_io"},
@@ -98,6 +99,7 @@ ALLOWED = {
 # What else a group may import; the others may use everything that pyproject.toml names.
 ONLY_EXTERNAL = {
     "pallas_kernels": {"jax", "numpy"},
+    "config_base": set(),
     "config": set(),
     "config_io": set(),
 }

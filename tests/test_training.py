@@ -674,6 +674,89 @@ def test_a_changed_config_is_refused_unless_harmless(straight, config, tmp_path)
     ]
 
 
+def stored_as(config, **training):
+    """The JSON of a run; `training`: fields that it wrote in another way, as earlier versions did."""
+    plain = json.loads(config_io.config_to_json(config))
+    plain["training"] |= training
+    return plain
+
+
+def with_phases(config, *given, total=TRAINING.total_tokens):
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(TRAINING, total_tokens=total, learning_rate_phases=given),
+    )
+
+
+WARM = LearningRatePhase(shape="linear", tokens=512, start=0.0)
+COSINE = LearningRatePhase(shape="cosine", tokens=1536, end=0.1)
+END = LearningRatePhase(start=0.1, end=0.1)
+
+
+def test_a_run_of_an_earlier_version_that_means_the_same_goes_on(config):
+    """Its alphas were given where they now follow from the depth, its phases in tokens where they now are shares."""
+    stored = stored_as(
+        config,
+        learning_rate_phases=[
+            dict(shape="linear", tokens=512, start=0.0, end=1.0), dict(shape="cosine", tokens=1536, start=1.0, end=0.1)
+        ],
+    )  # fmt: skip
+    stored["model"] |= dict.fromkeys(("lightning_alpha", "softmax_alpha", "mlp_alpha"), 4**0.25)
+    shares = LearningRatePhase(shape="linear", share=0.25, start=0.0), LearningRatePhase(shape="cosine", end=0.1)
+    now = stored_as(with_phases(config, *shares))
+    assert loop.check_same_run(stored, now) == []
+    stored["model"]["mlp_alpha"] = 1.5
+    with pytest.raises(ConfigError, match=r"model.mlp_alpha: 1.5 -> 1.41"):
+        loop.check_same_run(stored, now)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "total"),
+    [
+        ((LearningRatePhase(),), (LearningRatePhase(),), 4096),
+        ((WARM, LearningRatePhase()), (WARM, LearningRatePhase()), 4096),
+        ((WARM, LearningRatePhase()), (WARM, LearningRatePhase()), 1024),
+        ((WARM, COSINE), (WARM, COSINE, END), 4096),
+        ((WARM, LearningRatePhase()), (WARM, LearningRatePhase(tokens=1536), COSINE), 3584),
+    ],
+)
+def test_a_run_may_become_longer_where_its_rates_so_far_stay(config, old, new, total):
+    stored, current = with_phases(config, *old), with_phases(config, *new, total=total)
+    current.training.check_schedule()
+    differing = loop.check_same_run(stored_as(stored), stored_as(current))
+    assert f"training.total_tokens: 2048 -> {total}" in differing
+    for tokens in range(0, min(2048, total), 128):  # what the answer promises
+        assert schedule.learning_rate(stored.training, tokens) == schedule.learning_rate(current.training, tokens)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "total"),
+    [
+        ((WARM, LearningRatePhase(shape="cosine", end=0.1)),) * 2 + (4096,),
+        ((LearningRatePhase(shape="linear", share=0.25, start=0.0), LearningRatePhase()),) * 2 + (4096,),
+        ((WARM, LearningRatePhase()), (WARM, LearningRatePhase(tokens=1024), COSINE), 3072),
+        ((WARM, COSINE), (WARM, COSINE, LearningRatePhase()), 2049),
+        ((LearningRatePhase(),), (END,), 2048),
+    ],
+)
+def test_another_length_that_changes_rates_already_used_is_refused(config, old, new, total):
+    stored, current = with_phases(config, *old), with_phases(config, *new, total=total)
+    rates = [[schedule.learning_rate(c.training, tokens) for tokens in range(0, 2048, 128)] for c in (stored, current)]
+    refused = rates[0] != rates[1]
+    if refused:
+        with pytest.raises(ConfigError, match="learning_rate_phases: .* -> "):
+            loop.check_same_run(stored_as(stored), stored_as(current))
+    else:
+        loop.check_same_run(stored_as(stored), stored_as(current))
+
+
+def test_a_run_whose_schedule_does_not_fit_leaves_no_folder(config, tmp_path):
+    short = with_phases(config, WARM, COSINE, total=1024)
+    with pytest.raises(ConfigError, match="learning_rate_phases take 2,048 tokens, and the run has 1,024"):
+        train(short, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
     wild = config_io.apply_overrides(
         config, ["training.learning_rate=1e16", "training.max_nonfinite_steps=1", "checkpoint.save_every_steps=1"]

@@ -4,17 +4,14 @@ Length, batch (480 sequences), constant rate, and weight decay are those of the 
 2.2; arXiv 2406.16690, Table 7), width and heads those of its 160M model; they train on up to 300B tokens, this on 10B.
 """
 
-from mmx_jax.config import CheckpointConfig, Config, ModelConfig, TrainingConfig, deepnorm_alpha
-
-LAYERS = 16
-ALPHA = deepnorm_alpha(LAYERS)
+from mmx_jax.config import CheckpointConfig, Config, ModelConfig, TrainingConfig
 
 
 def get_config() -> Config:
     model = ModelConfig(
         vocab_size=32768,
         hidden_size=768,
-        num_layers=LAYERS,
+        num_layers=16,
         num_heads=6,
         num_kv_heads=6,
         head_dim=128,
@@ -25,9 +22,6 @@ def get_config() -> Config:
         num_experts=8,
         experts_per_token=2,
         router_aux_loss_coef=0.01,
-        lightning_alpha=ALPHA,
-        softmax_alpha=ALPHA,
-        mlp_alpha=ALPHA,
         remat="full",
     )
     training = TrainingConfig(

@@ -9,12 +9,5 @@ from mmx_jax.config_io import load_config
 
 def get_config() -> Config:
     base = load_config(Path(__file__).with_name("base.py"))
-    model = dataclasses.replace(
-        base.model,
-        postnorm=False,
-        lightning_alpha=1.0,
-        softmax_alpha=1.0,
-        mlp_alpha=1.0,
-        initializer="normal",
-    )
+    model = dataclasses.replace(base.model, postnorm=False, initializer="normal")
     return dataclasses.replace(base, name="ablation_prenorm", model=model)

@@ -122,7 +122,10 @@ def model_config_to_hf(config: ModelConfig, naming: str) -> dict[str, Any]:
     if naming not in NAMINGS:
         raise ConversionError(f"naming {naming!r} is not one of {', '.join(NAMINGS)}")
     kinds = {kind: value for value, kind in LAYER_KIND_VALUES[naming].items()}
-    hf = {key: getattr(config, field) for key, field in (COMMON_INTS | COMMON_FLOATS | RESIDUAL_SCALES[naming]).items()}
+    hf = {key: getattr(config, field) for key, field in (COMMON_INTS | COMMON_FLOATS).items()}
+    for key, field in RESIDUAL_SCALES[naming].items():
+        branch, which = field.rsplit("_", 1)
+        hf[key] = config.residual_scales(branch)[("alpha", "beta").index(which)]
     hf |= {key: getattr(config, key) for key in TOKEN_IDS}
     hf |= ONLY_VALUES | {"attention_dropout": 0.0, "router_jitter_noise": 0.0}
     hf |= {

@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         else:
             r = normed(mlp_norm, x)
             update, stats = experts(r, segment_ids)
-        return residual(x, r, update, c.mlp_alpha, c.mlp_beta), state, stats
+        return residual(x, r, update, *c.residual_scales("mlp")), state, stats
 
 
 class HybridBlock(nn.Module):

@@ -91,6 +91,7 @@ def train(
     Raises:
       TrainingError, CheckpointError, ConfigError, processes.LostProcessError: with one clear message.
     """
+    config.training.check_schedule()
     workdir = files.destination(workdir, arrays=True)
     if console is None:
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
@@ -581,12 +582,16 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
             "the run in this folder was saved by a version whose data position belongs to its processes, and "
             "which this one does not read: continue with that version, or start in a new --workdir"
         )
-    old, new = _flatten(stored), _flatten(current)
+    old, new = (_flatten(config_io.resolved(plain)) for plain in (stored, current))
+    allowed = HARMLESS_FIELDS
+    if _same_rates_so_far(old, new):
+        allowed += ("training.total_tokens", "training.learning_rate_phases")
+        for flat in (old, new):  # where they end says no more than the length of the run does
+            flat["training.learning_rate_phases"] = [
+                {name: phase[name] for name in ("shape", "start", "end")}
+                for phase in flat["training.learning_rate_phases"]
+            ]
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if "training.total_tokens" in differing and _has_closed_schedule(current["training"]):
-        allowed = HARMLESS_FIELDS + ("training.total_tokens",)
-    else:
-        allowed = HARMLESS_FIELDS
     allowed += start.BRANCH_FIELDS if branch else ()
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
     harmful = [line for key, line in lines.items() if not key.startswith(allowed)]
@@ -667,10 +672,25 @@ def _resume_step(checkpointer, resume) -> int:
     return int(resume)
 
 
-def _has_closed_schedule(training: dict) -> bool:
-    """Whether the learning rate so far does not depend on the length of the run."""
-    last = training["learning_rate_phases"][-1]
-    return not training["stages"] and (last["tokens"] > 0 or last["shape"] == "constant")
+def _same_rates_so_far(old: dict, new: dict) -> bool:
+    """Whether two runs, resolved and flattened, have the same learning rates up to the end of the shorter one."""
+    if old["training.stages"] or new["training.stages"]:
+        return False
+    end = min(flat["training.total_tokens"] for flat in (old, new))
+    return _rates_until(old, end) == _rates_until(new, end)
+
+
+def _rates_until(flat: dict, end: int) -> list[dict]:
+    """The phases of the learning rate that begin before `end` tokens, constant ones cut there."""
+    phases, begin = [], 0
+    for phase in flat["training.learning_rate_phases"]:
+        if begin < end:
+            cut = phase["shape"] == "constant" and phase["end_tokens"] > end
+            phases.append(phase | {"end_tokens": end} if cut else phase)
+        begin = phase["end_tokens"]
+    if begin < end:  # the value at the end of the last phase stays
+        phases.append(phase | {"shape": "constant", "end_tokens": end, "start": phase["end"]})
+    return phases
 
 
 def _flatten(tree, prefix=""):

@@ -29,7 +29,7 @@ class StepPlan:
 
 def total_tokens(training: TrainingConfig) -> int:
     """Length of the run: the sum of its stages."""
-    return sum(stage.tokens for stage in training.resolved_stages)
+    return training.run_tokens
 
 
 def phase_value(phase: LearningRatePhase, progress: float) -> float:
@@ -46,15 +46,14 @@ def phase_value(phase: LearningRatePhase, progress: float) -> float:
 def learning_rate(training: TrainingConfig, tokens_seen: int) -> float:
     """Rate of the step that starts after `tokens_seen` tokens.
 
-    A phase holds from its first token to the one before the next phase. After the last phase its end value
-    stays.
+    A phase holds from its first token to the one before the next phase. After the last phase, which ends with the run
+    (`TrainingConfig.check_schedule`), its end value stays.
     """
     start = 0
-    for phase in training.learning_rate_phases:
-        length = phase.tokens or max(0, total_tokens(training) - start)
-        if tokens_seen < start + length:
-            return training.learning_rate * phase_value(phase, (tokens_seen - start) / length)
-        start += length
+    for phase, end in zip(training.learning_rate_phases, training.phase_ends, strict=True):
+        if tokens_seen < end:
+            return training.learning_rate * phase_value(phase, (tokens_seen - start) / (end - start))
+        start = end
     return training.learning_rate * phase_value(training.learning_rate_phases[-1], 1.0)
 
 
