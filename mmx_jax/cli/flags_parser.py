@@ -42,7 +42,7 @@ def program_name() -> str:
 
 
 def make(program: Program, values: flags.FlagValues = flags.FLAGS) -> Callable[[Sequence[str]], list[str]]:
-    """The parser that `app.run` takes: it sets the flags, or prints help (status 0) or an error (status 1) and exits."""
+    """The parser that `app.run` takes: sets the flags, or exits with help (status 0) or an error (status 1)."""
 
     def parse(argv: Sequence[str]) -> list[str]:
         argv = list(argv)

@@ -20,7 +20,7 @@ from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import feeding, flops, processes, schedule
+from mmx_jax.training import feeding, flops, initialize, processes, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -69,8 +69,23 @@ class TrainResult:
     interrupted: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How closely a run is watched, besides what its config says."""
+
+    profile_steps: tuple[int, ...] = ()  # (first, last) optimizer steps traced into workdir/profile; empty: none
+    wandb: str = ""  # a project of Weights & Biases; empty: none
+
+
 def train(
-    config: Config, workdir, *, steps: int = 0, resume: str = "auto", profile_steps=(), console=None
+    config: Config,
+    workdir,
+    *,
+    steps: int = 0,
+    resume: str = "auto",
+    init_from: str = "",
+    watch: Watch = Watch(),
+    console=None,
 ) -> TrainResult:
     """Trains until the tokens are used up, `steps` is reached, or SIGTERM or SIGINT asks to stop (saves, returns).
 
@@ -84,7 +99,9 @@ def train(
         not know about it.
       resume: "auto" continues the newest checkpoint of `workdir` if there is one; "no" refuses a workdir that
         has one; a number goes back to that step and discards the later ones.
-      profile_steps: (first, last) optimizer steps traced into workdir/profile; empty: none.
+      init_from: a checkpoint of any kind whose weights the run begins with, see `initialize`; empty: new weights. A run
+        that has a checkpoint of its own continues that.
+      watch: profile, and where metrics go besides the folder.
       console: rich console; None: standard output of process 0.
 
     Raises:
@@ -103,21 +120,25 @@ def train(
     )
     with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
         start = _resume_step(checkpointer, resume)
-        notes = []
+        notes = initialize.check(config, init_from, workdir, start)
         if start:
             differing = check_same_run(checkpointer.read_config(start), json.loads(config_io.config_to_json(config)))
             notes += [f"continues from step {start} with another {field}" for field in differing]
             discarded = checkpointer.discard_after(start)
             notes += [f"discarded the later steps {', '.join(map(str, discarded))}"] if discarded else []
         with jax.set_mesh(mesh), StopSignals() as signals:
-            run = _Run(config, workdir, mesh, checkpointer, start)
+            run = _Run(config, workdir, mesh, checkpointer, start, "" if start else init_from)
+            run.log_to_wandb(watch.wandb)
             if console is None and not processes.is_first():
                 console = rich.console.Console(quiet=True)
-            with Progress(schedule.total_tokens(config.training), run.tokens_seen, console=console) as progress:
+            end_step, end_tokens = schedule.end_of_run(config.training, start, run.tokens_seen, steps)
+            with Progress(end_tokens, run.tokens_seen, step=start, total_steps=end_step, console=console) as progress:
                 for line in run.introduction() + notes:
                     progress.message(line)
                 try:
-                    return run.loop(steps, profile_steps, signals, progress)
+                    if start:
+                        progress.message(f"RESUMED from step {start} ({run.tokens_seen:,} tokens seen) in {workdir}")
+                    return run.loop(steps, watch.profile_steps, signals, progress)
                 finally:
                     run.close()
 
@@ -135,12 +156,12 @@ def _closing(checkpointer):
 class _Run:
     """The mutable half of a run: device state, position, data iterators, writers."""
 
-    def __init__(self, config, workdir, mesh, checkpointer, start):
+    def __init__(self, config, workdir, mesh, checkpointer, start, init_from=""):
         self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
         if processes.is_first():
             _write_text(workdir / "config.json", config_io.config_to_json(config))
         with processes.first_before_others("tokenizer"):
-            self.tokenizer = prepare_tokenizer(config, workdir)
+            self.tokenizer = prepare_tokenizer(config, workdir, init_from)
         self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
         self.step, self.tokens_seen, self.nonfinite_in_a_row = start, 0, 0
         self.iterator, self.iterator_stage = None, None
@@ -155,9 +176,18 @@ class _Run:
             if position["stage_index"] is not None:
                 self._open_stage(position["stage_index"])
                 self.iterator.set_state(data_state)
+        elif init_from:
+            self.state = initialize.load_state(config, mesh, init_from)
         else:
             self.state = train_step.init_state(config, mesh)
+        self.begins_from_weights = bool(init_from)
         self.writer = metrics.MetricsWriter(workdir, resume_step=start) if processes.is_first() else None
+
+    def log_to_wandb(self, project: str):
+        """Metrics go to Weights & Biases too, if `project` names one."""
+        if project and self.writer is not None:
+            config = json.loads(config_io.config_to_json(self.config))
+            self.writer.add(metrics.WandbRun(self.workdir, project, name=self.config.name, config=config))
 
     def close(self):
         """Stops the thread of the data pipeline and closes the files."""
@@ -178,7 +208,8 @@ class _Run:
             f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length "
             f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
-            f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
+            f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir} "
+            "(config.json there holds every field)",
             *feeding.reading_lines(self.config, self.mesh),
         ]
 
@@ -186,6 +217,8 @@ class _Run:
         clock = _Clock(self.tokens_seen)
         plan = schedule.plan_step(self.config.training, self.tokens_seen)
         profiled = profile_steps and processes.is_first()
+        if self.begins_from_weights:
+            self._evaluate(progress)  # how good the weights are before they change
         while plan is not None and not (steps and self.step >= steps) and not signals.agreed():
             if profiled and self.step + 1 == profile_steps[0]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -517,10 +550,18 @@ def stage_config(config: Config, rope_theta: float | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
 
 
-def prepare_tokenizer(config: Config, workdir: pathlib.Path):
-    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there."""
+def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = ""):
+    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there.
+
+    Args:
+      init_from: the checkpoint that the run begins from now, whose tokenizer it is then; empty: none.
+    """
     folder = workdir / "tokenizer"
-    if folder.exists():
+    if init_from:
+        loaded = initialize.tokenizer_of(config, init_from)
+        if folder.exists():
+            initialize.check_vocabulary(Tokenizer.load(folder), loaded, str(folder), "choose another --workdir")
+    elif folder.exists():
         loaded = Tokenizer.load(folder)
     elif config.data.tokenizer:
         loaded = Tokenizer.load(config.data.tokenizer)
