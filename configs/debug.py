@@ -37,18 +37,18 @@ def get_config() -> Config:
         lightning_chunk=64,
         softmax_block=128,
     )
-    total_tokens = 240 * 4096
-    warmup_tokens = 20 * 4096
+    total_tokens = 1000 * 4096  # a little more than one pass over the standard library
+    warmup_tokens = 40 * 4096
     training = TrainingConfig(
         total_tokens=total_tokens,
         sequence_length=256,
         batch_tokens=4096,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         learning_rate_phases=(
             LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
             LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
         ),
-        eval_every_steps=80,
+        eval_every_steps=200,
         eval_batches=4,
     )
     return Config(
@@ -56,5 +56,5 @@ def get_config() -> Config:
         model=model,
         data=DataConfig(packing_bins=16),
         training=training,
-        checkpoint=CheckpointConfig(save_every_steps=80, keep=2),
+        checkpoint=CheckpointConfig(save_every_steps=200, keep=2),
     )

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 import rich.console
-from fake_devices import environment
 
 import mmx_jax
 from mmx_jax import config_io, metrics, sharding
@@ -24,6 +23,7 @@ from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
 from mmx_jax.training import initialize, loop
+from tests.fake_devices import environment
 
 REPOSITORY = Path(__file__).parent.parent
 FIXTURE = REPOSITORY / "tests/fixtures/text/tiny/hf"
