@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   the interpreter that makes the environment (3.11 or later)
 #   VENV=.venv          where the environment lives
 #   DATA=PATH           demo: a file or folder of text instead of the standard library's sources
+#   PROMPT=TEXT         demo: what the model continues at the end; \n is a new line
 #   PIP_FLAGS=...       for every pip install, e.g. "-c constraints.txt"
 #   TESTS=tests/x.py    test: these only
 #   PYTEST_FLAGS=...    test: replaces "-n 2 --dist loadfile"
@@ -10,6 +11,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
+ifeq ($(DATA),)
+PROMPT ?= class Reader:\n    """Reads a file."""\n\n    def __init__(self,
+else
+PROMPT ?= The
+endif
 PIP_FLAGS ?=
 TESTS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
@@ -28,7 +34,18 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(BIN)/python train.py --config=configs/debug.py --workdir=runs/demo $(if $(DATA),--data="$(DATA)")
 	$(BIN)/python -m mmx_jax.convert export runs/demo runs/demo/export
-	$(BIN)/python infer.py --checkpoint=runs/demo/export --prompt='def main('
+	@echo
+	@echo 'The model continues a text that it has not seen:'
+	@echo
+	@printf '%b' '$(PROMPT)'
+	@$(BIN)/python infer.py --checkpoint=runs/demo/export --prompt="$$(printf '%b' '$(PROMPT)')" \
+	  --temperature=0.7 --top_p=0.9 --repetition_penalty=1.1 --max_new_tokens=160
+	@echo
+	@echo 'The loss curve is in runs/demo/loss.png. What to try next:'
+	@echo '  another text:        $(BIN)/python infer.py --checkpoint=runs/demo/export --prompt="import " --temperature=0.8'
+	@echo '  learn from your own: make demo DATA=path/to/texts'
+	@echo '  train it further:    $(BIN)/python train.py --config=configs/debug.py --workdir=runs/tuned \'
+	@echo '                         --init_from=runs/demo --data=path/to/texts --set training.learning_rate=1e-3'
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)

@@ -108,11 +108,18 @@ def config_from_json(text: str) -> Config:
 
 
 def format_config(config: Config) -> str:
-    """An aligned listing, values in the syntax of `apply_overrides`; `*` marks those that differ from the default."""
+    """An aligned listing of the fields that differ from their default, values in the syntax of `apply_overrides`."""
     rows = list(_rows(_plain(config), _plain(Config()), ""))
-    width = max(len(path) for path, _, _ in rows)
-    lines = [f"{'*' if changed else ' '} {path:<{width}}  {text}".rstrip() for path, text, changed in rows]
-    return "\n".join([*lines, "(* differs from the default)"])
+    changed = [(path, text) for path, text, differs in rows if differs]
+    width = max((len(path) for path, _ in changed), default=0)
+    lines = [f"  {path:<{width}}  {text}".rstrip() for path, text in changed]
+    head = "configuration, where it differs from the defaults:" if lines else "configuration: all defaults"
+    return "\n".join([head, *lines, f"  ({len(rows) - len(changed)} other fields have their default)"])
+
+
+def field_paths() -> list[str]:
+    """The dotted path of every field of a Config."""
+    return list(_paths(Config, ""))
 
 
 # Plain values: what JSON knows. Tuples become lists, dataclasses dicts.

@@ -1,10 +1,13 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a picture of the loss."""
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases, and a picture of the loss."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import pathlib
+import sys
+import uuid
 
 from mmx_jax import files
 
@@ -23,9 +26,14 @@ class MetricsWriter:
     def __init__(self, workdir, resume_step: int = 0):
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_rows(self._path, resume_step)
+        truncate_rows(self._path, resume_step or -1)  # step 0 has a row where a run begins from a checkpoint
         self._file = self._path.open("ab", buffering=0)  # nothing that a close could fail on once more
         self._board = _tensorboard(self._path.parent / "tensorboard", resume_step)
+        self._sinks = []
+
+    def add(self, sink):
+        """Rows go to `sink.write` too, and `sink.close` ends it."""
+        self._sinks.append(sink)
 
     @property
     def has_tensorboard(self) -> bool:
@@ -35,14 +43,69 @@ class MetricsWriter:
         line = json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n"
         _append(self._file, line.encode())
         if self._board is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(key, value, row["step"])
+            for key, value in _scalars(row).items():
+                self._board.add_scalar(key, value, row["step"])
+        for sink in self._sinks:
+            sink.write(row)
 
     def close(self):
         self._file.close()
         if self._board is not None:
             self._board.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+class WandbRun:
+    """A run of Weights & Biases, which the resumed training continues by the id in WORKDIR/wandb_run_id.
+
+    Its failures are told once, on standard error, and end nothing but the logging there.
+
+    Args:
+      workdir: folder of the run; wandb's own files go to WORKDIR/wandb.
+      project: of Weights & Biases.
+      config: the resolved config as plain values.
+    """
+
+    def __init__(self, workdir, project: str, *, name: str, config: dict):
+        self._run = None
+        file = pathlib.Path(workdir) / "wandb_run_id"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+        with self._tolerating():
+            import wandb
+
+            run_id = file.read_text(encoding="utf-8").strip()
+            self._run = wandb.init(
+                project=project, name=name, id=run_id, resume="allow", dir=str(workdir), config=config
+            )
+            # By our own steps, which may be logged again after going back, and not in wandb's order of calls.
+            self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: dict):
+        if self._run is not None:
+            with self._tolerating():
+                self._run.log({"step": row["step"], **_scalars(row)})
+
+    def close(self):
+        if self._run is not None:
+            with self._tolerating():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _tolerating(self):
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            message = str(error) or type(error).__name__
+            print(f"Weights & Biases failed, and the run goes on without it: {message}", file=sys.stderr, flush=True)
+
+
+def check_wandb():
+    """Raises ImportError where wandb is not installed: a run that was to log there must not begin without."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ImportError("--wandb needs the package wandb: pip install mmx_jax[wandb], or leave the flag out")
 
 
 def read_rows(path) -> list[dict]:
@@ -132,6 +195,15 @@ def _smooth(points, share: float = 0.05):
     xs, ys = zip(*points, strict=True)
     means = [sum(ys[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(ys))]
     return list(xs), means
+
+
+def _scalars(row):
+    """The finite numbers of a row, but for its step."""
+    return {
+        key: value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def _jsonable(value):

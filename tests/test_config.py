@@ -537,16 +537,28 @@ def test_load_config_makes_whole_numbers_floats_where_the_field_is_a_float(tmp_p
     assert isinstance(config.training.weight_decay, float) and config.training.stages == ()
 
 
-def test_listing_marks_what_differs_and_reads_back():
-    lines = format_config(BASE).splitlines()
-    values = {line[2:].split()[0]: line for line in lines[:-1]}
-    assert values["training.batch_tokens"].startswith("* ")
-    assert values["training.seed"].startswith("  ")
-    assert len({line.index(line.split()[-1]) for line in (values["name"][2:], values["training.seed"][2:])}) == 1
-    overrides = [
-        f"{line[2:].split()[0]}={' '.join(line[2:].split()[1:])}" for line in lines[:-1] if line.startswith("* ")
-    ]
-    assert apply_overrides(Config(), overrides) == BASE
+def test_listing_shows_what_differs_and_reads_back():
+    head, *lines, foot = format_config(BASE).splitlines()
+    values = {line.split()[0]: line for line in lines}
+    assert "training.batch_tokens" in values and "training.seed" not in values
+    assert len({len(re.match(r" +\S+ +(?=\S)", line)[0]) for line in lines if len(line.split()) > 1}) == 1  # aligned
+    assert apply_overrides(Config(), [f"{path}={' '.join(line.split()[1:])}" for path, line in values.items()]) == BASE
+    fields = len(format_config(Config()).splitlines()), len(list(config_io_rows(Config())))
+    assert fields[0] == 2 and f"({fields[1]} other fields" in format_config(Config())
+    assert "differs" in head and "other fields have their default" in foot
+
+
+def config_io_rows(value):
+    """Every leaf of a Config, a tuple of dataclasses by its entries."""
+    for field in dataclasses.fields(value):
+        entry = getattr(value, field.name)
+        if dataclasses.is_dataclass(entry):
+            yield from config_io_rows(entry)
+        elif isinstance(entry, tuple) and entry and dataclasses.is_dataclass(entry[0]):
+            for member in entry:
+                yield from config_io_rows(member)
+        else:
+            yield entry
 
 
 def test_a_config_costs_no_jax_import():

@@ -433,6 +433,86 @@ def test_progress_says_the_same_on_a_terminal_and_in_lines(terminal):
     assert ("\x1b[" in text) == terminal
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_counts_toward_the_step_where_the_run_ends(terminal):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, force_terminal=terminal, width=120, highlight=False)
+    training = TrainingConfig(
+        total_tokens=10_000,
+        sequence_length=10,
+        batch_tokens=100,
+        batch_ramp=(BatchRampStep(from_tokens=300, batch_tokens=200),),
+    )
+    assert schedule.end_of_run(training, 0, 0, 6) == (6, 900)
+    assert schedule.end_of_run(training, 0, 0) == (3 + 49, 10_100)  # the last step is taken whole
+    assert schedule.end_of_run(training, 7, 1100, 6) == (7, 1100)
+    with Progress(900, 300, step=3, total_steps=6, console=console) as progress:
+        progress.update(step=6, tokens_seen=900, loss=2.0, tokens_per_second=100.0, mfu=None)
+    assert "step 6/6" in out.getvalue() and "100" in out.getvalue() and "ETA 0:00:00" in out.getvalue()
+
+
+WANDB = """
+    import json, os
+    calls = []
+
+    class Run:
+        def define_metric(self, *args, **kwargs): calls.append(["define_metric", args, kwargs])
+        def log(self, row):
+            if os.environ.get("WANDB_BREAKS") == "log": raise OSError("no network")
+            calls.append(["log", row])
+        def finish(self): calls.append(["finish"])
+
+    def init(**kwargs):
+        if os.environ.get("WANDB_BREAKS") == "init": raise RuntimeError("no key")
+        calls.append(["init", kwargs])
+        return Run()
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A module of that name that notes its calls."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/wandb.py").write_text(textwrap.dedent(WANDB))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    import wandb
+
+    yield wandb
+    del sys.modules["wandb"]
+
+
+def test_wandb_gets_the_rows_and_a_resumed_run_continues_there(wandb, tmp_path):
+    for step in (1, 2):
+        writer = metrics.MetricsWriter(tmp_path, resume_step=step - 1)
+        writer.add(metrics.WandbRun(tmp_path, "hybrids", name="test", config={"a": 1}))
+        writer.write({"step": step, "loss": 2.0, "mfu": None, "z": float("nan"), "router_max_load": [1.0]})
+        writer.close()
+    first, second = (kwargs for name, kwargs in (c for c in wandb.calls if c[0] == "init"))
+    assert first == second and first["resume"] == "allow" and first["project"] == "hybrids"
+    assert first["id"] == (tmp_path / "wandb_run_id").read_text().strip() and first["config"] == {"a": 1}
+    assert [c[1] for c in wandb.calls if c[0] == "log"] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0}]
+    assert ["define_metric", ("*",), {"step_metric": "step"}] in wandb.calls and wandb.calls[-1] == ["finish"]
+
+
+@pytest.mark.parametrize("breaks", ["init", "log"])
+def test_a_failure_of_wandb_is_told_once_and_the_run_goes_on(wandb, breaks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BREAKS", breaks)
+    writer = metrics.MetricsWriter(tmp_path)
+    writer.add(metrics.WandbRun(tmp_path, "hybrids", name="test", config={}))
+    for step in (1, 2, 3):
+        writer.write({"step": step, "loss": 2.0})
+    writer.close()
+    assert capsys.readouterr().err.count("the run goes on without it") == 1
+    assert [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_wandb_that_is_not_installed_is_an_error_at_once(monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"--wandb needs the package wandb: pip install mmx_jax\[wandb\]"):
+        metrics.check_wandb()
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 

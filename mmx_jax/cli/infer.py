@@ -10,6 +10,8 @@ import sys
 
 from absl import app, flags, logging
 
+from mmx_jax.cli import flags_parser
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Folder: safetensors, a converted checkpoint, a training run or a step of one.")
 flags.DEFINE_multi_string("prompt", [], "Text to continue; given often, the prompts run as one batch.")
@@ -38,6 +40,41 @@ flags.DEFINE_string("topology", None, "TPU topology to compile or plan for, such
 flags.DEFINE_integer("batch", 1, "Sequences.", 1)
 flags.DEFINE_integer("prompt_length", 1024, "Tokens of each prompt.", 1)
 flags.DEFINE_integer("context", 2048, "Tokens of prompt and continuation.", 1)
+
+
+PROGRAM = flags_parser.Program(
+    summary="Generates text from a checkpoint, talks, or measures a text; or tells what generating would take.",
+    usage="--checkpoint=FOLDER --prompt=TEXT",
+    examples=(
+        "--checkpoint=runs/demo --prompt='def main(' --temperature=0.7 --top_p=0.9",
+        "--checkpoint=runs/demo --score=file.txt",
+        "--checkpoint=/models/m1 --chat --template=m1 --dtype=bfloat16",
+        "--config=configs/small_1b.py --dry_run --topology=v5e:2x2 --dtype=bfloat16",
+    ),
+    module=__name__,
+    groups={
+        "What to do": ("checkpoint", "prompt", "prompt_file", "chat", "score", "template", "dtype"),
+        "How to draw": (
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "seed",
+            "num_samples",
+            "stop",
+            "stop_ids",
+            "prefill_chunk",
+        ),  # fmt: skip
+        "Without a checkpoint": ("config", "set", "dry_run", "plan", "topology", "batch", "prompt_length", "context"),
+    },
+    positional=lambda argument: (
+        f"a checkpoint is named with --checkpoint={argument}"
+        if pathlib.Path(argument).is_dir()
+        else f"a prompt is written --prompt={argument!r}"
+    ),
+)
 
 
 @flags.multi_flags_validator(
@@ -190,8 +227,6 @@ def run():
 
 
 def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"infer.py: {argv[1]!r} is not a flag; a prompt is written --prompt={argv[1]!r}")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax logs what it also raises
     try:
@@ -206,11 +241,11 @@ def main(argv):
         # Orbax's unfinished reads of a damaged checkpoint bury the line under pages, at an orderly exit and before it.
         stderr = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(stderr, f"infer.py: {error}\n".encode())
+        os.write(stderr, f"{flags_parser.program_name()}: {error}\n".encode())
         os._exit(1)
 
 
 def run_main():
     """Entry point of infer.py and of `mmx-infer`."""
     flags.adopt_module_key_flags(sys.modules[__name__])
-    app.run(main)
+    app.run(main, flags_parser=flags_parser.make(PROGRAM))

@@ -6,9 +6,11 @@ import sys
 
 from absl import app, flags, logging
 
+from mmx_jax.cli import flags_parser
+
 FLAGS = flags.FLAGS
-flags.DEFINE_string("config", None, "Config file: Python with a get_config() that returns a Config.", required=True)
-flags.DEFINE_multi_string("set", [], "Override, field.path=value; may be given often.")
+flags.DEFINE_string("config", None, "Config file: Python with a get_config() that returns a Config.")
+flags.DEFINE_multi_string("set", [], "Override of one field of the config, field.path=value; may be given often.")
 flags.DEFINE_string("data", None, "File or folder to train on, instead of the data sources of the config.")
 flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME with the name in the config.")
 flags.DEFINE_integer("steps", 0, "Stop after this optimizer step of the run; 0: when the tokens are used up.", 0)
@@ -17,6 +19,21 @@ flags.DEFINE_string(
     "auto",
     "auto: continue the newest checkpoint of the workdir, if any; no: refuse a workdir that has one; "
     "a number: go back to that step and discard the later ones.",
+)
+flags.DEFINE_string(
+    "init_from",
+    None,
+    "Start from the weights of this checkpoint, with a fresh optimizer: a Hugging Face folder, a converted one, a "
+    "training run or a step of one. Its tokenizer is used where the config names none.",
+)
+flags.DEFINE_bool(
+    "model_from_checkpoint",
+    False,
+    "With --init_from: the checkpoint says what the model is (shapes, layers, RoPE, norms), the config only how it is "
+    "run and trained; --set still has the last word.",
+)
+flags.DEFINE_string(
+    "wandb", None, "Also log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline: to files only)."
 )
 flags.DEFINE_string("profile_steps", None, "FIRST:LAST optimizer steps to trace into WORKDIR/profile.")
 flags.DEFINE_string(
@@ -30,6 +47,43 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
 flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
+
+
+PROGRAM = flags_parser.Program(
+    summary="Trains a model, or continues the run in --workdir. The folder of the run receives checkpoints, metrics, "
+    "tokenizer and loss curve.",
+    usage="--config=FILE [--set field.path=value ...] [--workdir=FOLDER]",
+    examples=(
+        "--config=configs/debug.py --workdir=runs/demo",
+        "--config=configs/debug.py --data=books/ --steps=100 --set training.learning_rate=1e-3",
+        "--config=configs/debug.py --workdir=runs/tuned --init_from=runs/demo --data=notes.txt",
+        "--config=configs/small_1b.py --plan --topology=v5e:4x4 --set mesh.data=1 --set mesh.fsdp=16",
+    ),
+    module=__name__,
+    groups={
+        "What is trained": ("config", "set", "data", "init_from", "model_from_checkpoint"),
+        "The run": ("workdir", "steps", "resume", "distributed"),
+        "Watching it": ("wandb", "profile_steps"),
+        "Without training": ("dry_run", "plan", "topology"),
+    },
+    positional=lambda argument: (
+        f"the config file is named with --config={argument}"
+        if argument.endswith(".py")
+        else f"overrides are written --set {argument if '=' in argument else 'field.path=' + argument}"
+    ),
+)
+
+
+@flags.validator("config", "--config is missing: name a config file, such as --config=configs/debug.py")
+def _check_config(value):
+    return value is not None
+
+
+@flags.multi_flags_validator(
+    ["model_from_checkpoint", "init_from"], "--model_from_checkpoint needs --init_from=CHECKPOINT"
+)
+def _check_init_from(values):
+    return values["init_from"] or not values["model_from_checkpoint"]
 
 
 @flags.validator("profile_steps", "give FIRST:LAST, two step numbers with 1 <= FIRST <= LAST")
@@ -61,44 +115,36 @@ def _check_distributed(value):
 
 
 def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"train.py: {argv[1]!r} is not a flag; overrides are written --set {argv[1]}")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of what it also raises
     # Imported late, so that --help and a mistyped flag answer at once.
-    from mmx_jax import config_io, plan
-    from mmx_jax.config import SourceConfig
-    from mmx_jax.training import dry_run, loop, processes
+    from mmx_jax import metrics
+    from mmx_jax.training import loop, processes
 
+    name = flags_parser.program_name()
     try:
         if FLAGS.distributed is not None:
             processes.join(FLAGS.distributed)
-        config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
-        if FLAGS.data:
-            data = dataclasses.replace(config.data, sources=(SourceConfig(path=FLAGS.data),))
-            config = dataclasses.replace(config, data=data)
-        if FLAGS.plan:
-            print("\n".join(plan.training_lines(config, FLAGS.topology or "")))
+        config = read_config()
+        if FLAGS.plan or FLAGS.dry_run:
+            foretell(config)
             return
-        if FLAGS.dry_run:
-            if FLAGS.topology and (shortage := plan.shortage(config, FLAGS.topology)):
-                print(f"train.py: {shortage}", file=sys.stderr, flush=True)
-            print(config_io.format_config(config))
-            print("\n".join(dry_run.dry_run(config, FLAGS.topology or "")))
-            return
+        if FLAGS.wandb:
+            metrics.check_wandb()
         result = loop.train(
             config,
             FLAGS.workdir or f"runs/{config.name}",
             steps=FLAGS.steps,
             resume=FLAGS.resume,
-            profile_steps=tuple(map(int, FLAGS.profile_steps.split(":"))) if FLAGS.profile_steps else (),
+            init_from=FLAGS.init_from or "",
+            watch=loop.Watch(profile_steps=profile_steps(), wandb=FLAGS.wandb or ""),
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
         if FLAGS["verbosity"].present:
             raise
         lost = isinstance(error, processes.LostProcessError)
-        processes.leave(f"train.py: {type(error).__name__}: {error}", lost=lost)
+        processes.leave(f"{name}: {type(error).__name__}: {error}", lost=lost)
     loss = "none" if result.loss is None else f"{result.loss:.4f}"
     held_out = "none" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     print(
@@ -107,7 +153,43 @@ def main(argv):
     )
 
 
+def read_config():
+    """The config of the flags. Where the checkpoint says what the model is, --set comes after it."""
+    from mmx_jax import config_io
+    from mmx_jax.config import SourceConfig
+
+    config = config_io.load_config(FLAGS.config)
+    if FLAGS.model_from_checkpoint:
+        from mmx_jax.training import initialize
+
+        workdir = FLAGS.workdir or f"runs/{config.name}"
+        config = initialize.with_model_of(config, FLAGS.init_from, workdir)
+    config = config_io.apply_overrides(config, FLAGS.set)
+    if FLAGS.data:
+        data = dataclasses.replace(config.data, sources=(SourceConfig(path=FLAGS.data),))
+        config = dataclasses.replace(config, data=data)
+    return config
+
+
+def foretell(config):
+    """Prints what --plan or --dry_run knows."""
+    from mmx_jax import config_io, plan
+    from mmx_jax.training import dry_run
+
+    if FLAGS.plan:
+        print("\n".join(plan.training_lines(config, FLAGS.topology or "")))
+        return
+    if FLAGS.topology and (shortage := plan.shortage(config, FLAGS.topology)):
+        print(f"{flags_parser.program_name()}: {shortage}", file=sys.stderr, flush=True)
+    print(config_io.format_config(config))
+    print("\n".join(dry_run.dry_run(config, FLAGS.topology or "")))
+
+
+def profile_steps() -> tuple[int, ...]:
+    return tuple(map(int, FLAGS.profile_steps.split(":"))) if FLAGS.profile_steps else ()
+
+
 def run_main():
     """Entry point of train.py and of `mmx-train`."""
     flags.adopt_module_key_flags(sys.modules[__name__])
-    app.run(main)
+    app.run(main, flags_parser=flags_parser.make(PROGRAM))

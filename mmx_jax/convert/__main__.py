@@ -1,6 +1,7 @@
-"""`python -m mmx_jax.convert`: import SRC DST, export SRC DST, verify A B."""
+"""`python -m mmx_jax.convert`, or `mmx-convert` of an installation: import SRC DST, export SRC DST, verify A B."""
 
 import argparse
+import os
 import re
 import sys
 
@@ -20,7 +21,9 @@ def parse_size(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m mmx_jax.convert", description=__doc__)
+    name = os.path.basename(sys.argv[0])
+    prog = name if name.startswith("mmx-") else "python -m mmx_jax.convert"
+    out = argparse.ArgumentParser(prog=prog, description=__doc__)
     overwrite = "replace DST, or an unfinished DST.partial of something else"
     commands = out.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="safetensors folder -> checkpoint of ours")

@@ -21,7 +21,7 @@ from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import feeding, flops, processes, schedule, start
+from mmx_jax.training import feeding, flops, initialize, processes, schedule, start
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -70,8 +70,23 @@ class TrainResult:
     interrupted: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How closely a run is watched, besides what its config says."""
+
+    profile_steps: tuple[int, ...] = ()  # (first, last) optimizer steps traced into workdir/profile; empty: none
+    wandb: str = ""  # a project of Weights & Biases; empty: none
+
+
 def train(
-    config: Config, workdir, *, steps: int = 0, resume: str = "auto", profile_steps=(), console=None
+    config: Config,
+    workdir,
+    *,
+    steps: int = 0,
+    resume: str = "auto",
+    init_from: str = "",
+    watch: Watch = Watch(),
+    console=None,
 ) -> TrainResult:
     """Trains until the tokens are used up, `steps` is reached, or SIGTERM or SIGINT asks to stop (saves, returns).
 
@@ -85,7 +100,9 @@ def train(
         not know about it.
       resume: "auto" continues the newest checkpoint of `workdir` if there is one; "no" refuses a workdir that
         has one; a number goes back to that step and discards the later ones.
-      profile_steps: (first, last) optimizer steps traced into workdir/profile; empty: none.
+      init_from: a checkpoint of any kind whose weights the run begins with, see `initialize`; empty: new weights. A run
+        that has a checkpoint of its own continues that.
+      watch: profile, and where metrics go besides the folder.
       console: rich console; None: standard output of process 0.
 
     Raises:
@@ -114,18 +131,28 @@ def train(
             )
             with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
                 begin, notes = _find_start(config, workdir, checkpointer, resume)
+                notes += initialize.check(config, init_from, workdir, begin.step)
+                if not begin.step:
+                    begin = dataclasses.replace(begin, init_from=init_from)
                 if begin.step == checkpointer.latest_step() and start.is_finished(config, begin, steps):
                     say(start.finished_line(config, begin, workdir))
                     return _finished(config, workdir, begin)
                 with jax.set_mesh(mesh), StopSignals() as signals:
                     run = _Run(config, workdir, mesh, checkpointer, begin, check_lock)
-                    with Progress(schedule.total_tokens(config.training), run.tokens_seen, console=console) as progress:
-                        for line in run.introduction() + notes + run.notes:
-                            progress.message(line)
-                        try:
-                            return run.loop(steps, profile_steps, signals, progress)
-                        finally:
-                            run.close()
+                    run.log_to_wandb(watch.wandb)
+                    return _run_shown(run, notes, steps, watch, signals, console)
+
+
+def _run_shown(run, notes, steps, watch, signals, console) -> TrainResult:
+    """Runs to the end with its progress on the console, and closes the run."""
+    end_step, end_tokens = schedule.end_of_run(run.config.training, run.step, run.tokens_seen, steps)
+    with Progress(end_tokens, run.tokens_seen, step=run.step, total_steps=end_step, console=console) as progress:
+        for line in run.introduction() + notes + run.notes:
+            progress.message(line)
+        try:
+            return run.loop(steps, watch.profile_steps, signals, progress)
+        finally:
+            run.close()
 
 
 def _find_start(config, workdir, checkpointer, resume):
@@ -178,7 +205,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
         self.check_lock = check_lock  # raises where another run has taken the folder over
         with processes.first_before_others("tokenizer"):
-            self.tokenizer = prepare_tokenizer(config, workdir)
+            self.tokenizer = prepare_tokenizer(config, workdir, begin.init_from)
         self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
         self.step, self.tokens_seen, self.nonfinite_in_a_row = begin.step, begin.tokens_seen, 0
         self.iterator, self.iterator_stage = None, None
@@ -190,8 +217,11 @@ class _Run:
         self.notes = []
         if begin.step:
             self._restore(begin)
+        elif begin.init_from:
+            self.state = initialize.load_state(config, mesh, begin.init_from)
         else:
             self.state = train_step.init_state(config, mesh)
+        self.begins_from_weights = bool(begin.init_from)
         self.writer = None
         if processes.is_first():
             files.write_text(workdir / "config.json", config_io.config_to_json(config))
@@ -207,6 +237,12 @@ class _Run:
                 self.iterator.set_state(data_state)
         if discarded := self.checkpointer.discard_after(begin.step):
             self.notes.append(f"discarded the later steps {', '.join(map(str, discarded))}")
+
+    def log_to_wandb(self, project: str):
+        """Metrics go to Weights & Biases too, if `project` names one."""
+        if project and self.writer is not None:
+            config = json.loads(config_io.config_to_json(self.config))
+            self.writer.add(metrics.WandbRun(self.workdir, project, name=self.config.name, config=config))
 
     def close(self):
         """Stops the thread of the data pipeline and closes the files."""
@@ -228,8 +264,10 @@ class _Run:
             f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             *metrics.missing_lines(),
-            f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
+            f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir} "
+            "(config.json there holds every field)",
             *feeding.reading_lines(self.config, self.mesh),
+            *([f"RESUMED from step {self.step} ({self.tokens_seen:,} tokens seen)"] if self.step else []),
         ]
 
     def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
@@ -238,6 +276,8 @@ class _Run:
         if self.step and self._evaluation_is_due() and plan is not None:
             self._evaluate(progress)  # a run that ended between the two
         profiled = profile_steps and processes.is_first()
+        if self.begins_from_weights:
+            self._evaluate(progress)  # how good the weights are before they change
         while plan is not None and not (steps and self.step >= steps) and not signals.agreed():
             if profiled and self.step + 1 == profile_steps[0]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -614,10 +654,18 @@ def stage_config(config: Config, rope_theta: float | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
 
 
-def prepare_tokenizer(config: Config, workdir: pathlib.Path):
-    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there."""
+def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = ""):
+    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there.
+
+    Args:
+      init_from: the checkpoint that the run begins from now, whose tokenizer it is then; empty: none.
+    """
     folder = workdir / "tokenizer"
-    if folder.exists():
+    if init_from:
+        loaded = initialize.tokenizer_of(config, init_from)
+        if folder.exists():
+            initialize.check_vocabulary(Tokenizer.load(folder), loaded, str(folder), "choose another --workdir")
+    elif folder.exists():
         loaded = Tokenizer.load(folder)
     elif config.data.tokenizer:
         loaded = Tokenizer.load(config.data.tokenizer)

@@ -10,26 +10,31 @@ class Progress:
     """Shows loss, tokens/s, MFU and the time left. A context manager.
 
     Args:
-      total_tokens: length of the run; `tokens_seen`: where it starts.
+      total_tokens: where the run ends; `tokens_seen`: where it starts.
+      step: where it starts; `total_steps`: where it ends, shown beside each step; 0: not shown.
       console: a rich console; None: standard output.
       seconds_between_lines: of the plain form; a terminal is redrawn ten times a second.
     """
 
-    def __init__(self, total_tokens: int, tokens_seen: int, *, console=None, seconds_between_lines: float = 5.0):
+    def __init__(
+        self, total_tokens: int, tokens_seen: int, *, step: int = 0, total_steps: int = 0, console=None,
+        seconds_between_lines: float = 5.0,
+    ):  # fmt: skip
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._total = total_tokens
+        self._of = f"/{total_steps}" if total_steps else ""
         self._seconds_between_lines = seconds_between_lines
         self._last_line = -float("inf")
         self._bar = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.fields[step]}"),
+                rich.progress.TextColumn(f"step {{task.fields[step]}}{self._of}"),
                 rich.progress.BarColumn(bar_width=None),
                 rich.progress.TaskProgressColumn(),
                 rich.progress.TextColumn("{task.fields[text]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task("", total=total_tokens, completed=tokens_seen, step=0, text="compiling")
+            self._task = self._bar.add_task("", total=total_tokens, completed=tokens_seen, step=step, text="compiling")
 
     def __enter__(self):
         if self._bar is not None:
@@ -57,7 +62,7 @@ class Progress:
             self._bar.update(self._task, completed=tokens_seen, step=step, text=text)
         elif time.monotonic() - self._last_line >= self._seconds_between_lines or tokens_seen >= self._total:
             self._last_line = time.monotonic()
-            self.message(f"step {step}  {100 * tokens_seen / self._total:5.1f}%  {text}")
+            self.message(f"step {step}{self._of}  {100 * tokens_seen / self._total:5.1f}%  {text}")
 
 
 def format_seconds(seconds: float) -> str:

@@ -96,6 +96,14 @@ def plan_step(training: TrainingConfig, tokens_seen: int) -> StepPlan | None:
     )
 
 
+def end_of_run(training: TrainingConfig, step: int, tokens_seen: int, last_step: int = 0) -> tuple[int, int]:
+    """(step, tokens seen) where a run that is at `step` will end: when its tokens are used up, or at `last_step`."""
+    end = total_tokens(training)
+    while tokens_seen < end and not (last_step and step >= last_step):
+        step, tokens_seen = step + 1, tokens_seen + batch_tokens(training, tokens_seen)
+    return step, tokens_seen
+
+
 def row_unit(training: TrainingConfig, stage: StageConfig) -> int:
     """Greatest common divisor of the batches' rows in a stage: what the data pipeline is asked for at a time.
 

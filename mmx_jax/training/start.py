@@ -33,6 +33,7 @@ class Start:
 
     step: int = 0  # 0: from the beginning
     tokens_seen: int = 0
+    init_from: str = ""  # step 0: the checkpoint whose weights it begins with
     data_begins_anew: bool = False  # with another data.seed
     eval_row: dict | None = None  # of metrics.jsonl
     loss: float | None = None
