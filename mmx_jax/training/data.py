@@ -315,10 +315,8 @@ class TrainIterator:
         saved = state["identity"]
         if changed := data_identity.differences(saved, self._identity, self._names):
             raise DataError(
-                "the saved data position does not fit this run: "
-                + "; ".join(changed)
-                + ". Put back what was there, or "
-                "start a new run, with a --workdir of its own, on what is there now"
+                "the saved data position does not fit this run: " + "; ".join(changed) + ". Put back what was there, "
+                "or start a new run with a --workdir of its own on what is there now"
             )
         if not data_identity.is_complete(saved):
             self.notes = [

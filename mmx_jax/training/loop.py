@@ -20,7 +20,7 @@ from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import feeding, flops, processes, schedule
+from mmx_jax.training import data_identity, feeding, flops, processes, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -31,6 +31,8 @@ HARMLESS_FIELDS = (
     "mesh.",
     "checkpoint.",
     "data.prefetch",
+    "data.on_bad_row",
+    "data.cache_dir",
     "model.remat",
     "model.scan_blocks",
     "model.lightning_implementation",
@@ -140,11 +142,16 @@ class _Run:
         if processes.is_first():
             _write_text(workdir / "config.json", config_io.config_to_json(config))
         with processes.first_before_others("tokenizer"):
-            self.tokenizer = prepare_tokenizer(config, workdir)
-        self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
+            self.tokenizer, tokenizer_notes = prepare_tokenizer(config, workdir)
+        self.corpus = data_pipeline.open_corpus(config.data, self.tokenizer)
+        for stage in config.training.resolved_stages:
+            data_pipeline.mixture(config.data, stage.source_weights)  # raises at once, not when the stage begins
+        self.notes = tokenizer_notes + self.corpus.notes
+        self.unigram_entropy = data_pipeline.corpus_statistics(self.corpus, self.tokenizer).unigram_entropy
         self.step, self.tokens_seen, self.nonfinite_in_a_row = start, 0, 0
         self.iterator, self.iterator_stage = None, None
-        self.eval_batches = None  # (rows of a batch, what this process holds of each), read when first needed
+        # (rows of a batch, what this process holds of each): read now, for a run must not end over them
+        self.eval_batches = self._open_eval_batches() if config.data.eval_fraction else None
         self.train_steps, self.eval_steps = {}, {}  # by RoPE base
         self.compiled = set()  # (RoPE base, rows, length) of the steps taken so far
         self.last_loss, self.eval_loss, self.eval_at, self.saved_at = None, None, None, start
@@ -155,6 +162,7 @@ class _Run:
             if position["stage_index"] is not None:
                 self._open_stage(position["stage_index"])
                 self.iterator.set_state(data_state)
+                self.notes += self.iterator.notes
         else:
             self.state = train_step.init_state(config, mesh)
         self.writer = metrics.MetricsWriter(workdir, resume_step=start) if processes.is_first() else None
@@ -180,6 +188,7 @@ class _Run:
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir}",
             *feeding.reading_lines(self.config, self.mesh),
+            *self.notes,
         ]
 
     def loop(self, steps, profile_steps, signals, progress) -> TrainResult:
@@ -209,6 +218,8 @@ class _Run:
         if self.saved_at != self.step:
             self._save(progress)
         self.checkpointer.wait()
+        for line in self.corpus.left_out:
+            progress.message(line)
         if processes.is_first():
             rows = metrics.read_rows(self.workdir / "metrics.jsonl")
             metrics.plot_loss(
@@ -252,7 +263,7 @@ class _Run:
         if self.iterator is not None:
             self.iterator.close()
         self.iterator = data_pipeline.make_train_iterator(
-            self.config.data,
+            self.corpus,
             self.tokenizer,
             sequence_length=stage.sequence_length,
             rows=unit,
@@ -290,7 +301,7 @@ class _Run:
         stage = training.resolved_stages[0]
         rows = training.microbatch_rows or schedule.row_unit(training, stage)
         batches = data_pipeline.make_eval_batches(
-            self.config.data,
+            self.corpus,
             self.tokenizer,
             sequence_length=stage.sequence_length,
             rows=rows,
@@ -302,10 +313,8 @@ class _Run:
 
     def _evaluate(self, progress):
         """Held-out loss over a fixed set of batches, with the RoPE base of the present stage."""
-        if not self.config.data.eval_fraction:
-            return
         if self.eval_batches is None:
-            self.eval_batches = self._open_eval_batches()
+            return
         rows, batches = self.eval_batches
         eval_step = self._eval_step(self.config.training.resolved_stages[self.iterator_stage or 0].rope_theta)
         batches = (feeding.to_devices(batch, self.mesh, rows) for batch in batches)
@@ -342,6 +351,7 @@ class _Run:
             {"step": self.step, "tokens_seen": self.tokens_seen, "learning_rate": plan.learning_rate}
             | scalars
             | {"tokens_per_second": per_second, "mfu": utilisation}
+            | ({"bad_rows": self.corpus.bad_rows} if self.config.data.on_bad_row == "skip" else {})
             | router
         )
         if not row["finite"]:
@@ -493,21 +503,21 @@ def check_same_run(stored: dict, current: dict) -> list[str]:
             "the run in this folder was saved by a version whose data position belongs to its processes, and "
             "which this one does not read: continue with that version, or start in a new --workdir"
         )
-    old, new = _flatten(stored), _flatten(current)
+    old, new = (_flatten(data_identity.with_numbered_sources(config)) for config in (stored, current))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if "training.total_tokens" in differing and _has_closed_schedule(current["training"]):
         allowed = HARMLESS_FIELDS + ("training.total_tokens",)
     else:
         allowed = HARMLESS_FIELDS
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
-    harmful = [line for key, line in lines.items() if not key.startswith(allowed)]
+    harmful = [line for key, line in lines.items() if not (key.startswith(allowed) or data_identity.is_place(key))]
     if harmful:
         raise ConfigError(
             "the run in this folder was made with another configuration and would not continue as itself:\n  "
             + "\n  ".join(harmful)
             + "\nundo these changes, or start in a new --workdir"
         )
-    return list(lines.values())
+    return [line for key, line in lines.items() if key in old]  # the others did not exist when it was saved
 
 
 def stage_config(config: Config, rope_theta: float | None) -> Config:
@@ -517,11 +527,16 @@ def stage_config(config: Config, rope_theta: float | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
 
 
-def prepare_tokenizer(config: Config, workdir: pathlib.Path):
-    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there."""
-    folder = workdir / "tokenizer"
+def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> tuple[Tokenizer, list[str]]:
+    """The run's tokenizer, from workdir/tokenizer, and what to tell the user about it.
+
+    On the first start it is loaded or trained, and saved there. Raises ConfigError where `data.tokenizer` names another
+    one than that of the run, or the model has too few embeddings.
+    """
+    folder, notes = workdir / "tokenizer", []
     if folder.exists():
         loaded = Tokenizer.load(folder)
+        notes = data_identity.check_named_tokenizer(config.data.tokenizer, loaded, folder)
     elif config.data.tokenizer:
         loaded = Tokenizer.load(config.data.tokenizer)
     else:
@@ -537,7 +552,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path):
         shutil.rmtree(temporary, ignore_errors=True)
         loaded.save(temporary)
         os.replace(temporary, folder)
-    return loaded
+    return loaded, notes
 
 
 def how_to_continue(checkpointer) -> str:
