@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from mmx_jax.config import SourceConfig
-from mmx_jax.training.files import COMPRESSED_SUFFIXES, DataError, compression, evenly, read_head
+from mmx_jax.training.files import COMPRESSED_SUFFIXES, DataError, compression, evenly, read_at, read_head
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -75,7 +75,7 @@ def container(files: Sequence[pathlib.Path], form: str) -> str:
         return form
     kinds = sorted({SUFFIXES.get(kind_suffix(file), file.suffix or file.name) for file in files})
     if len(kinds) > 1 or kinds[0] not in SUFFIXES.values():
-        kinds = [_magic_form(read_head(files[0], 8))] if len(files) == 1 else kinds
+        kinds = [_magic_form(read_at(files[0], 0, min(8, files[0].stat().st_size)))] if len(files) == 1 else kinds
     if len(kinds) > 1 or kinds[0] not in SUFFIXES.values():
         found = ", ".join(sorted({file.suffix or file.name for file in files}))
         raise DataError(
