@@ -17,6 +17,7 @@ CAPACITY_SCOPES = ("global", "local")
 AUX_LOSS_FORMS = ("switch", "report")
 AUX_LOSS_POOLING = ("pooled", "per_layer")
 LR_SHAPES = ("constant", "linear", "exponential", "cosine")
+ON_BAD_ROW = ("error", "skip")
 SOURCE_FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", "tokens")
 SEQUENCE_METHODS = ("gather", "ring")
 PRNG_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -256,8 +257,11 @@ class DataConfig(Section):
     shuffle_buffer: int = 0  # 0: a global shuffle by index, every epoch anew
     prefetch: int = 2
     seed: int = 0
+    on_bad_row: str = added("error")  # or "skip": rows that cannot be read are left out and counted
+    cache_dir: str = added("")  # of decompressed copies of compressed JSON lines; empty: ~/.cache/mmx_jax/decompressed
 
     def check(self):
+        _require_choice(self, on_bad_row=ON_BAD_ROW)
         _require(0 <= self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
         _require_sizes(self, "shards", "packing_bins", "packing_alignment")
         _require_not_negative(self, "tokenizer_vocab_size", "shuffle_buffer", "prefetch")

@@ -1,14 +1,17 @@
 """Text to tokens and back, over the `tokenizers` library."""
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mmx_jax import json_io
 from mmx_jax.chat import TEMPLATES, ChatError, render_chat
 
 __all__ = ["SPECIAL_TOKENS", "TEMPLATES", "ChatError", "StreamDecoder", "Tokenizer", "TokenizerError"]
@@ -18,6 +21,9 @@ END_OF_SENTENCE = "<end_of_sentence>"
 # Of a tokenizer trained here; the names are those of the released vocabularies (spec F).
 SPECIAL_TOKENS = (END_OF_DOCUMENT, "<pad>", "<beginning_of_sentence>", END_OF_SENTENCE)
 _BYTES = 256
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_OTHER_ROLES = ("sep_token", "cls_token", "mask_token")
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 class TokenizerError(ValueError):
@@ -48,29 +54,133 @@ class StreamDecoder:
         return text or None
 
 
-def _read_json(path: pathlib.Path) -> dict:
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Errors of the tokenizers library as TokenizerError: it raises bare Exceptions, and panics that are none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{what}: {error}") from error
+        raise
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    """The JSON object of a file, {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return json_io.read_object(path)
+    except json_io.JsonError as error:
+        raise TokenizerError(str(error)) from error
 
 
 def _read_chat_template(folder: pathlib.Path, config: Mapping) -> str | None:
     """The template of a tokenizer folder: a `.jinja` file wins over the config, as in transformers."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file} is not UTF-8 text: {error}") from error
     template = config.get("chat_template")
-    if template is None and (folder / "chat_template.json").is_file():
+    if template is None:
         template = _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # named templates
-        named = {entry["name"]: entry["template"] for entry in template}
+        entries = [entry if isinstance(entry, dict) else {} for entry in template]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         if "default" not in named:
             raise TokenizerError(f"chat_template of {folder} has no template named default, only {sorted(named)}")
         template = named["default"]
+    if not isinstance(template, str | None):
+        raise TokenizerError(f"chat_template of {folder} is a JSON {type(template).__name__}, not text")
     return template
+
+
+def _content(token: Any, where: str) -> str:
+    """The text of a token, which files write as such or as an object."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(content, str):
+        raise TokenizerError(f"{where} is {ascii(token)[:80]}, neither text nor an object with its content")
+    return content
+
+
+def _read_roles(folder: pathlib.Path) -> dict:
+    """`tokenizer_config.json`, with the roles of `special_tokens_map.json` as transformers takes them.
+
+    The map wins over a config without `added_tokens_decoder`, as older versions wrote them, and else fills gaps.
+    """
+    config = _read_json(folder / "tokenizer_config.json")
+    extra = _read_json(folder / "special_tokens_map.json")
+    known = {key: extra[key] for key in (*_ROLES, *_OTHER_ROLES, *_TOKEN_LISTS) if extra.get(key) is not None}
+    return known | config if "added_tokens_decoder" in config else config | known
+
+
+def _declare_tokens(backend: tokenizers.Tokenizer, folder: pathlib.Path, config: Mapping):
+    """Makes special what any of the files declares so; adds tokens that `tokenizer.json` lacks, at their ids."""
+    declared: dict[str, tuple[int | None, tokenizers.AddedToken]] = {}
+    for token, token_id in sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: str(item[1])):
+        declared[token] = _as_id(token_id, folder / "added_tokens.json"), tokenizers.AddedToken(token, normalized=False)
+    decoder = config.get("added_tokens_decoder") or {}
+    where = folder / "tokenizer_config.json"
+    if not isinstance(decoder, Mapping):
+        raise TokenizerError(f"added_tokens_decoder of {where} is a JSON {type(decoder).__name__}, not an object")
+    for token_id, token in decoder.items():
+        content = _content(token, f"token {ascii(token_id)} of added_tokens_decoder of {where}")
+        declared[content] = _as_id(token_id, where), _added_token(content, token)
+    for content, token in _special_tokens(config, where):
+        token_id, known = declared.get(content, (None, None))
+        token = known or _added_token(content, token if isinstance(token, Mapping) else {})
+        token.special = True
+        declared[content] = token_id, token
+    roles = {_content(config[role], role) for role in (*_ROLES, *_OTHER_ROLES) if config.get(role) is not None}
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    for content, (token_id, token) in sorted(declared.items(), key=_id_first):
+        found = backend.token_to_id(content)
+        if found is None and token_id is None and content in roles:
+            continue  # `Tokenizer` says so, of the roles that it reads
+        if found is None or (token.special and content not in special):
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+            found = backend.token_to_id(content)
+        if token_id is not None and found != token_id:
+            raise TokenizerError(
+                f"the files of {folder} declare token {ascii(content)} as {token_id}, but with tokenizer.json it is "
+                f"{found}"
+            )
+
+
+def _id_first(declared: tuple[str, tuple[int | None, Any]]) -> tuple[bool, int]:
+    """Sorts declared tokens by their ids, those without one to the end, as transformers adds them."""
+    token_id = declared[1][0]
+    return token_id is None, token_id or 0
+
+
+def _special_tokens(config: Mapping, where: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """(text, token as written) of everything that the config calls special."""
+    for role in (*_ROLES, *_OTHER_ROLES):
+        if (token := config.get(role)) is not None:
+            yield _content(token, f"{role} of {where}"), token
+    for key in _TOKEN_LISTS:
+        tokens = config.get(key) or []
+        tokens = list(tokens.values()) if isinstance(tokens, Mapping) else tokens
+        if not isinstance(tokens, list):
+            raise TokenizerError(f"{key} of {where} is a JSON {type(tokens).__name__}, not a list")
+        for token in tokens:
+            yield _content(token, f"an entry of {key} of {where}"), token
+
+
+def _added_token(content: str, token: Mapping) -> tokenizers.AddedToken:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return tokenizers.AddedToken(content, **({"normalized": False} | {f: bool(token[f]) for f in flags if f in token}))
+
+
+def _as_id(token_id: Any, where: pathlib.Path) -> int:
+    text = str(token_id)
+    if isinstance(token_id, bool) or not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise TokenizerError(f"{where} gives a token the id {ascii(token_id)[:40]}, which is none")
+    return int(text)
 
 
 class Tokenizer:
@@ -90,10 +200,18 @@ class Tokenizer:
         self.config = dict(config or {})
         self.chat_template = chat_template
         self.special_tokens = {  # role -> token
-            role: token["content"] if isinstance(token, Mapping) else token
-            for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+            role: _content(token, f"{role} of tokenizer_config.json")
+            for role in _ROLES
             if (token := self.config.get(role)) is not None
         }
+        # A stored truncation or padding is for the model that it was trained for: it must not cut documents here.
+        self._stored = backend.truncation, backend.padding
+        backend.no_truncation()
+        backend.no_padding()
+        if not backend.get_vocab_size(with_added_tokens=True):
+            raise TokenizerError("the vocabulary is empty")
+        if self.vocab_size > 2**31:
+            raise TokenizerError(f"the vocabulary holds token {self.vocab_size - 1}, which is no 32-bit integer")
         self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ("bos_token", "eos_token", "pad_token"))
 
     def _role_id(self, role: str) -> int | None:
@@ -116,13 +234,15 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
-        try:
+        with _library(f"{file} is not a tokenizer of the tokenizers library"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exceptions
-            raise TokenizerError(f"{file} is not a tokenizer of the tokenizers library: {error}") from error
-        config_file = file.parent / "tokenizer_config.json"
-        config = _read_json(config_file) if config_file.is_file() else {}
-        return cls(backend, config, _read_chat_template(file.parent, config))
+        config = _read_roles(file.parent)
+        with _library(f"the tokens of {file} and the files beside it do not fit together"):
+            _declare_tokens(backend, file.parent, config)
+        try:
+            return cls(backend, config, _read_chat_template(file.parent, config))
+        except TokenizerError as error:
+            raise error if str(file.parent) in str(error) else TokenizerError(f"{file}: {error}") from error
 
     @classmethod
     def train(
@@ -158,7 +278,14 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, the chat template within."""
         folder = pathlib.Path(os.path.expanduser(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        backend, (truncation, padding) = self.backend, self._stored
+        if truncation or padding:
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
+            if truncation:
+                backend.enable_truncation(**truncation)
+            if padding:
+                backend.enable_padding(**padding)
+        backend.save(str(folder / "tokenizer.json"))
         config = self.config if self.chat_template is None else self.config | {"chat_template": self.chat_template}
         text = json.dumps(config, ensure_ascii=False, indent=2)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
@@ -193,7 +320,8 @@ class Tokenizer:
             learn from are data and pass False.
         """
         backend = self.backend if parse_special else self._plain_backend
-        return backend.encode(text, add_special_tokens=False).ids
+        with _library("the tokenizer cannot encode a text"):
+            return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; bytes that form no character become U+FFFD."""

@@ -1,7 +1,9 @@
 """The data pipeline: packing by property, sources and their errors, split, mixture, resume to the bit."""
 
+import dataclasses
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +29,7 @@ from mmx_jax.training.data import (
     make_split,
     make_train_iterator,
     merge_states,
+    open_corpus,
     open_sources,
 )
 from mmx_jax.training.packing import batches_of, pack, split_document
@@ -275,7 +279,9 @@ def test_processes_that_read_different_data_are_refused(corpus, tmp_path):
         merge_states([here.get_state(), there.get_state()])
     other = DataConfig(**{**vars(corpus), "sources": (SourceConfig(path=str(tmp_path / "fewer.jsonl")),)})
     states = [iterator_of(data, rows=8).get_state() for data in (corpus, other)]
-    with pytest.raises(DataError, match=r"of process 1 are not those of process 0: sources is .*, 59\]\] instead of"):
+    with pytest.raises(
+        DataError, match=r"of process 1 are not those of process 0: data source 0 has changed: .* 60 documents, .* 59"
+    ):
         merge_states(states)
 
 
@@ -283,6 +289,81 @@ def test_position_of_other_data_is_refused(corpus):
     state = iterator_of(corpus).get_state()
     with pytest.raises(DataError, match="sequence_length was 32 and is 16; seed was 0 and is 3"):
         iterator_of(corpus, sequence_length=16, seed=3).set_state(state)
+
+
+def test_the_same_content_elsewhere_is_the_same_data(corpus, tmp_path, monkeypatch):
+    """By another name of its folder, through a link, with another time; then with one letter changed."""
+    iterator = iterator_of(corpus)
+    take(iterator, 2)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 2)
+    iterator.close()
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "t.jsonl"
+    (tmp_path / "texts.jsonl").rename(moved)
+    os.utime(moved, (1, 1))
+    (tmp_path / "link.jsonl").symlink_to(moved)
+    monkeypatch.chdir(moved.parent)
+    for path in (moved, tmp_path / "link.jsonl", "t.jsonl", "../elsewhere/t.jsonl"):
+        fresh = iterator_of(dataclasses.replace(corpus, sources=(SourceConfig(path=str(path)),)))
+        fresh.set_state(state)
+        assert fresh.notes == []
+        assert_batches_equal(take(fresh, 2), expected)
+        fresh.close()
+    moved.write_text(moved.read_text().replace("end 7", "end 8"))
+    fresh = iterator_of(dataclasses.replace(corpus, sources=(SourceConfig(path=str(moved)),), prefetch=0))
+    with pytest.raises(DataError, match=r"data source .*t\.jsonl has changed: .*60 documents.*start a new run"):
+        fresh.set_state(state)
+
+
+def test_a_position_of_another_tokenizer_is_refused_and_one_of_an_older_version_taken_with_a_note(corpus):
+    data = dataclasses.replace(corpus, prefetch=0)
+    state = iterator_of(data).get_state()
+    other = Tokenizer.train([text[::-1] for text in TEXTS], 300)
+    assert other.vocab_size == TOKENIZER.vocab_size
+    with pytest.raises(DataError, match="the tokenizer has changed"):
+        make_train_iterator(data, other, sequence_length=32, rows=3).set_state(state)
+    older = state["identity"] | {"sources": [["/where/it/was", len(TEXTS)]]}
+    del older["tokenizer"]
+    iterator = iterator_of(data)
+    iterator.set_state(state | {"identity": older})
+    assert len(iterator.notes) == 1 and "by content from now on" in iterator.notes[0]
+    assert iterator.get_state() == state
+    with pytest.raises(DataError, match="held 61 documents and holds 60"):
+        iterator.set_state(state | {"identity": older | {"sources": [["/where/it/was", 61]]}})
+
+
+def test_documents_of_which_nothing_is_left_are_skipped_and_counted(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    backend.normalizer = tokenizers.normalizers.Strip()
+    tokenizer = Tokenizer(backend, TOKENIZER.config)
+    rows = [{"text": " " * (i + 1)} for i in range(20)]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl")),), eval_fraction=0, prefetch=0)
+    for opened in (make_train_iterator, make_eval_batches):
+        options = {} if opened is make_train_iterator else {"batches": 1}
+        part = dataclasses.replace(data, eval_fraction=0 if opened is make_train_iterator else 0.2)
+        with pytest.raises(DataError, match=r"t\.jsonl has nothing to train on: .*tokenizer leaves nothing"):
+            opened(part, tokenizer, sequence_length=8, rows=2, **options)
+    write_jsonl(tmp_path / "t.jsonl", [*rows, {"text": "a word"}])
+    corpus = open_corpus(data, tokenizer)
+    batch = next(make_train_iterator(corpus, tokenizer, sequence_length=8, rows=2))
+    assert {tokenizer.decode(tokens) for tokens, _, _ in segments(batch)} == {"a word"}
+    assert corpus_statistics(corpus, tokenizer).documents == 1
+    assert "20 documents were left out" in corpus.left_out[0]
+
+
+def test_an_evaluation_share_that_holds_nothing_is_refused_with_the_remedy(tmp_path):
+    write_jsonl(tmp_path / "t.jsonl", [{"text": f"text {i}"} for i in range(2100)])
+    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl")),), eval_fraction=1e-9)
+    with pytest.raises(DataError, match=r"eval_fraction=1e-09 holds out none of the 2,100 documents.*0 for no evalu"):
+        make_eval_batches(data, TOKENIZER, sequence_length=32, rows=1, batches=1)
+
+
+def test_content_after_many_empty_documents_is_found(tmp_path):
+    write_jsonl(tmp_path / "t.jsonl", [{"text": ""}] * 2050 + [{"text": "late"}])
+    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl")),), eval_fraction=0, prefetch=0)
+    assert texts_of([next(iterator_of(data))])[0] == "late"
 
 
 def test_prefetch_changes_nothing_and_seeds_and_epochs_differ(corpus):
@@ -493,8 +574,11 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path):
         with pytest.raises(DataError, match=f"{name} is empty"):
             opened(name)
     (tmp_path / "data.gz").write_bytes(b"\x1f\x8b\xff")
-    with pytest.raises(DataError, match=r"data\.gz is not UTF-8 text \(byte 1\).*\.jsonl.*\.parquet"):
+    with pytest.raises(DataError, match=r"data\.gz cannot be decompressed \(gzip\): it is damaged"):
         opened("data.gz")
+    (tmp_path / "data.bin").write_bytes(b"\xff\xff")
+    with pytest.raises(DataError, match=r"data\.bin is not UTF-8 text \(byte 0\).*\.jsonl.*\.parquet"):
+        opened("data.bin")
     for suffix, write in WRITERS.items():
         write(tmp_path / f"rows.{suffix}", [{"content": "x", "tokens": [1]}])
         with pytest.raises(DataError, match=rf"rows\.{suffix}.* 'text'.*'content', 'tokens'.*format='tokens'"):
@@ -508,7 +592,7 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path):
         with pytest.raises(DataError, match=rf"bad\.{suffix} is not a readable {kind} file"):
             open_source(SourceConfig(path=str(tmp_path / f"bad.{suffix}")), eos_id=0)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(DataError, match=r"the line at byte 14 of .*bad\.jsonl is not JSON"):
+    with pytest.raises(DataError, match=r"line 2 \(at byte 14\) of .*bad\.jsonl is not JSON"):
         opened("bad.jsonl")
     with pytest.raises(DataError, match="formats arrayrecord, jsonl, parquet, tokens"):
         opened(".")
@@ -535,9 +619,14 @@ def test_damaged_parquet_data_is_an_error(tmp_path):
 def test_tokens_out_of_the_vocabulary_are_refused(tmp_path, bad):
     write_jsonl(tmp_path / "t.jsonl", [{"tokens": [5, bad]}])
     source = SourceConfig(path=str(tmp_path / "t.jsonl"), format="tokens")
-    iterator = iterator_of(DataConfig(sources=(source,), eval_fraction=0))
     with pytest.raises(DataError, match=rf"t\.jsonl holds token {bad}; the vocabulary has {TOKENIZER.vocab_size}"):
-        next(iterator)
+        iterator_of(DataConfig(sources=(source,), eval_fraction=0))
+    write_jsonl(tmp_path / "t.jsonl", [{"tokens": [5, bad]}, {"tokens": [7, 8]}])
+    data = DataConfig(sources=(source,), eval_fraction=0, on_bad_row="skip", prefetch=0)
+    corpus = open_corpus(data, TOKENIZER)
+    batches = take(make_train_iterator(corpus, TOKENIZER, sequence_length=32, rows=3), 2)
+    assert all(tokens.tolist() == [7, 8, TOKENIZER.eos_id] for batch in batches for tokens, _, _ in segments(batch))
+    assert corpus.bad_rows == 1 and f"holds token {bad}" in corpus.left_out[0]
 
 
 def test_grain_is_imported_only_when_used():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,10 +102,125 @@ def test_errors_name_the_file_or_the_field(tmp_path):
     with pytest.raises(TokenizerError, match=r"eos_token='</s>'"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not JSON"):
         Tokenizer.load(tmp_path)
     with pytest.raises(TokenizerError, match="vocab_size=100"):
         Tokenizer.train(TEXTS, 100)
+
+
+def loaded_with(folder, **files):
+    """A folder of TOKENIZER's tokenizer.json and the given files, loaded."""
+    TOKENIZER.backend.save(str(folder / "tokenizer.json"))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("change", ["truncation", "padding"])
+def test_stored_truncation_and_padding_take_no_effect_and_are_kept(tmp_path, change):
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    if change == "truncation":
+        backend.enable_truncation(4, stride=1, strategy="only_first", direction="left")
+    else:
+        backend.enable_padding(length=5000, pad_id=1, pad_token="<pad>", direction="left")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    for parse_special in (True, False):
+        assert loaded.encode(TEXTS[0], parse_special=parse_special) == TOKENIZER.encode(TEXTS[0])
+    loaded.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text()) == json.loads(backend.to_str())
+
+
+NEXT = TOKENIZER.vocab_size
+DECLARATIONS = {
+    "added_tokens_decoder": {"tokenizer_config": {"added_tokens_decoder": {NEXT: {"content": "<x>", "special": True}}}},
+    "additional_special_tokens": {"tokenizer_config": {"additional_special_tokens": ["<x>"]}},
+    "as objects": {"tokenizer_config": {"additional_special_tokens": [{"content": "<x>", "lstrip": False}]}},
+    "extra_special_tokens": {"tokenizer_config": {"extra_special_tokens": {"image_token": "<x>"}}},
+    "special_tokens_map": {"special_tokens_map": {"additional_special_tokens": ["<x>"]}},
+    "added_tokens": {"added_tokens": {"<x>": NEXT}, "special_tokens_map": {"additional_special_tokens": ["<x>"]}},
+}
+
+
+@pytest.mark.parametrize("where", sorted(DECLARATIONS))
+def test_special_tokens_are_found_wherever_they_are_declared(tmp_path, where):
+    tokenizer = loaded_with(tmp_path, **DECLARATIONS[where])
+    a, b = TOKENIZER.encode("a"), TOKENIZER.encode("b")
+    assert tokenizer.encode("a<x>b") == [*a, NEXT, *b]
+    assert tokenizer.decode([*a, NEXT, *b]) == "ab" and tokenizer.vocab_size == NEXT + 1
+    assert NEXT not in tokenizer.encode("a<x>b", parse_special=False)
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode("a<x>b") == [*a, NEXT, *b]
+
+
+def test_roles_come_from_the_map_and_an_ordinary_token_with_a_role_is_special(tmp_path):
+    word = TOKENIZER.backend.id_to_token(NEXT - 1)
+    tokenizer = loaded_with(tmp_path, special_tokens_map={"eos_token": {"content": word}, "pad_token": "<pad>"})
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (NEXT - 1, 1)
+    assert tokenizer.decode([NEXT - 1]) == ""
+    both = {"special_tokens_map": {"eos_token": EOS}, "tokenizer_config": {"eos_token": BOS}}
+    assert loaded_with(tmp_path, **both).eos_id == 3  # as transformers reads older folders
+    both["tokenizer_config"]["added_tokens_decoder"] = {}
+    assert loaded_with(tmp_path, **both).eos_id == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {"eos_token": 5}}, "eos_token of .*is 5"),
+        ({"tokenizer_config": {"eos_token": {"text": "x"}}}, "eos_token of "),
+        ({"tokenizer_config": {"chat_template": {"a": 1}}}, "chat_template of .*dict"),
+        ({"tokenizer_config": {"chat_template": [1, {"template": "x"}]}}, "no template named default"),
+        ({"tokenizer_config": {"chat_template": [{"name": "default"}, {"name": "default", "template": 3}]}}, "int"),
+        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json.*nested too deeply"),
+        ({"tokenizer_config": '{"eos_token": "\\ud800"}'}, "tokenizer_config.json.*surrogate"),
+        ({"tokenizer_config": "[]"}, "tokenizer_config.json.*list"),
+        ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder of .*list"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<x>"}}}}, "the id 'x'"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"5": 5}}}, "token '5' of added_tokens_decoder"),
+        ({"tokenizer_config": {"additional_special_tokens": 5}}, "additional_special_tokens of .*int"),
+        ({"added_tokens": {"<x>": 10**6}}, "declare token '<x>' as 1000000"),
+        ({"added_tokens": {"<x>": "many"}}, "added_tokens.json gives a token the id 'many'"),
+        ({"special_tokens_map": {"eos_token": "</s>"}}, "eos_token='</s>'.*not in the vocabulary"),
+        ({"special_tokens_map": "{"}, "special_tokens_map.json"),
+        ({"chat_template": "5"}, "chat_template.json"),
+    ],
+)
+def test_any_damaged_file_is_one_error_that_names_it(tmp_path, files, message):
+    with pytest.raises(TokenizerError, match=message) as error:
+        loaded_with(tmp_path, **files)
+    assert str(tmp_path) in str(error.value)
+
+
+def bpe(vocab, merges=(), normalizer=None, **model):
+    model = {"type": "BPE", "vocab": vocab, "merges": list(merges)} | model
+    return json.dumps({"model": model, "normalizer": normalizer})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bpe({}), "vocabulary is empty"),
+        (bpe({"a": 2**32 - 1}), "no 32-bit integer"),
+        (bpe({"a": 0}, ["a b"]), "not a tokenizer"),
+        (bpe({"a": 0, "b": 1, "ab": 2}, ["a b"], continuing_subword_prefix="éé"), "not a tokenizer"),  # a panic
+        (bpe({"a": 0}, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a tokenizer"),  # too
+        ("[" * 100_000, "not a tokenizer"),
+        ("", "not a tokenizer"),
+    ],
+)
+def test_errors_and_panics_of_the_library_are_tokenizer_errors(tmp_path, text, message, capfd):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TokenizerError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert "tokenizer.json" in str(error.value)
+    capfd.readouterr()  # a panic writes its own lines
+
+
+def test_text_that_cannot_be_encoded_is_a_tokenizer_error():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(TokenizerError, match="cannot encode"):
+        Tokenizer(backend).encode("b")
 
 
 def _part(text, **more):

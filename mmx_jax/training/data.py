@@ -20,17 +20,28 @@ import numpy as np
 
 from mmx_jax.config import DataConfig
 from mmx_jax.tokenizer import Tokenizer
+from mmx_jax.training import data_identity
 from mmx_jax.training.packing import batches_of, pack, split_document
-from mmx_jax.training.sources import DataError, Document, Source, import_extra, open_source, standard_library
+from mmx_jax.training.sources import (
+    BadRowError,
+    CheckedSource,
+    DataError,
+    Document,
+    Source,
+    import_extra,
+    open_source,
+    open_standard_library,
+)
 
 # So many documents of every source are read when it is opened: what is smaller is known exactly.
 _SCANNED_DOCUMENTS = 2000
 
 
-def open_sources(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Source]:
+def open_sources(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[CheckedSource]:
     """The sources of a config, in order; the standard library's own code where it names none."""
+    options = {"on_bad_row": data.on_bad_row, "cache_dir": data.cache_dir}
     eos_id = tokenizer.eos_id if tokenizer else None
-    return [open_source(source, eos_id) for source in data.sources] or [standard_library()]
+    return [open_source(source, eos_id, **options) for source in data.sources] or [open_standard_library()]
 
 
 def mixture(data: DataConfig, source_weights: Sequence[float] = ()) -> tuple[float, ...]:
@@ -75,7 +86,7 @@ def make_split(sources: Sequence[Source], eval_fraction: float) -> Split:
     hashes = [_scan(source) for source in sources]
     for source, found in zip(sources, hashes, strict=True):
         if not found:
-            raise DataError(f"data source {source.name} is empty: none of its first documents has any content")
+            raise DataError(f"data source {source.name} is empty: none of its documents has any content")
     if eval_fraction == 0:
         return Split(-1.0)
     threshold = eval_fraction
@@ -92,17 +103,66 @@ def make_split(sources: Sequence[Source], eval_fraction: float) -> Split:
 
 
 def _scan(source: Source) -> set[float]:
-    documents = (source[i] for i in range(min(len(source), _SCANNED_DOCUMENTS)))
-    return {content_hash(document) for document in documents if len(document)}
+    """Hashes of the first documents, and of more where none of those has any content."""
+    hashes = set()
+    for i in range(len(source)):
+        if i >= _SCANNED_DOCUMENTS and hashes:
+            break
+        if len(document := source[i]):
+            hashes.add(content_hash(document))
+    return hashes
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Opened data: what batches, evaluation and statistics read, opened and checked once for all of them."""
+
+    config: DataConfig
+    sources: list[CheckedSource]
+    split: Split
+    identity: list[dict]  # of each source, see `data_identity.source_identity`
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the sources, a line each."""
+        return [note for source in self.sources for note in source.notes]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What this process has left out so far, a line each."""
+        return [line for source in self.sources for line in source.summary()]
+
+    @property
+    def bad_rows(self) -> int:
+        """How many rows this process has left out so far, each counted once."""
+        return sum(len(source.bad_rows) for source in self.sources)
+
+
+def open_corpus(data: DataConfig | Corpus, tokenizer: Tokenizer) -> Corpus:
+    """Opens the sources of a config, and makes sure that each has something to train on.
+
+    Raises:
+      DataError: a source holds no document to train on, or none of which the tokenizer leaves a token.
+    """
+    if isinstance(data, Corpus):
+        return data
+    sources = open_sources(data, tokenizer)
+    split = make_split(sources, data.eval_fraction)
+    for i, source in enumerate(sources):
+        next(_train_tokens(data, source, i, split, tokenizer))
+    return Corpus(data, sources, split, [data_identity.source_identity(source) for source in sources])
 
 
 # -- documents --------------------------------------------------------------------------------------------------------
 
 
 class _Tokenise:
-    """A document to int32 [n], eos at its end where the tokenizer has one."""
+    """A document to int32 [n], eos at its end where the tokenizer has one; [0] where there is nothing to learn from.
 
-    def __init__(self, tokenizer: Tokenizer, source: Source):
+    That is a document of which the tokenizer leaves nothing, or a bad one that is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: CheckedSource):
         self._tokenizer = tokenizer
         self._source = source
 
@@ -110,18 +170,24 @@ class _Tokenise:
         tokenizer, eos_id = self._tokenizer, self._tokenizer.eos_id
         if isinstance(document, str):
             tokens = np.asarray(tokenizer.encode(document, parse_special=False), np.int32)
+            if not len(tokens):
+                self._source.without_tokens.add(content_hash(document))
         else:
-            tokens = document
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= tokenizer.vocab_size:
-                raise DataError(
-                    f"a document of {self._source.name} holds token {low if low < 0 else high}; the vocabulary has "
-                    f"{tokenizer.vocab_size}: tokenise it with the tokenizer of this run"
-                )
-            tokens = tokens.astype(np.int32)
-        if eos_id is not None and tokens[-1:] != eos_id:
+            tokens = self._in_vocabulary(document)
+        if eos_id is not None and len(tokens) and tokens[-1] != eos_id:
             tokens = np.append(tokens, np.int32(eos_id))
         return tokens
+
+    def _in_vocabulary(self, document: np.ndarray) -> np.ndarray:
+        low, high = int(document.min()), int(document.max())
+        if low >= 0 and high < self._tokenizer.vocab_size:
+            return document.astype(np.int32)
+        error = BadRowError(
+            f"a document of {self._source.name} holds token {low if low < 0 else high}; the vocabulary has "
+            f"{self._tokenizer.vocab_size}: tokenise it with the tokenizer of this run"
+        )
+        self._source.leave_out(content_hash(document), error)
+        return np.zeros(0, np.int32)
 
 
 def _seed_of(*numbers: int) -> int:
@@ -141,6 +207,23 @@ def _shuffled_split(
 ) -> Iterator[Document]:
     keep = split.is_held_out if held_out else split.is_train
     return filter(keep, _shuffled(source, index, data.seed))
+
+
+def _train_tokens(
+    data: DataConfig, source: CheckedSource, index: int, split: Split, tokenizer: Tokenizer
+) -> Iterator[np.ndarray]:
+    """The training documents of an epoch that have tokens; DataError where not one has."""
+    tokenise, found = _Tokenise(tokenizer, source), False
+    for document in _shuffled_split(data, source, index, split, held_out=False):
+        if len(tokens := tokenise(document)):
+            found = True
+            yield tokens
+    if not found:
+        reasons = "; ".join(source.summary())
+        raise DataError(
+            f"data source {source.name} has nothing to train on"
+            + (f": {reasons}" if reasons else f": data.eval_fraction={data.eval_fraction} holds out all of it")
+        )
 
 
 def iterate_texts(data: DataConfig, max_characters: int = 4 * 1024 * 1024) -> Iterator[str]:
@@ -179,17 +262,21 @@ class CorpusStatistics:
 
 
 def corpus_statistics(
-    data: DataConfig, tokenizer: Tokenizer, *, max_documents: int = 1000, source_weights: Sequence[float] = ()
+    data: DataConfig | Corpus,
+    tokenizer: Tokenizer,
+    *,
+    max_documents: int = 1000,
+    source_weights: Sequence[float] = (),
 ) -> CorpusStatistics:
     """Counts tokens of at most `max_documents` training documents, an equal number from every source."""
-    sources = open_sources(data, tokenizer)
-    split = make_split(sources, data.eval_fraction)
+    corpus = open_corpus(data, tokenizer)
+    sources, weights = corpus.sources, mixture(corpus.config, source_weights)
     frequency, tokens, documents = np.zeros(tokenizer.vocab_size), 0, 0
-    for i, (source, share) in enumerate(zip(sources, mixture(data, source_weights), strict=True)):
-        chosen = _shuffled_split(data, source, i, split, held_out=False)
+    for i, (source, share) in enumerate(zip(sources, weights, strict=True)):
+        chosen = _train_tokens(corpus.config, source, i, corpus.split, tokenizer)
         counts = np.zeros(tokenizer.vocab_size)
         for document in itertools.islice(chosen, max(1, max_documents // len(sources))):
-            counts += np.bincount(_Tokenise(tokenizer, source)(document), minlength=tokenizer.vocab_size)
+            counts += np.bincount(document, minlength=tokenizer.vocab_size)
             documents += 1
         tokens += int(counts.sum())
         frequency += share * counts / counts.sum()
@@ -203,9 +290,11 @@ def corpus_statistics(
 class TrainIterator:
     """Endless batches with a state. Built by `make_train_iterator`."""
 
-    def __init__(self, iterator, identity: dict):
+    def __init__(self, iterator, identity: dict, names: Sequence[str]):
         self._iterator = iterator
         self._identity = identity
+        self._names = names  # of the sources, for messages
+        self.notes: list[str] = []  # what the user should know of a state that was set
 
     def __iter__(self):
         return self
@@ -224,13 +313,16 @@ class TrainIterator:
           DataError: the state was saved with other data; the message names what differs.
         """
         saved = state["identity"]
-        changed = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
-            for name, value in self._identity.items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            raise DataError("the saved data position does not fit this run: " + "; ".join(changed))
+        if changed := data_identity.differences(saved, self._identity, self._names):
+            raise DataError(
+                "the saved data position does not fit this run: " + "; ".join(changed) + ". Put back what was there, "
+                "or start a new run with a --workdir of its own on what is there now"
+            )
+        if not data_identity.is_complete(saved):
+            self.notes = [
+                "the data position was saved by a version that did not record what the data and the tokenizer hold: "
+                "that they are the same is checked by the numbers of documents alone, and by content from now on"
+            ]
         self._iterator.set_state(state["shards"])
 
     def close(self) -> None:
@@ -246,12 +338,12 @@ def merge_states(states: Sequence[dict]) -> dict:
     """
     first, shards, readers = states[0]["identity"], {}, {}
     for process, part in enumerate(states):
-        for name, value in part["identity"].items():
-            if value != first[name]:
-                raise DataError(
-                    f"the data of process {process} are not those of process 0: {name} is {value!r} instead of "
-                    f"{first[name]!r}; give all of them the same files"
-                )
+        names = [str(i) for i in range(len(first["sources"]))]
+        if changed := data_identity.differences(first, part["identity"], names):
+            raise DataError(
+                f"the data of process {process} are not those of process 0: {'; '.join(changed)}; give all of them the "
+                "same files"
+            )
         for number, state in part["shards"].items():
             reader = readers.setdefault(number, process)
             if shards.setdefault(number, state) != state:
@@ -344,7 +436,7 @@ class _Batches:
 
 
 def make_train_iterator(
-    data: DataConfig,
+    data: DataConfig | Corpus,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
@@ -361,7 +453,7 @@ def make_train_iterator(
     hence of tokens. Documents longer than a row are cut, see `packing.split_document`.
 
     Args:
-      data: sources, split, packing.
+      data: sources, split, packing; or what `open_corpus` made of it.
       sequence_length: T.
       rows: of a whole batch.
       own_rows: the numbers of those to give out; None: all. They are the rows that an iterator of all gives there,
@@ -377,12 +469,12 @@ def make_train_iterator(
       DataError, FileNotFoundError: data that cannot be used, here or when a document is reached.
       ImportError: grain is not installed.
     """
+    grain = import_extra("grain")
+    corpus = open_corpus(data, tokenizer)
+    data, sources, split = corpus.config, corpus.sources, corpus.split
     own_rows = range(rows) if own_rows is None else own_rows
     numbers = groups_of_rows(rows, data.shards, own_rows)
-    grain = import_extra("grain")
     seed = data.seed if seed is None else seed
-    sources = open_sources(data, tokenizer)
-    split = make_split(sources, data.eval_fraction)
     weights = mixture(data, source_weights)
 
     def rows_of(index: int, source: Source, shard: int):
@@ -411,7 +503,8 @@ def make_train_iterator(
     if data.prefetch:
         iterator = grain.experimental.ThreadPrefetchDatasetIterator(iterator, data.prefetch)
     identity = {
-        "sources": [[source.name, len(source)] for source in sources],
+        "sources": corpus.identity,
+        "tokenizer": data_identity.tokenizer_identity(tokenizer),
         "weights": list(weights),
         "vocab_size": tokenizer.vocab_size,
         "eval_fraction": data.eval_fraction,
@@ -423,7 +516,7 @@ def make_train_iterator(
         "shuffle_buffer": data.shuffle_buffer,
         "seed": seed,
     }
-    return TrainIterator(iterator, identity)
+    return TrainIterator(iterator, identity, [source.name for source in sources])
 
 
 def _pieces(grain, documents, length: int):
@@ -439,7 +532,7 @@ def _pieces(grain, documents, length: int):
 
 
 def make_eval_batches(
-    data: DataConfig,
+    data: DataConfig | Corpus,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
@@ -463,14 +556,15 @@ def make_eval_batches(
     Raises:
       DataError: `eval_fraction` is 0, or no document is held out.
     """
-    if data.eval_fraction == 0:
+    eval_fraction = (data.config if isinstance(data, Corpus) else data).eval_fraction
+    if eval_fraction == 0:
         raise DataError("data.eval_fraction is 0: nothing is held out to evaluate on")
     grain = import_extra("grain")
-    sources = open_sources(data, tokenizer)
-    split = make_split(sources, data.eval_fraction)
+    corpus = open_corpus(data, tokenizer)
+    data, split = corpus.config, corpus.split
     total = batches * rows
     chosen = []
-    for i, (source, share) in enumerate(zip(sources, mixture(data, source_weights), strict=True)):
+    for i, (source, share) in enumerate(zip(corpus.sources, mixture(data, source_weights), strict=True)):
         wanted = math.ceil(share * total)
         documents = _held_out_tokens(data, source, i, split, _Tokenise(tokenizer, source), wanted * sequence_length)
         if documents:
@@ -481,7 +575,10 @@ def make_eval_batches(
             )  # fmt: skip
             chosen += itertools.islice(packed, wanted)
     if not chosen:
-        raise DataError(f"data.eval_fraction={data.eval_fraction} holds out none of the documents: make it larger")
+        raise DataError(
+            f"data.eval_fraction={eval_fraction} holds out none of the "
+            f"{sum(map(len, corpus.sources)):,} documents to evaluate on: make it larger, or 0 for no evaluation"
+        )
     own = list(range(rows) if own_rows is None else own_rows)
     whole = batches_of(chosen[:total], rows, tokenizer.pad_id or 0)
     return [{name: array[own] for name, array in batch.items()} for batch in whole]
@@ -491,8 +588,9 @@ def _held_out_tokens(data, source, index, split, tokenise, enough: int) -> list[
     """Held-out documents of a source, until they have `enough` tokens."""
     documents, tokens = [], 0
     for document in _shuffled_split(data, source, index, split, held_out=True):
-        documents.append(tokenise(document))
-        tokens += len(documents[-1])
+        if len(found := tokenise(document)):
+            documents.append(found)
+            tokens += len(found)
         if tokens >= enough:
             break
     return documents

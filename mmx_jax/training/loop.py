@@ -21,7 +21,7 @@ from mmx_jax.config import Config, ConfigError
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import feeding, flops, initialize, processes, schedule, start
+from mmx_jax.training import data_identity, feeding, flops, initialize, processes, schedule, start
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -32,6 +32,8 @@ HARMLESS_FIELDS = (
     "mesh.",
     "checkpoint.",
     "data.prefetch",
+    "data.on_bad_row",
+    "data.cache_dir",
     "model.remat",
     "model.scan_blocks",
     "model.lightning_implementation",
@@ -177,7 +179,8 @@ def _finished(config, workdir, begin):
     entropy = begin.eval_row and begin.eval_row.get("unigram_entropy")
     if entropy is None:
         tokenizer = Tokenizer.load(workdir / "tokenizer")
-        entropy = data_pipeline.corpus_statistics(config.data, tokenizer).unigram_entropy
+        corpus = data_pipeline.open_corpus(config.data, tokenizer)
+        entropy = data_pipeline.corpus_statistics(corpus, tokenizer).unigram_entropy
     return TrainResult(
         step=begin.step,
         tokens_seen=begin.tokens_seen,
@@ -205,16 +208,20 @@ class _Run:
         self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
         self.check_lock = check_lock  # raises where another run has taken the folder over
         with processes.first_before_others("tokenizer"):
-            self.tokenizer = prepare_tokenizer(config, workdir, begin.init_from)
-        self.unigram_entropy = data_pipeline.corpus_statistics(config.data, self.tokenizer).unigram_entropy
+            self.tokenizer, tokenizer_notes = prepare_tokenizer(config, workdir, begin.init_from)
+        self.corpus = data_pipeline.open_corpus(config.data, self.tokenizer)
+        for stage in config.training.resolved_stages:
+            data_pipeline.mixture(config.data, stage.source_weights)  # raises at once, not when the stage begins
+        self.notes = tokenizer_notes + self.corpus.notes
+        self.unigram_entropy = data_pipeline.corpus_statistics(self.corpus, self.tokenizer).unigram_entropy
         self.step, self.tokens_seen, self.nonfinite_in_a_row = begin.step, begin.tokens_seen, 0
         self.iterator, self.iterator_stage = None, None
-        self.eval_batches = None  # (rows of a batch, what this process holds of each), read when first needed
+        # (rows of a batch, what this process holds of each): read now, for a run must not end over them
+        self.eval_batches = self._open_eval_batches() if config.data.eval_fraction else None
         self.train_steps, self.eval_steps = {}, {}  # by RoPE base
         self.compiled = set()  # (RoPE base, rows, length) of the steps taken so far
         self.last_loss, self.eval_loss, self.saved_at = begin.loss, begin.eval_loss, begin.step
         self.eval_at = None if begin.eval_row is None else begin.step
-        self.notes = []
         if begin.step:
             self._restore(begin)
         elif begin.init_from:
@@ -235,6 +242,7 @@ class _Run:
             self._open_stage(position["stage_index"])
             if not begin.data_begins_anew:
                 self.iterator.set_state(data_state)
+                self.notes += self.iterator.notes
         if discarded := self.checkpointer.discard_after(begin.step):
             self.notes.append(f"discarded the later steps {', '.join(map(str, discarded))}")
 
@@ -302,6 +310,8 @@ class _Run:
         self.checkpointer.wait()
         if not received and self.eval_at != self.step:
             self._evaluate(progress)
+        for line in self.corpus.left_out:
+            progress.message(line)
         self._draw(progress)
         return TrainResult(
             step=self.step,
@@ -356,7 +366,7 @@ class _Run:
         if self.iterator is not None:
             self.iterator.close()
         self.iterator = data_pipeline.make_train_iterator(
-            self.config.data,
+            self.corpus,
             self.tokenizer,
             sequence_length=stage.sequence_length,
             rows=unit,
@@ -394,7 +404,7 @@ class _Run:
         stage = training.resolved_stages[0]
         rows = training.microbatch_rows or schedule.row_unit(training, stage)
         batches = data_pipeline.make_eval_batches(
-            self.config.data,
+            self.corpus,
             self.tokenizer,
             sequence_length=stage.sequence_length,
             rows=rows,
@@ -406,10 +416,8 @@ class _Run:
 
     def _evaluate(self, progress):
         """Held-out loss over a fixed set of batches, with the RoPE base of the present stage."""
-        if not self.config.data.eval_fraction:
-            return
         if self.eval_batches is None:
-            self.eval_batches = self._open_eval_batches()
+            return
         rows, batches = self.eval_batches
         eval_step = self._eval_step(self.config.training.resolved_stages[self.iterator_stage or 0].rope_theta)
         batches = (feeding.to_devices(batch, self.mesh, rows) for batch in batches)
@@ -448,6 +456,7 @@ class _Run:
             {"step": self.step, "tokens_seen": self.tokens_seen, "learning_rate": plan.learning_rate}
             | scalars
             | {"tokens_per_second": per_second, "mfu": utilisation}
+            | ({"bad_rows": self.corpus.bad_rows} if self.config.data.on_bad_row == "skip" else {})
             | router
         )
         if not row["finite"]:
@@ -622,7 +631,7 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
             "the run in this folder was saved by a version whose data position belongs to its processes, and "
             "which this one does not read: continue with that version, or start in a new --workdir"
         )
-    old, new = (_flatten(config_io.resolved(plain)) for plain in (stored, current))
+    old, new = (_flatten(data_identity.with_numbered_sources(config_io.resolved(plain))) for plain in (stored, current))
     allowed = HARMLESS_FIELDS
     if _same_rates_so_far(old, new):
         allowed += ("training.total_tokens", "training.learning_rate_phases")
@@ -634,7 +643,7 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     allowed += start.BRANCH_FIELDS if branch else ()
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
-    harmful = [line for key, line in lines.items() if not key.startswith(allowed)]
+    harmful = [line for key, line in lines.items() if not (key.startswith(allowed) or data_identity.is_place(key))]
     if harmful:
         could_branch = any(line.startswith(start.BRANCH_FIELDS) for line in harmful) and not branch
         fields = ", ".join(field.rstrip("_") for field in start.BRANCH_FIELDS)
@@ -644,7 +653,7 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
             + "\nundo these changes, or start in a new --workdir"
             + (f"; from a step that is named, with --resume=N, these may change: {fields}" if could_branch else "")
         )
-    return list(lines.values())
+    return [line for key, line in lines.items() if key in old]  # the others did not exist when it was saved
 
 
 def stage_config(config: Config, rope_theta: float | None) -> Config:
@@ -654,19 +663,23 @@ def stage_config(config: Config, rope_theta: float | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
 
 
-def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = ""):
-    """The run's tokenizer, from workdir/tokenizer; on the first start it is loaded or trained, and saved there.
+def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = "") -> tuple[Tokenizer, list[str]]:
+    """The run's tokenizer, from workdir/tokenizer, and what to tell the user about it.
+
+    On the first start it is loaded or trained, and saved there. Raises ConfigError where `data.tokenizer` names another
+    one than that of the run, or the model has too few embeddings.
 
     Args:
       init_from: the checkpoint that the run begins from now, whose tokenizer it is then; empty: none.
     """
-    folder = workdir / "tokenizer"
+    folder, notes = workdir / "tokenizer", []
     if init_from:
         loaded = initialize.tokenizer_of(config, init_from)
         if folder.exists():
             initialize.check_vocabulary(Tokenizer.load(folder), loaded, str(folder), "choose another --workdir")
     elif folder.exists():
         loaded = Tokenizer.load(folder)
+        notes = data_identity.check_named_tokenizer(config.data.tokenizer, loaded, folder)
     elif config.data.tokenizer:
         loaded = Tokenizer.load(config.data.tokenizer)
     else:
@@ -682,7 +695,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = ""
         shutil.rmtree(temporary, ignore_errors=True)
         _save_tokenizer(loaded, temporary)
         os.replace(temporary, folder)
-    return loaded
+    return loaded, notes
 
 
 def _save_tokenizer(tokenizer, folder):

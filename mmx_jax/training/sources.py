@@ -6,38 +6,32 @@ Nothing here imports grain; pyarrow and array_record are imported by the sources
 
 import functools
 import importlib
+import itertools
 import json
 import pathlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mmx_jax.config import SourceConfig
+from mmx_jax.training.files import BadRowError, DataError, plain_copy, read_at, read_plain
+from mmx_jax.training.row_index import index_rows
+from mmx_jax.training.source_files import SUFFIXES, SourceFiles, container, find_files
+
+__all__ = ["BadRowError", "CheckedSource", "DataError", "Document", "Source", "import_extra", "open_source"]
 
 Document = str | np.ndarray
 
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".arrayrecord": "arrayrecord",
-    ".array_record": "arrayrecord",
-    ".npy": "tokens",
-}
-_TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .html .py .pyi .c .cc .cpp .cu .cuh .h .hpp .java .js .ts .go .rs .rb .sh .jl .scala "
-    ".cs .kt .swift .lua .pl .php .r .sql .css .xml .yaml .yml .toml .json .csv .tsv".split()
-)
 # A single text file would be one document, with nothing left to hold out: it is cut into pieces of about this size.
 _TEXT_PIECE_BYTES = 16 * 1024
 _STDLIB_SKIPPED = frozenset("test tests idle_test site-packages dist-packages idlelib lib2to3 __pycache__".split())
 _ROW_GROUPS_KEPT = 4
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file and the remedy."""
+# Sources up to these sizes are read through when opened, so that a bad row is found before the first step.
+_READ_THROUGH_BYTES = 32 << 20
+_READ_THROUGH_DOCUMENTS = 10_000
+_TOKENS_AT_ONCE = 1 << 20
 
 
 class Source(Protocol):
@@ -50,6 +44,71 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Document: ...
 
 
+class CheckedSource:
+    """A source whose bad rows are errors that say what to do, or are left out: then they are empty documents.
+
+    Attributes:
+      paths: the files.
+      notes: what the user should know, a line each.
+      bad_rows: why each row left out so far was, by its number (or the hash of its tokens).
+      without_tokens: hashes of documents of which the tokenizer leaves nothing.
+    """
+
+    def __init__(self, documents: Source, paths: Sequence[pathlib.Path], notes: Sequence[str], on_bad_row: str):
+        self.name = documents.name
+        self.paths = list(paths)
+        self.notes = list(notes)
+        self.bad_rows: dict[Hashable, str] = {}
+        self.without_tokens: set[float] = set()
+        self._documents = documents
+        self._skips = on_bad_row == "skip"
+
+    def __len__(self):
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Document:
+        try:
+            return self._documents[index]
+        except BadRowError as error:
+            self.leave_out(int(index), error)
+            return ""
+
+    @property
+    def checksums(self) -> list[int] | None:
+        """Of every file, where opening reads all of it."""
+        return getattr(self._documents, "checksums", None)
+
+    def leave_out(self, key: Hashable, error: BadRowError):
+        """Counts a bad row; raises where the config wants no row left out."""
+        if not self._skips:
+            remedy = "mend or remove it, or set data.on_bad_row=skip to leave out such rows"
+            raise BadRowError(f"{error}: {remedy}") from error
+        self.bad_rows.setdefault(key, str(error))
+
+    def check(self):
+        """Reads a small source through, and of a large one the rows that looked suspicious when it was opened."""
+        size = sum(path.stat().st_size for path in self.paths)
+        small = size <= _READ_THROUGH_BYTES and len(self) <= _READ_THROUGH_DOCUMENTS
+        for index in range(len(self)) if small else getattr(self._documents, "suspects", ()):
+            self[index]
+        if len(self.bad_rows) == len(self):
+            first = next(iter(self.bad_rows.values()))
+            raise DataError(f"data source {self.name}: all of its {len(self)} rows are bad, the first: {first}")
+
+    def summary(self) -> list[str]:
+        """What was left out so far, for the user; nothing if nothing was."""
+        lines = []
+        if self.bad_rows:
+            first = next(iter(self.bad_rows.values()))
+            lines.append(f"data source {self.name}: {len(self.bad_rows)} bad rows were left out, the first: {first}")
+        if self.without_tokens:
+            lines.append(
+                f"data source {self.name}: {len(self.without_tokens)} documents were left out of which the tokenizer "
+                "leaves nothing"
+            )
+        return lines
+
+
 def import_extra(module: str):
     """Imports an optional dependency of the data pipeline, or says how to get it."""
     try:
@@ -59,16 +118,17 @@ def import_extra(module: str):
 
 
 def _read_text(path: pathlib.Path) -> str:
-    return _decode(path.read_bytes(), path)
-
-
-def _decode(data: bytes, where) -> str:
+    data = read_plain(path)
+    if data.count(0) * 100 > len(data):
+        raise BadRowError(
+            f"{path} is no text: it holds {data.count(bytes(1))} NUL bytes, as binary files and UTF-16 do"
+        )
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8 text (byte {error.start}): leave it out, or name its format; the formats known by "
-            f"suffix are {', '.join(sorted(_SUFFIXES))}"
+        raise BadRowError(
+            f"{path} is not UTF-8 text (byte {error.start}); the formats known by suffix are "
+            f"{', '.join(sorted(SUFFIXES))}"
         ) from error
 
 
@@ -122,29 +182,51 @@ def cut_text(text: str, size: int) -> list[str]:
 def _field_of(row: dict, field: str, where: str):
     if field not in row:
         hint = "; set format='tokens' for rows that are tokenised" if "tokens" in row else ""
-        raise DataError(f"{where} has no field {field!r}; its fields are {', '.join(map(repr, sorted(row)))}{hint}")
+        names = ", ".join(map(ascii, itertools.islice(sorted(row), 20)))
+        raise BadRowError(f"{where} has no field {field!r}; its fields are {names or 'none'}{hint}")
     return row[field]
 
 
 def _as_document(value, field: str, tokens: bool, where: str) -> Document:
     if not tokens:
         if not isinstance(value, str):
-            raise DataError(f"field {field!r} of {where} holds a {type(value).__name__}, not text")
+            raise BadRowError(f"field {field!r} of {where} holds a {type(value).__name__}, not text")
         return value
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):  # lists of several lengths
+        array = np.zeros((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise DataError(f"field {field!r} of {where} is not a list of integers")
+        raise BadRowError(f"field {field!r} of {where} is not a list of integers")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise BadRowError(f"field {field!r} of {where} holds {array.max()}, which is no token")
     return array.astype(np.int64)
 
 
 def _json_row(data: bytes, where: str) -> dict:
+    """The object of a row. Python's own reader: rows are many, and keys that occur twice or NaN harm no text."""
     try:
-        row = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
+        text = data.decode("utf-8")
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"{where} is not UTF-8 (byte {error.start} of the row)") from error
+    except RecursionError as error:
+        raise BadRowError(f"{where} is not JSON that can be read: nested too deeply") from error
+    except ValueError as error:  # syntax, or an integer with more digits than Python converts
+        raise BadRowError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where} is a JSON {type(row).__name__}, not an object")
+        raise BadRowError(f"{where} is a JSON {type(row).__name__}, not an object")
     return row
+
+
+def _check_text(document: Document, data: bytes, where: str):
+    """Only an escape can spell half of a surrogate pair, which is legal JSON and no text."""
+    if isinstance(document, str) and (b"\\ud" in data or b"\\uD" in data):
+        try:
+            document.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(document[error.start])
+            raise BadRowError(f"the text of {where} holds {half}, half of a surrogate pair and no character") from error
 
 
 class _Concatenated:
@@ -165,36 +247,39 @@ class _Concatenated:
         file = int(np.searchsorted(self._ends, index, side="right"))
         return file, int(index - (self._ends[file - 1] if file else 0))
 
-    def _document(self, row: dict, where: str) -> Document:
-        return _as_document(_field_of(row, self._field, where), self._field, self._tokens, where)
+    def _json_document(self, data: bytes, where: str) -> Document:
+        value = _field_of(_json_row(data, where), self._field, where)
+        document = _as_document(value, self._field, self._tokens, where)
+        _check_text(document, data, where)
+        return document
 
 
 class JsonLines(_Concatenated):
-    """One JSON object a line; blank lines are skipped. The starts of all lines are found when opened."""
+    """One JSON object a line; blank lines are skipped. The starts of all lines are found when opened.
 
-    def __init__(self, paths, name, field, tokens):
-        self._lines = [_line_starts(path) for path in paths]  # per file [n, 2]: begin, end
-        super().__init__(paths, [len(lines) for lines in self._lines], name, field, tokens)
+    Args:
+      paths: what messages name.
+      plain: the same files, decompressed.
+    """
+
+    def __init__(self, paths, plain: Sequence[pathlib.Path], name, field, tokens):
+        self._plain = plain
+        self._indices = [index_rows(path) for path in plain]
+        self.checksums = [index.checksum for index in self._indices]
+        super().__init__(paths, [len(index) for index in self._indices], name, field, tokens)
+
+    @property
+    def suspects(self) -> list[int]:
+        """Rows that may be no text, by what their bytes hold."""
+        ends = [0, *self._ends]
+        return [int(ends[file]) + row for file, index in enumerate(self._indices) for row in index.suspects]
 
     def __getitem__(self, index):
         file, row = self._locate(index)
-        begin, end = self._lines[file][row]
-        with open(self._paths[file], "rb") as stream:
-            stream.seek(begin)
-            data = stream.read(end - begin)
-        where = f"the line at byte {begin} of {self._paths[file]}"
-        return self._document(_json_row(data, where), where)
-
-
-def _line_starts(path: pathlib.Path) -> np.ndarray:
-    """[n, 2] int64: first byte and end of the lines that are not blank."""
-    bounds, position = [], 0
-    with open(path, "rb") as stream:
-        for line in stream:
-            if line.strip():
-                bounds.append((position, position + len(line)))
-            position += len(line)
-    return np.array(bounds, np.int64).reshape(-1, 2)
+        begin, end = map(int, self._indices[file].starts[row : row + 2])
+        data = read_at(self._plain[file], begin, end - begin)
+        where = f"line {self._indices[file].line_number(row)} (at byte {begin}) of {self._paths[file]}"
+        return self._json_document(data, where)
 
 
 class ArrayRecords(_Concatenated):
@@ -212,10 +297,10 @@ class ArrayRecords(_Concatenated):
             data = self._readers[file][row]
         except Exception as error:
             raise DataError(f"{where} cannot be read: {error}") from error
-        return self._document(_json_row(data, where), where)
+        return self._json_document(data, where)
 
 
-def _open(path: pathlib.Path, kind: str, opener):
+def _open(path: pathlib.Path, kind: str, opener: Callable):
     try:
         reader = opener(path)
         len(reader)  # ArrayRecord reads its footer here
@@ -237,11 +322,12 @@ class Parquet(_Concatenated):
         for i, path in enumerate(paths):
             try:
                 file = parquet.ParquetFile(path)
+                names = file.schema_arrow.names
+                groups += [(i, g, file.metadata.row_group(g).num_rows) for g in range(file.num_row_groups)]
             except Exception as error:
                 raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-            _field_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
+            _field_of(dict.fromkeys(names), field, str(path))
             self._files.append(file)
-            groups += [(i, g, file.metadata.row_group(g).num_rows) for g in range(file.num_row_groups)]
         self._groups = [(i, g) for i, g, _ in groups]
         self._read_group = functools.lru_cache(_ROW_GROUPS_KEPT)(self._read_group)
         super().__init__(paths, [rows for _, _, rows in groups] or [0], name, field, tokens)
@@ -256,116 +342,122 @@ class Parquet(_Concatenated):
     def __getitem__(self, index):
         group, row = self._locate(index)
         where = f"row {row} of row group {self._groups[group][1]} of {self._paths[self._groups[group][0]]}"
-        return _as_document(self._read_group(group)[row].as_py(), self._field, self._tokens, where)
+        column = self._read_group(group)
+        try:
+            value = column[row].as_py()
+        except UnicodeDecodeError as error:
+            raise BadRowError(f"{where} is not UTF-8 (byte {error.start} of the text)") from error
+        except Exception as error:
+            raise DataError(f"{where} cannot be read: {error}") from error
+        return _as_document(value, self._field, self._tokens, where)
 
 
 class TokenArrays(_Concatenated):
-    """`.npy` files, each a 1-D integer array in which every document ends with eos; memory-mapped."""
+    """`.npy` files, each a 1-D integer array in which every document ends with eos."""
 
     def __init__(self, paths, name, eos_id: int | None):
         if eos_id is None:
             raise DataError(
                 f"{name}: the documents of an .npy file end with eos; set data.tokenizer to one with an eos_token"
             )
-        self._arrays = [_open(path, "NumPy", lambda p: np.load(p, mmap_mode="r")) for path in paths]
+        self._layouts = [_open(path, "NumPy", _npy_layout) for path in paths]  # (first byte, dtype, tokens)
         self._bounds = []
-        for path, array in zip(paths, self._arrays, strict=True):
-            if array.ndim != 1 or array.dtype.kind not in "iu":
-                raise DataError(f"{path} holds {array.dtype}{list(array.shape)}; a 1-D integer array is needed")
-            ends = np.flatnonzero(array == eos_id) + 1
-            if len(array) and (not len(ends) or ends[-1] < len(array)):
-                ends = np.append(ends, len(array))
-            self._bounds.append(np.concatenate([[0], ends]))
+        for path, (_, dtype, shape) in zip(paths, self._layouts, strict=True):
+            if len(shape) != 1 or dtype.kind not in "iu":
+                raise DataError(f"{path} holds {dtype}{list(shape)}; a 1-D integer array is needed")
+            parts = [np.zeros(1, np.int64)]
+            for begin in range(0, shape[0], _TOKENS_AT_ONCE):
+                tokens = self._read(path, begin, min(begin + _TOKENS_AT_ONCE, shape[0]), len(self._bounds))
+                parts.append(np.flatnonzero(tokens == eos_id) + begin + 1)
+            if parts[-1][-1:] != shape[0] and shape[0]:
+                parts.append(np.array([shape[0]]))
+            self._bounds.append(np.concatenate(parts))
         super().__init__(paths, [len(bounds) - 1 for bounds in self._bounds], name, "", True)
 
     def __getitem__(self, index):
         file, row = self._locate(index)
-        begin, end = self._bounds[file][row : row + 2]
-        return np.asarray(self._arrays[file][begin:end], np.int64)
+        begin, end = map(int, self._bounds[file][row : row + 2])
+        tokens = self._read(self._paths[file], begin, end, file)
+        if tokens.dtype == np.uint64 and tokens.max() > np.iinfo(np.int64).max:
+            raise BadRowError(f"the document at token {begin} of {self._paths[file]} holds {tokens.max()}, no token")
+        return tokens.astype(np.int64)
+
+    def _read(self, path: pathlib.Path, begin: int, end: int, file: int) -> np.ndarray:
+        offset, dtype, _ = self._layouts[file]
+        return np.frombuffer(read_at(path, offset + begin * dtype.itemsize, (end - begin) * dtype.itemsize), dtype)
+
+
+def _npy_layout(path: pathlib.Path) -> tuple[int, np.dtype, tuple[int, ...]]:
+    """(first byte, dtype, shape) of the array in a file; no memory map is kept, see `read_at`."""
+    array = np.load(path, mmap_mode="r")
+    return array.offset, array.dtype, array.shape
 
 
 def standard_library() -> TextFiles:
     """The `.py` files of Python's standard library, without its tests: real text wherever Python is."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in root.rglob("*.py") if not _STDLIB_SKIPPED & set(path.relative_to(root).parts)]
-    return TextFiles(_not_empty(sorted(files)), "the standard library")
+    return TextFiles([path for path in sorted(files) if path.stat().st_size], "the standard library")
 
 
-def _not_empty(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-    return [path for path in paths if path.stat().st_size]
+def open_standard_library() -> CheckedSource:
+    """`standard_library`, as `open_source` opens others."""
+    documents = standard_library()
+    return CheckedSource(documents, documents._paths, (), "error")
 
 
-def _is_hidden(path: pathlib.Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-
-
-def _files_of(path: pathlib.Path, form: str) -> tuple[str, list[pathlib.Path]]:
-    """(format, files) of a source: a file is taken as it is, a folder is searched for files of the format."""
-    if path.is_file():
-        return (_SUFFIXES.get(path.suffix.lower(), "text") if form == "auto" else form), [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"data source {path} does not exist")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-    if form == "auto":
-        found = sorted({_SUFFIXES[file.suffix.lower()] for file in files if file.suffix.lower() in _SUFFIXES})
-        if len(found) > 1:
-            raise DataError(f"{path} holds files of the formats {', '.join(found)}: set format= of the source to one")
-        form = found[0] if found else "text"
-        wanted = {suffix for suffix, kind in _SUFFIXES.items() if kind == form} or _TEXT_SUFFIXES
-    elif form == "text":
-        return form, files
-    else:
-        wanted = {suffix for suffix, kind in _SUFFIXES.items() if form in (kind, "tokens")}
-    chosen = [file for file in files if file.suffix.lower() in wanted]
-    if not chosen:
-        suffixes = sorted({file.suffix or file.name for file in files})
-        raise DataError(f"{path} holds no {form} files; the suffixes in it are {', '.join(suffixes) or 'none at all'}")
-    return form, chosen
-
-
-def open_source(config: SourceConfig, eos_id: int | None = None) -> Source:
+def open_source(
+    config: SourceConfig, eos_id: int | None = None, *, on_bad_row: str = "error", cache_dir: str = ""
+) -> CheckedSource:
     """Opens one source.
 
     Args:
       config: its path and format. Format "auto" goes by suffix: `.jsonl`, `.parquet`, `.array_record` (JSON
-        records) hold text in `text_field`; `.npy` holds tokens; any other file is UTF-8 text. "tokens" reads
-        `tokens_field` of rows, or `.npy`. In a folder every text file is a document; a single text file is cut
-        into documents of at most 16 Ki characters at paragraph ends.
+        records) hold text in `text_field`; `.npy` holds tokens; any other file is UTF-8 text, or JSON lines where it
+        holds them. "tokens" reads `tokens_field` of rows, or `.npy`. In a folder every text file is a document; a
+        single text file is cut into documents of at most 16 Ki characters at paragraph ends. JSON lines and text may
+        be compressed with gzip, bzip2, xz or zstandard.
       eos_id: ends the documents of `.npy` files.
+      on_bad_row: "error", or "skip" to leave out what cannot be read.
+      cache_dir: of decompressed copies, see `files.plain_copy`.
 
     Raises:
       FileNotFoundError: no such path.
       DataError: nothing in it, an unclear format, a corrupt or undecodable file, a missing field.
     """
+    files = find_files(config)
     path = pathlib.Path(config.path).expanduser()
-    form, files = _files_of(path, config.format)
-    files = _not_empty(files)
-    if not files:
-        raise DataError(f"data source {path} is empty")
-    tokens = form == "tokens"
-    field = config.tokens_field if tokens else config.text_field
-    if form == "text":
-        source = TextFiles(files, str(path)) if path.is_dir() else TextPieces(path)
+    if files.form == "text":
+        documents = TextFiles(files.paths, str(path)) if path.is_dir() else TextPieces(path)
+        notes = []
     else:
-        source = _open_rows(files, _container(files, form), str(path), field, tokens, eos_id)
-    if not len(source):
+        documents, notes = _open_rows(files, config, str(path), eos_id, cache_dir)
+    if not len(documents):
         raise DataError(f"data source {path} is empty")
+    source = CheckedSource(documents, files.paths, files.notes + notes, on_bad_row)
+    source.check()
     return source
 
 
-def _container(files: Sequence[pathlib.Path], form: str) -> str:
-    """The format of the files themselves: that of pre-tokenised rows goes by suffix."""
-    if form != "tokens":
-        return form
-    kinds = sorted({_SUFFIXES.get(file.suffix.lower(), file.suffix or file.name) for file in files})
-    if len(kinds) > 1 or kinds[0] not in _SUFFIXES.values():
-        raise DataError(
-            f"format='tokens' needs .npy, .jsonl, .parquet or .array_record files of one kind, found {', '.join(kinds)}"
-        )
-    return kinds[0]
+def _open_rows(
+    files: SourceFiles, config: SourceConfig, name: str, eos_id: int | None, cache_dir: str
+) -> tuple[Source, list[str]]:
+    tokens = files.form == "tokens"
+    field = config.tokens_field if tokens else config.text_field
+    kind = container(files.paths, files.form)
+    if kind == "tokens":
+        return TokenArrays(files.paths, name, eos_id), []
+    if kind == "jsonl":
+        plain = [plain_copy(path, cache_dir) for path in files.paths]
+        return JsonLines(files.paths, plain, name, field, tokens), _copy_notes(name, set(plain) - set(files.paths))
+    return {"parquet": Parquet, "arrayrecord": ArrayRecords}[kind](files.paths, name, field, tokens), []
 
 
-def _open_rows(files, container: str, name: str, field: str, tokens: bool, eos_id: int | None) -> Source:
-    if container == "tokens":
-        return TokenArrays(files, name, eos_id)
-    return {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecords}[container](files, name, field, tokens)
+def _copy_notes(name: str, copies: Collection[pathlib.Path]) -> list[str]:
+    if not copies:
+        return []
+    size = sum(copy.stat().st_size for copy in copies) / 2**20
+    return [
+        f"data source {name}: {len(copies)} compressed files are read from decompressed copies in "
+        f"{next(iter(copies)).parent} ({size:,.1f} MiB), which may be deleted when no run reads them"
+    ]
