@@ -144,7 +144,8 @@ class Checkpointer:
             raise self._save_error(error) from error
         if self._unread is not None:
             saved, self._unread = self._unread, None
-            self._read_back(saved)
+            if jax.process_index() == 0:  # others may not see a new file at once, on storage that they share
+                self._read_back(saved)
             self._settle(saved.step)
 
     def last_good(self) -> int | None:

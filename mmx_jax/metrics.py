@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 
 from mmx_jax import files
 
@@ -34,6 +35,9 @@ class MetricsWriter:
     def write(self, row: dict):
         line = json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n"
         _append(self._file, line.encode())
+        if self._board is not None and not _has_writer(self._board):
+            print(f"TensorBoard is off from step {row['step']} on: its writer has ended", file=sys.stderr, flush=True)
+            self._board = None
         if self._board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float) and math.isfinite(value):
@@ -41,7 +45,7 @@ class MetricsWriter:
 
     def close(self):
         self._file.close()
-        if self._board is not None:
+        if self._board is not None and _has_writer(self._board):
             self._board.close()
 
 
@@ -140,6 +144,13 @@ def _jsonable(value):
     if isinstance(value, list):
         return [_jsonable(x) for x in value]
     return value
+
+
+def _has_writer(board) -> bool:
+    """Whether the thread of a SummaryWriter lives; without it, as on a full disk, adding to it would wait for ever."""
+    writer = getattr(board.file_writer, "event_writer", None)
+    worker = getattr(writer, "_worker", None)
+    return worker is None or worker.is_alive()
 
 
 def _tensorboard(path, resume_step):

@@ -70,6 +70,8 @@ def main(argv):
     from mmx_jax.config import SourceConfig
     from mmx_jax.training import dry_run, loop, processes
 
+    if not FLAGS["verbosity"].present:
+        processes.report_threads_in_one_line("train.py")
     try:
         if FLAGS.distributed is not None:
             processes.join(FLAGS.distributed)
