@@ -189,6 +189,8 @@ class Checkpointer:
                 if older is not None
                 else "no older step can be read"
             )
+            if later := [other for other in self.steps() if other > step]:
+                remedy += f"; later steps are untouched: {_listed(later)}"
             raise CheckpointError(f"{error}\n{remedy}") from error
 
     def discard_after(self, step: int) -> list[int]:
