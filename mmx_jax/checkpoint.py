@@ -144,7 +144,8 @@ class Checkpointer:
             raise self._save_error(error) from error
         if self._unread is not None:
             saved, self._unread = self._unread, None
-            self._read_back(saved)
+            if jax.process_index() == 0:  # others may not see a new file at once, on storage that they share
+                self._read_back(saved)
             self._settle(saved.step)
 
     def last_good(self) -> int | None:
@@ -188,6 +189,8 @@ class Checkpointer:
                 if older is not None
                 else "no older step can be read"
             )
+            if later := [other for other in self.steps() if other > step]:
+                remedy += f"; later steps are untouched: {_listed(later)}"
             raise CheckpointError(f"{error}\n{remedy}") from error
 
     def discard_after(self, step: int) -> list[int]:

@@ -72,6 +72,7 @@ class FolderLock:
         try:
             _write(self._file, self.holder)
         except BaseException:
+            path.unlink(missing_ok=True)
             self._file.close()
             raise
         self._thread = threading.Thread(target=self._beat, daemon=True, name=f"lock {path.name}")

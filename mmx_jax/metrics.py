@@ -42,6 +42,9 @@ class MetricsWriter:
     def write(self, row: dict):
         line = json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n"
         _append(self._file, line.encode())
+        if self._board is not None and not _has_writer(self._board):
+            print(f"TensorBoard is off from step {row['step']} on: its writer has ended", file=sys.stderr, flush=True)
+            self._board = None
         if self._board is not None:
             for key, value in _scalars(row).items():
                 self._board.add_scalar(key, value, row["step"])
@@ -50,7 +53,7 @@ class MetricsWriter:
 
     def close(self):
         self._file.close()
-        if self._board is not None:
+        if self._board is not None and _has_writer(self._board):
             self._board.close()
         for sink in self._sinks:
             sink.close()
@@ -212,6 +215,13 @@ def _jsonable(value):
     if isinstance(value, list):
         return [_jsonable(x) for x in value]
     return value
+
+
+def _has_writer(board) -> bool:
+    """Whether the thread of a SummaryWriter lives; without it, as on a full disk, adding to it would wait for ever."""
+    writer = getattr(board.file_writer, "event_writer", None)
+    worker = getattr(writer, "_worker", None)
+    return worker is None or worker.is_alive()
 
 
 def _tensorboard(path, resume_step):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from mmx_jax.config import Config, ModelConfig, shortest_period
 from mmx_jax.config_io import config_to_json
 from mmx_jax.convert import __main__ as cli
-from mmx_jax.convert import commands, params_io, rules, safetensors_io
+from mmx_jax.convert import commands, job, params_io, rules, safetensors_io
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
@@ -720,6 +720,90 @@ def test_killed_conversion_continues(imported, tmp_path, capsys, command, where)
     assert verify(BF16, tmp_path / "out")[0]
     if command == "export":
         assert shard_bytes(tmp_path / "out") == shard_bytes(BF16)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing handles it."""
+
+
+def killed_at(monkeypatch, number):
+    """Ends the commit of a conversion at its call of that number to the file system."""
+    calls = []
+
+    def counted(call):
+        def wrapper(*arguments, **options):
+            if len(calls) == number:
+                raise Killed
+            calls.append(call)
+            return call(*arguments, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(job, "fsync_folder", counted(job.fsync_folder))
+    monkeypatch.setattr(job.os, "rename", counted(job.os.rename))
+    monkeypatch.setattr(job.files, "remove", counted(job.files.remove))
+    monkeypatch.setattr(job, "_exchange", counted(job._exchange))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_commit_killed_at_any_point_keeps_a_checkpoint_and_the_same_command_leaves_one(
+    tmp_path, monkeypatch, exchange
+):
+    destination = tmp_path / "out"
+    new = {"format": 1, "command": "new"}
+
+    def convert(text):
+        if not exchange:
+            monkeypatch.setattr(job, "_exchange", lambda first, second: False)
+        work = job.Job(destination, new, overwrite=True)
+        try:
+            work.begin()
+            (work.folder / "weights").write_text(text)
+            work.commit()
+        finally:
+            work.close()
+
+    def holds():
+        return [(path / "weights").read_text() for path in tmp_path.glob("out*") if (path / "weights").exists()]
+
+    number, done = 0, False
+    while not done:
+        convert("old")
+        with monkeypatch.context() as patch:
+            killed_at(patch, number)
+            try:
+                convert("new")
+                done = True
+            except Killed:
+                pass
+        assert set(holds()) & {"old", "new"} and not (destination / "weights").is_symlink()
+        assert "old" in holds() or (destination / "weights").read_text() == "new"
+        convert("newest")
+        assert holds() == ["newest"] and [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert [path.name for path in destination.iterdir()] == ["weights"]
+        number += 1
+    assert number > 3
+
+
+def test_two_conversions_into_one_folder_are_kept_apart(tmp_path):
+    first = job.Job(tmp_path / "out", {}, overwrite=False)
+    with pytest.raises(ConversionError, match="out: another process is converting into it: process .* on "):
+        job.Job(tmp_path / "out", {}, overwrite=False)
+    first.close()
+    job.Job(tmp_path / "out", {}, overwrite=False).close()
+
+
+def test_a_folder_that_happens_to_be_called_replaced_is_nobodys_to_remove(tmp_path):
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced/mine").write_text("precious")
+    for text in ("first", "second"):
+        work = job.Job(tmp_path / "out", {"text": text}, overwrite=True)
+        work.begin()
+        (work.folder / "weights").write_text(text)
+        work.commit()
+        work.close()
+        assert (tmp_path / "out/weights").read_text() == text
+    assert (tmp_path / "out.replaced/mine").read_text() == "precious"
 
 
 def interrupt(argv, monkeypatch, after=20):

@@ -122,6 +122,8 @@ def main(argv):
     from mmx_jax.training import loop, processes
 
     name = flags_parser.program_name()
+    if not FLAGS["verbosity"].present:
+        processes.report_threads_in_one_line(name)
     try:
         if FLAGS.distributed is not None:
             processes.join(FLAGS.distributed)

@@ -18,7 +18,8 @@ from mmx_jax.convert.safetensors_io import fsync_folder
 from mmx_jax.locking import FolderLock, LockedError
 
 JOURNAL = "journal.jsonl"
-_COMMIT = {"commit": "the parts are whole"}  # last line of the journal: DST may change places with them
+# The last line of a journal whose parts are whole, by how DST makes way for them.
+_BY_EXCHANGE, _BY_REPLACED = {"commit": "exchange"}, {"commit": "DST.replaced"}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -66,7 +67,7 @@ class Job:
         if lines and resumable:
             difference = _first_difference(lines[0], plan)
             if not difference:
-                self.finished = {line["part"]: line for line in lines[1:] if line != _COMMIT}
+                self.finished = {line["part"]: line for line in lines[1:] if "part" in line}
                 return
             if not overwrite:
                 raise ConversionError(
@@ -90,12 +91,13 @@ class Job:
         """Gives the folder its final name; a kill at any point leaves the old or the new folder there, or beside it."""
         for folder, _, _ in os.walk(self.folder):
             fsync_folder(Path(folder))
-        self._append(_COMMIT)
+        self._append(_BY_EXCHANGE)
         if not _exists(self.destination):
             os.rename(self.folder, self.destination)
         elif not _exchange(self.folder, self.destination):
             if _exists(self.replaced):
                 raise ConversionError(f"{self.replaced}: is in the way; move it, and run the same command again")
+            self._append(_BY_REPLACED)
             os.rename(self.destination, self.replaced)
             os.rename(self.folder, self.destination)
         self._finish_commit()
@@ -112,16 +114,17 @@ class Job:
 
     def _finish_commit(self):
         """Does what is left of a commit, this one or one that was killed."""
-        if _ends_with_commit(self.destination / JOURNAL):
+        if way := _commit_of(self.destination / JOURNAL):
             # The new one is in its place. What it replaced has no journal, or lost it in an earlier commit.
             files.remove(self.folder)
-            files.remove(self.replaced)
+            if way == _BY_REPLACED:
+                files.remove(self.replaced)
             # Last: until here, a kill leaves something that the same command finishes.
             (self.destination / JOURNAL).unlink()
             fsync_folder(self.destination.parent)
-        elif not _exists(self.destination) and _exists(self.replaced) and _ends_with_commit(self.folder / JOURNAL):
-            # The old one had made way, and the new one had not come.
-            os.rename(self.replaced, self.destination)
+        elif not _exists(self.destination) and _commit_of(self.folder / JOURNAL) == _BY_REPLACED:
+            if _exists(self.replaced):  # it had made way, and the new one had not come
+                os.rename(self.replaced, self.destination)
 
     def _append(self, line):
         self._file.write(json.dumps(line).encode() + b"\n")
@@ -145,11 +148,13 @@ class Job:
         self._file.truncate(0)
 
 
-def _ends_with_commit(journal):
+def _commit_of(journal):
+    """The last line of a journal, if that is one of a commit."""
     try:
-        return journal.read_bytes().endswith(json.dumps(_COMMIT).encode() + b"\n")
-    except OSError:
-        return False
+        last = json.loads(journal.read_bytes().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return last if last in (_BY_EXCHANGE, _BY_REPLACED) else None
 
 
 def _exists(path):

@@ -134,11 +134,10 @@ def leave(message: str, *, lost: bool):
 
     Those that fail alike come here within seconds, and part in order; not if one is `lost`.
     """
-    print(message, file=sys.stderr, flush=True)
-    if not jax.distributed.is_initialized():
-        sys.exit(1)
     sys.stdout.flush()
-    if not lost:
+    print(message, file=sys.stderr, flush=True)
+    # Not an orderly exit: unfinished reads and writes of orbax would bury the message under their tracebacks.
+    if jax.distributed.is_initialized() and not lost:
         parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         parting.start()
         parting.join(_PARTING_SECONDS)
@@ -148,6 +147,17 @@ def leave(message: str, *, lost: bool):
 def is_first() -> bool:
     """Whether this process writes what the run has but one of."""
     return jax.process_index() == 0
+
+
+def report_threads_in_one_line(program: str):
+    """Errors of threads take one line from now on: what concerns the run is raised in the main thread too."""
+
+    def report(failed):
+        text = (str(failed.exc_value).strip().splitlines() or [""])[0]
+        print(f"{program}: in the background: {failed.exc_type.__name__}: {text[:300]}", file=sys.stderr, flush=True)
+
+    threading.excepthook = report
+    sys.unraisablehook = lambda failed: None  # destructors of what was given up
 
 
 @contextlib.contextmanager

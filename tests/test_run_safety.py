@@ -1,0 +1,277 @@
+"""What a run keeps when something goes wrong: refused starts, damage, numbers that are not finite, failing ends."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from mmx_jax import files, locking, metrics
+from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
+from mmx_jax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LearningRatePhase,
+    ModelConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from mmx_jax.convert import commands, weights
+from mmx_jax.convert.errors import ConversionError
+from mmx_jax.training import loop, optimizer
+
+MODEL = ModelConfig(
+    vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
+    rotary_dim=4, max_position_embeddings=512, mlp_dim=16, num_experts=1, experts_per_token=1, dtype="float32",
+    lightning_chunk=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(["state", "decay", "query", "key"], size=120)))
+    return Config(
+        name="safe",
+        model=MODEL,
+        data=DataConfig(sources=(SourceConfig(path=str(folder)),), eval_fraction=0.2, packing_bins=4, prefetch=0),
+        training=TrainingConfig(
+            total_tokens=6 * 128,
+            sequence_length=32,
+            batch_tokens=128,
+            learning_rate=1e-2,
+            eval_batches=1,
+            loss_chunk=64,
+        ),
+        checkpoint=CheckpointConfig(save_every_steps=2, keep=4, asynchronous=False),
+    )
+
+
+def train(config, workdir, **options):
+    """(result, what was printed)"""
+    out = io.StringIO()
+    result = loop.train(config, workdir, console=rich.console.Console(file=out, width=1000), **options)
+    return result, out.getvalue()
+
+
+def steps_of(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory):
+    """A run that ended at step 4 of 6."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train(config, workdir, steps=4)
+    return workdir
+
+
+@pytest.fixture
+def run(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def damage(workdir, step):
+    """Flips a bit of the largest file of the parameters."""
+    largest = max((workdir / f"checkpoints/{step}/params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def changed(config, **training):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+
+
+# -- starts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_started_again_changes_nothing(run, config):
+    before = contents(run)
+    for resume in ("auto", "4"):
+        result, text = train(config, run, steps=4, resume=resume)
+        assert "finished at step 4" in text and (result.step, result.interrupted) == (4, False)
+    assert contents(run) == before
+    rows = metrics.read_rows(run / "metrics.jsonl")
+    assert [result.loss, result.eval_loss] == [rows[3]["loss"], rows[4]["eval_loss"]]
+
+
+def test_an_end_without_its_evaluation_gets_that_alone(run, config):
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:-1]))
+    train(config, run, steps=4)
+    assert (run / "metrics.jsonl").read_text().splitlines(keepends=True) == rows
+
+
+def test_a_run_in_use_is_refused_by_the_name_of_its_holder_and_untouched(run, config):
+    before = contents(run)
+    with locking.held(run / "run.lock"):
+        with pytest.raises(locking.LockedError, match="in use by another process: process"):
+            train(config, run, steps=5)
+        # Reading it is allowed.
+        weights.load_params(run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["run [x]", "a\\b", "gs://bucket/run"])
+def test_a_folder_that_could_not_be_read_back_is_refused_before_anything_is_made(name, config, tmp_path):
+    with pytest.raises(files.PathError):
+        train(config, name if "://" in name else str(tmp_path / name), steps=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_going_back_to_a_damaged_step_gives_up_nothing(run, config):
+    damage(run, 2)
+    before = contents(run)
+    with pytest.raises(CheckpointError, match="step 2 .* cannot be read"):
+        train(config, run, resume="2", steps=4)
+    assert contents(run) == before
+
+
+def test_a_named_step_may_go_on_with_another_optimizer_and_order_of_data(run, config):
+    other = changed(config, learning_rate=3e-3, gradient_clip=0.5)
+    other = dataclasses.replace(other, data=dataclasses.replace(config.data, seed=7))
+    with pytest.raises(ConfigError, match="--resume=N, these may change: training.learning_rate, "):
+        train(other, run)
+    result, text = train(other, run, resume="2", steps=3)
+    assert result.step == 3 and steps_of(run) == [2, 3]
+    assert "another training.learning_rate: 0.01 -> 0.003" in text and "begin anew in the order of seed 7" in text
+    assert "discarded the later steps 4" in text
+    assert metrics.read_rows(run / "metrics.jsonl")[2]["learning_rate"] == 3e-3
+    wider = dataclasses.replace(other, model=dataclasses.replace(MODEL, mlp_dim=32))
+    with pytest.raises(ConfigError, match="model.mlp_dim"):
+        train(wider, run, resume="2")
+
+
+# -- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_without_matplotlib_a_run_says_so_at_its_start_and_ends_well(run, config, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    (run / "loss.png").unlink()
+    result, text = train(config, run, steps=5)
+    assert result.step == 5 and text.index("loss.png will not be drawn") < text.index("held-out loss")
+    assert not (run / "loss.png").exists()
+
+
+def test_a_failing_evaluation_and_a_failing_picture_find_the_last_step_saved(run, config, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("this failed")
+
+    monkeypatch.setattr(metrics, "plot_loss", fail)
+    result, text = train(config, run, steps=5)
+    assert result.step == 5 and "loss.png was not drawn: RuntimeError: this failed" in text
+    monkeypatch.setattr(loop._Run, "_evaluate", fail)
+    with pytest.raises(RuntimeError, match="this failed"):
+        train(config, run)
+    assert steps_of(run) == [2, 4, 5, 6]
+
+
+def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config, tmp_path):
+    phases = (LearningRatePhase(tokens=2 * 128), LearningRatePhase(start=1e43, end=1e43))
+    wild = changed(config, learning_rate_phases=phases, eval_every_steps=1)
+    wild = dataclasses.replace(wild, checkpoint=CheckpointConfig(save_every_steps=1, keep=1))
+    with pytest.raises(loop.NonFiniteError) as error:
+        train(wild, tmp_path)
+    assert "step 3 is not saved: not finite are params/" in str(error.value)
+    assert "last good checkpoint: step 2 in " in str(error.value) and "--resume=2 --set training." in str(error.value)
+    calm = changed(wild, learning_rate_phases=(LearningRatePhase(),), learning_rate=1e-3)
+    result, _ = train(calm, tmp_path, resume="2", steps=3)
+    assert result.step == 3 and np.isfinite(result.loss)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def a_state(value=1.0):
+    params = {"final_norm": {"scale": jnp.full(4, value)}, "w": jnp.arange(40.0).reshape(5, 8)}
+    return {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init_optimizer(TrainingConfig(), params)}
+
+
+def save(checkpointer, step, **options):
+    checkpointer.save(step, a_state(), position={"tokens_seen": step}, data={}, config={}, **options)
+
+
+def test_only_finite_losses_compete_and_only_finite_states_are_saved(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    for step, loss in enumerate([2.0, np.nan, np.inf, 3.0], start=1):
+        save(checkpointer, step, eval_loss=loss)
+    with pytest.raises(NotFiniteError, match="step 5 is not saved: not finite are params/final_norm/scale"):
+        checkpointer.save(5, a_state(np.nan), position={}, data={}, config={})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 4] and checkpointer.last_good() == 4
+    checkpointer.close()
+    checkpointer = Checkpointer(tmp_path, keep=1)  # which knows the losses from disk
+    save(checkpointer, 6)
+    checkpointer.wait()
+    assert checkpointer.steps_on_disk() == [1, 6]
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "_METADATA"])
+def test_a_save_that_cannot_be_read_back_is_an_error_and_deletes_nothing(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(Checkpointer, "poll", lambda checkpointer: None)  # the file is damaged before it is read back
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    save(checkpointer, 1)
+    checkpointer.wait()
+    save(checkpointer, 2)
+    checkpointer._manager.wait_until_finished()
+    (tmp_path / f"2/params/{file}").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step 2 was written .* cannot be read back"):
+        checkpointer.wait()
+    assert checkpointer.steps_on_disk() == [1, 2]
+    checkpointer.close()
+
+
+def test_a_state_on_disk_that_is_not_finite_is_not_continued(tmp_path, monkeypatch):
+    from mmx_jax import checkpoint
+
+    checkpointer = Checkpointer(tmp_path, asynchronous=False)
+    save(checkpointer, 1)
+    sums = checkpoint._checksums
+    monkeypatch.setattr(checkpoint, "_checksums", lambda *arguments: (sums(*arguments)[0], []))  # as once
+    checkpointer.save(2, a_state(np.inf), position={}, data={}, config={})
+    monkeypatch.undo()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), a_state())
+    with pytest.raises(CheckpointError, match=r"not finite are params/final_norm/scale(.|\n)*--resume=1"):
+        checkpointer.restore(2, abstract)
+    checkpointer.close()
+
+
+def test_a_damaged_step_is_neither_exported_nor_loaded(run, tmp_path, capsys):
+    commands.export_checkpoint(run, tmp_path / "good")
+    _, kept = weights.load_params(run, param_dtype="float32")
+    _, cast = weights.load_params(run, param_dtype="bfloat16")
+    assert cast["lm_head"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cast["lm_head"]["kernel"], kept["lm_head"]["kernel"].astype(jnp.bfloat16))
+    damage(run, 4)
+    message = "step 4 in .*checkpoints.*damaged(.|\n)*another step of the run: .*checkpoints/2"
+    for read in (
+        lambda: commands.export_checkpoint(run, tmp_path / "bad"),
+        lambda: commands.verify_checkpoints(run, tmp_path / "good", print_line=lambda line: None),
+        lambda: weights.load_params(run, param_dtype="float32"),
+        lambda: weights.load_params(run, param_dtype="bfloat16"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            read()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "run"]
