@@ -216,7 +216,7 @@ def tensor(begin=0, end=8, dtype="F32", shape=(2,)):
     [
         (b"", b"", "not JSON"),
         (b"[1]", b"", "object"),
-        (b"\xff\xfe", b"", "not JSON"),
+        (b"\xff\xfe", b"", "not UTF-8"),
         ({"a": tensor()}, b"1234567", "truncated"),
         ({"a": tensor()}, b"123456789", "1 bytes too long"),
         ({"a": tensor(end=4)}, b"1234", "needs 8 bytes"),
@@ -612,7 +612,7 @@ def damage_config(folder):
         (damage_shape, r"'model.norm.weight' has shape \[63\]"),
         (damage_dtype, "'model.norm.weight' has dtype float16"),
         (damage_mixed_dtype, "has dtype (float32|bfloat16), expected (float32|bfloat16); as the other"),
-        (damage_index, "not a safetensors index"),
+        (damage_index, "index.json: not JSON"),
         (damage_escape, "leaves the folder"),
         (damage_config, "config.json"),
     ],
