@@ -24,6 +24,7 @@ from mmx_jax.config import Config, ModelConfig, shortest_period
 from mmx_jax.config_io import config_to_json
 from mmx_jax.convert import __main__ as cli
 from mmx_jax.convert import commands, params_io, rules, safetensors_io
+from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
@@ -491,14 +492,16 @@ def test_bfloat16_gates_are_widened(source, tmp_path):
     assert got.dtype == np.float32 and np.array_equal(got, expected.astype(np.float32))
 
 
-def verify(first, second):
+def verify(first, second, **kw):
     lines = []
-    return commands.verify_checkpoints(first, second, lines.append), lines
+    return commands.verify_checkpoints(first, second, lines.append, **kw), lines
 
 
-def test_verify_compares_any_two_kinds(imported, source):
+def test_verify_compares_any_two_kinds(imported, source, capsys):
     equal, lines = verify(BF16, imported)
-    assert equal and "155 of 155" in lines[-1]
+    assert equal and lines == ["155 of 155 tensors are equal"]
+    equal, lines = verify(BF16, imported, show_all=True)
+    assert equal and "155 of 155" in lines[-1] and len(lines) == 157
     digest = hashlib.sha256(read_all(BF16)["lm_head.weight"].tobytes()).hexdigest()
     (row,) = [line for line in lines if line.startswith("lm_head.weight")]
     assert row.split()[1:] == ["512x64", "bfloat16", digest[:10], digest[:10], "yes"]
@@ -508,11 +511,31 @@ def test_verify_compares_any_two_kinds(imported, source):
     raw[-1] ^= 1
     file.write_bytes(raw)
     equal, lines = verify(source, imported)
-    assert not equal and sum(line.endswith(" NO") for line in lines) == 1
+    assert (
+        not equal and len(lines) == 3 and re.search(r" NO: 1 of [\d,]+ values differ, by at most \S+ \(rel", lines[1])
+    )
+    assert lines[-1] == "154 of 155 tensors are equal; 1 differ"
+    capsys.readouterr()
     assert cli.main(["verify", str(source), str(imported)]) == 1
+    assert capsys.readouterr().out.count("\n") == 3
+    assert cli.main(["verify", str(source), str(imported), "--all"]) == 1
+    assert capsys.readouterr().out.count("\n") == 157
     assert cli.main(["verify", str(BF16), str(BF16)]) == 0
     equal, lines = verify(ORIGINAL, BF16)
     assert not equal and any("float32 / bfloat16" in line for line in lines)
+
+
+def test_difference_of_values():
+    a = np.array([1.0, -0.0, np.nan, np.inf, 5.0, np.nan], np.float32)
+    assert difference(a, a) == "the values are equal, their bytes are not"
+    assert difference(a, np.array([1.0, 0.0, np.nan, np.inf, 5.0, np.nan], ml_dtypes.bfloat16)).startswith("the values")
+    b = np.array([1.5, 0.0, np.nan, np.inf, 4.0, 1.0], np.float32)
+    said = "3 of 6 values differ, by at most 1 (relative 0.333), 1 of them not finite"
+    assert difference(a, b) == difference(b, a) == said
+    far = np.zeros(3 * 2**20, np.float32)
+    near = far.copy()
+    near[-1] = -2  # in the last of several pieces
+    assert difference(far, near) == "1 of 3,145,728 values differ, by at most 2 (relative 1)"
 
 
 # What goes wrong

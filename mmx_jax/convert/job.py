@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from mmx_jax import json_io
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.safetensors_io import fsync_folder
 
@@ -94,16 +95,28 @@ class Job:
         raw = self._file.read()
         whole = raw[: raw.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
+        damaged = f"{self.folder / JOURNAL}: damaged"
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise ConversionError(f"{self.folder / JOURNAL}: damaged; remove {self.folder} and begin anew") from None
+            lines = [json_io.loads(line) for line in whole.split(b"\n")[:-1]]
+        except json_io.JsonError as error:
+            raise ConversionError(f"{damaged} ({error}); remove {self.folder} and begin anew") from None
+        if lines and not (isinstance(lines[0], dict) and all(map(_is_part, lines[1:]))):
+            raise ConversionError(f"{damaged}; remove {self.folder} and begin anew")
+        return lines
 
     def _clear(self):
         for entry in self.folder.iterdir():
             if entry.name != JOURNAL:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self._file.truncate(0)
+
+
+def _is_part(line):
+    """Whether a line of a journal is one that `Job.record` wrote: a part, its sha256 and those of its tensors."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("part", "sha256")):
+        return False
+    tensors = line.get("tensors", {})
+    return isinstance(tensors, dict) and all(isinstance(digest, str) for digest in tensors.values())
 
 
 def _first_difference(old, new, name="the plan"):

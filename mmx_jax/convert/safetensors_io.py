@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -252,16 +252,19 @@ def _read_index(path):
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise ConversionError(f"{remedy}: weight_map has {shown(file)} for {shown(name)}, not the name of a file")
-        if Path(file).name != file or file == "..":
+        if not is_file_name(file):
             raise ConversionError(
-                f"{path}: shard name {shown(file)} leaves the folder; only plain file names are allowed"
+                f"{path}: shard name {shown(file)} is no file name or leaves the folder; only plain names are allowed"
             )
-        if len(os.fsencode(file)) > 255 or not file.isprintable():
-            raise ConversionError(f"{remedy}: {shown(file)} is not the name of a file; download it again")
     return weight_map
 
 
-def summarize(names: list[str], limit: int = 8) -> str:
+def is_file_name(text: str) -> bool:
+    """Whether a text from a file names a file beside it, and nothing elsewhere."""
+    return Path(text).name == text != ".." and text.isprintable() and len(os.fsencode(text)) <= 255
+
+
+def summarize(names: Sequence[str], limit: int = 8) -> str:
     """The first few names and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(shown, names[:limit])) + more
