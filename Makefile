@@ -1,4 +1,4 @@
-# make demo | test | lint | format | parity | topology | clean
+# make demo | test | fuzz | lint | format | parity | topology | clean
 #
 #   PYTHON=python3.12   the interpreter that makes the environment (3.11 or later)
 #   VENV=.venv          where the environment lives
@@ -6,6 +6,7 @@
 #   PROMPT=TEXT         demo: what the model continues at the end; \n is a new line
 #   PIP_FLAGS=...       for every pip install, e.g. "-c constraints.txt"
 #   TESTS=tests/x.py    test: these only
+#   FUZZ_SECONDS=60     fuzz: for each parser; `python -m tests.fuzz --help` has the rest
 #   PYTEST_FLAGS=...    test: replaces "-n 2 --dist loadfile"
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ PROMPT ?= The
 endif
 PIP_FLAGS ?=
 TESTS ?=
+FUZZ_SECONDS ?= 60
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ INSTALLED_PARITY := $(VENV)/.installed-parity
 INSTALLED_TPU := $(VENV)/.installed-tpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity topology lint format venv clean
+.PHONY: demo test fuzz parity topology lint format venv clean
 
 # The demo starts afresh: what an earlier one left in runs/demo is removed.
 demo: $(INSTALLED)
@@ -49,6 +51,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+# Damaged files of every kind that is read: each must end in success or in one of the project's own errors.
+fuzz: $(INSTALLED)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --seconds=$(FUZZ_SECONDS)
 
 parity: $(INSTALLED_PARITY)
 	$(BIN)/python -m pytest -m parity $(TESTS)

@@ -1,12 +1,19 @@
 """Chat templates: messages to the text that a model was trained on.
 
 Templates are Jinja, rendered in a sandbox with the helpers that Hugging Face tokenizers rely on. The two
-built-in ones give the strings of MiniMax-Text-01 and MiniMax-M1 (spec F).
+built-in ones give the strings of MiniMax-Text-01 and MiniMax-M1 (spec F). Any other template is a program that came
+with a checkpoint. Jinja's sandbox keeps it from files and from Python, but lets it loop and allocate without end. So it
+runs in a process of its own, of limited CPU time and memory: this file, as a script.
 """
 
 import datetime
 import functools
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 import jinja2
@@ -83,6 +90,11 @@ _M1 = r"""
 """
 
 TEMPLATES = {"text01": _TEXT01, "m1": _M1}
+# Of a template that is not built in. Released ones need milliseconds, and a few times the size of the messages.
+CPU_SECONDS = 3
+MEMORY_BYTES = 2**30  # of address space; the interpreter takes a tenth of it
+MAX_OUTPUT = 2**24  # characters, beside four times the messages
+_MAX_MESSAGE = 500  # characters of an error that a template raises
 
 
 class ChatError(ValueError):
@@ -198,13 +210,78 @@ def render_chat(
       ChatError: an unknown role, a part that the template needs and a message lacks, a broken template.
     """
     _check_messages(messages)
-    environment = _environment() if template in TEMPLATES else _lenient_environment()
-    source = TEMPLATES.get(template, template)
+    variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+    if template not in TEMPLATES:
+        return _render_apart(template, messages, variables)
     try:
-        if _reads_parts(source):
-            messages = [_as_parts(message) for message in messages]
-        return environment.from_string(source).render(
-            messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ChatError(f"the chat template does not render: {error}") from error
+        return _render(_environment(), TEMPLATES[template], messages, variables)
+    except Exception as error:  # whatever a value of another kind than the template reads leads to
+        raise ChatError(f"the chat template does not render: {_reason(error)}") from error
+
+
+def _render(environment, source: str, messages: Sequence[Mapping], variables: Mapping) -> str:
+    if _reads_parts(source):
+        messages = [_as_parts(message) for message in messages]
+    return environment.from_string(source).render(messages=messages, **variables)
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, jinja2.TemplateError | TypeError) else f"{type(error).__name__}: "
+    text = f"{kind}{error}"
+    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
+
+
+def _render_apart(source: str, messages: Sequence[Mapping], variables: Mapping) -> str:
+    """`_render` of a template that nobody vouches for, by this file as a script."""
+    try:
+        request = json.dumps([source, messages, variables], default=_as_json)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"messages, tools and variables of a chat must be JSON: {_reason(error)}") from error
+    # The child finds jinja2 where this process found it; -P keeps this folder, whose names it does not need, out.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", __file__]
+    child = subprocess.run(command, input=request.encode(), capture_output=True, env=environment, check=False)
+    if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise ChatError(f"the chat template does not render: it takes more than {CPU_SECONDS} s of CPU time")
+    try:
+        answer = json.loads(child.stdout)
+    except ValueError:
+        last = (child.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise ChatError(
+            f"the chat template does not render: its process ended with {child.returncode}, {last[:_MAX_MESSAGE]}"
+        ) from None
+    if "error" in answer:
+        raise ChatError(f"the chat template does not render: {answer['error']}")
+    return answer["text"]
+
+
+def _as_json(value):
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(value)
+    raise TypeError(f"got a {type(value).__name__}")
+
+
+def _answer_request() -> None:
+    """Renders the request on stdin under the limits; the answer on stdout holds `text` or `error`."""
+    for limit, amount in (
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
+    request = sys.stdin.buffer.read()
+    try:
+        text = _render(_lenient_environment(), *json.loads(request))
+        if len(text) > MAX_OUTPUT + 4 * len(request):
+            raise jinja2.TemplateError(f"it writes {len(text):,} characters")
+        answer = {"text": text}
+    except Exception as error:
+        answer = {"error": _reason(error)}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    _answer_request()

@@ -13,6 +13,7 @@ import runpy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mmx_jax import json_io
 from mmx_jax.config import BRANCHES, Config, ConfigError
 from mmx_jax.config_base import checked, entry_kind, field_kinds, kind_name, optional_kind, wrong_type
 
@@ -101,9 +102,9 @@ def config_to_json(config: Config) -> str:
 def config_from_json(text: str) -> Config:
     """The inverse of `config_to_json`. Unknown, missing and repeated keys are refused by name."""
     try:
-        plain = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the config is not JSON: {error}") from error
+        plain = json_io.loads(text)
+    except json_io.JsonError as error:
+        raise ConfigError(f"the config: {error}") from error
     return _build(Config, plain, "")
 
 
@@ -131,14 +132,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(entry) for entry in value]
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"the key {key!r} stands twice in one JSON object")
-    return dict(pairs)
 
 
 def _rows(plain: dict, default: dict, prefix: str) -> Iterator[tuple[str, str, bool]]:
@@ -322,8 +315,8 @@ def _parse_tuple(entry: Any, text: str, path: str) -> list:
         return []
     if stripped.startswith("["):
         try:
-            values = json.loads(stripped, object_pairs_hook=_unique_keys)
-        except json.JSONDecodeError as error:
+            values = json_io.loads(stripped)
+        except json_io.JsonError as error:
             raise ConfigError(f"{path}={stripped!r} is not a JSON list: {error}") from error
         return _plain(_build(tuple[entry, ...], values, path, fill=True))
     if dataclasses.is_dataclass(entry):

@@ -1,5 +1,6 @@
 """Conversion: configs, safetensors, import, export, verify, loading; the oracle is the safetensors package."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,12 +22,14 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmx_jax.config import Config, ModelConfig, shortest_period
+from mmx_jax.config import Config, ConfigError, ModelConfig, shortest_period
 from mmx_jax.config_io import config_to_json
 from mmx_jax.convert import __main__ as cli
 from mmx_jax.convert import commands, job, params_io, rules, safetensors_io
+from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
+from mmx_jax.convert.sources import open_tensors
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
 from mmx_jax.models.decoder import abstract_params
 from tests import fake_devices
@@ -71,6 +75,61 @@ def source(tmp_path):
 
 
 # Configs
+
+
+@pytest.mark.parametrize("claim", [10**4, 10**6, 10**9, 2**62, 10**4000])
+@pytest.mark.parametrize("key", ["num_local_experts", "num_hidden_layers"])
+def test_claims_are_compared_with_the_weights_before_work_grows_with_them(source, key, claim):
+    config = hf_config(source) | {key: claim}
+    if key == "num_hidden_layers" and claim <= 10**6:
+        config["attn_type_list"] = [0] * claim
+    (source / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with pytest.raises((ConversionError, ConfigError), match="far more than the 155 tensors|64 bits|entries"):
+        open_tensors(resolve(source))
+    assert time.process_time() - start < 30
+
+
+def test_claims_of_our_own_config_are_compared_with_the_parameters():
+    config = model_config_from_hf(hf_config())
+    shapes = rules.leaf_shapes(config, rules.expand(config))
+    assert rules.match_parameters(config, shapes) == rules.expand(config)
+    for change in (
+        {"num_experts": 10**9},
+        {"num_layers": 8 * 10**9},
+        {"num_layers": 10**6, "layer_pattern": ("lightning",) * (10**6 - 1) + ("softmax",)},
+        {"num_experts": 10**4000},
+    ):
+        with pytest.raises(ConversionError, match="has shape|far more") as caught:
+            rules.match_parameters(dataclasses.replace(config, **change), shapes)
+        assert len(str(caught.value)) < 10_000
+    with pytest.raises(ConversionError, match="more than 1,000,000 tensors"):
+        rules.expand(dataclasses.replace(config, num_experts=10**9))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": float("inf")},
+        {"rms_norm_eps": 10**400},
+        {"vocab_size": 10**4000},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"head_dim": 2**62, "rotary_dim": None, "partial_rotary_factor": 1e300},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": {"a": [1]}}},
+        {"hidden_act": [["x" * 10**6]]},
+        {"layer_types": [["full_attention"]] * 8},
+        {f"key_{i}": 0 for i in range(3000)},
+        {"k" * 10**6: 0},
+        {"num_local_experts": list(range(10**5))},
+    ],
+    ids=lambda change: next(iter(change))[:20],
+)
+def test_odd_values_of_a_config_are_one_short_error(change):
+    start = time.process_time()
+    with pytest.raises((ConversionError, ConfigError)) as caught:
+        model_config_from_hf(hf_config(HF) | change)
+    assert len(str(caught.value)) < 2000
+    assert time.process_time() - start < 30
 
 
 def test_both_namings_of_one_model_give_one_config():
@@ -216,7 +275,7 @@ def tensor(begin=0, end=8, dtype="F32", shape=(2,)):
     [
         (b"", b"", "not JSON"),
         (b"[1]", b"", "object"),
-        (b"\xff\xfe", b"", "not JSON"),
+        (b"\xff\xfe", b"", "not UTF-8"),
         ({"a": tensor()}, b"1234567", "truncated"),
         ({"a": tensor()}, b"123456789", "1 bytes too long"),
         ({"a": tensor(end=4)}, b"1234", "needs 8 bytes"),
@@ -248,6 +307,99 @@ def test_short_and_endless_headers(tmp_path):
         path.write_bytes(raw)
         with pytest.raises(ConversionError, match=message):
             safetensors_io.read_header(path)
+
+
+def refuse_header(path, header, data=b"", message=""):
+    with pytest.raises(ConversionError, match=message) as caught:
+        safetensors_io.read_header(header_file(path, header, data))
+    assert len(str(caught.value)) < 1500 and "\n" not in str(caught.value)
+
+
+def test_a_header_costs_no_more_than_its_size(tmp_path):
+    path = tmp_path / "x.safetensors"
+    names = [f'"n{i}":0' for i in range(100_000)]
+    start = time.process_time()
+    refuse_header(path, ("{" + ",".join([*names, names[-1]]) + "}").encode(), message="occurs twice")
+    refuse_header(path, {"a": tensor(shape=[2**62] * 200_000)}, message="at most 32 sizes")
+    refuse_header(path, {"a": tensor(0, 0, shape=[1] * 33)}, message="at most 32 sizes")
+    refuse_header(path, {"a": tensor(0, 0, shape=[2**62, 2**62, 0])}, message="no memory can hold")
+    refuse_header(path, {"a": tensor(shape=[[[[[["x" * 10**6]]]]]])}, message="sizes is expected")
+    # Quadratic work takes minutes of CPU; the bound only tells the two apart.
+    assert time.process_time() - start < 30
+
+
+def test_names_that_are_no_text_are_refused_or_shown(tmp_path):
+    path = tmp_path / "x.safetensors"
+    refuse_header(path, b'{"\\ud800": 0}', message="surrogate")
+    refuse_header(path, {"\n\x1b[2J": 1}, message=r"tensor '\\n\\x1b\[2J'")
+    refuse_header(path, {"a" * 10**6: 1}, message=r"tensor 'aaa.*\.\.\..*aaa'")
+    refuse_header(path, {"__metadata__": [["a", "b"]]}, message="__metadata__")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+NOT_THE_FILE = {
+    "lfs": (LFS, "a Git LFS pointer: run `git lfs pull`, or .*hf download"),
+    "annex": (b"/annex/objects/MD5E-s5--0.safetensors\n", "git-annex pointer: run `git annex get`"),
+    "xet": (b"# xet version 0\nfilesize = 5\nhash = '0'\n", "a Xet pointer: .*hf download"),
+    "html": (b"\n <!DOCTYPE html><html><title>Log in</title></html>", "an HTML page.*hf download"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML document"),
+    "empty": (b"", "empty: download"),
+    "zeros": (bytes(600), "nothing but zeros"),
+    "zip": (b"PK\x03\x04" + b"a" * 60, "a zip archive, as `torch.save`"),
+    "pickle": (b"\x80\x02}q\x00." + b"a" * 60, "a Python pickle"),
+    "gzip": (b"\x1f\x8b\x08\x00" + b"a" * 60, "compressed by gzip"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + b"a" * 60, "compressed by zstd"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + b"a" * 60, "a GGUF file"),
+    "utf16": ("{}".encode("utf-16"), "UTF-16 text"),
+}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00002-of-00007.safetensors"])
+@pytest.mark.parametrize("kind", NOT_THE_FILE)
+def test_what_lies_in_the_place_of_a_file_is_named(source, file, kind):
+    raw, message = NOT_THE_FILE[kind]
+    (source / file).write_bytes(raw)
+    with pytest.raises(ConversionError, match=message) as caught:
+        open_tensors(resolve(source))
+    assert str(source / file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00002-of-00007.safetensors"])
+def test_the_answer_of_a_server_is_quoted(source, file):
+    for raw in (b'{"error": "Repository not found"}', b"Entry not found"):
+        (source / file).write_bytes(raw)
+        with pytest.raises(ConversionError, match="not found"):
+            open_tensors(resolve(source))
+    for raw, message in ((b"\xef\xbb\xbf{}", "byte order mark"), (b"\xff", "")):
+        (source / file).write_bytes(raw)
+        with pytest.raises(ConversionError, match=message):
+            open_tensors(resolve(source))
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00002-of-00007.safetensors"])
+def test_what_is_no_file_is_not_waited_for(source, file):
+    kinds = {
+        "a folder": lambda path: path.mkdir(),
+        "a pipe": os.mkfifo,
+        "git-annex link": lambda path: path.symlink_to(".git/annex/objects/xx/MD5E-s5--0"),
+        "does not exist": lambda path: path.symlink_to("../../blobs/0123"),
+        "a link that leads to itself": lambda path: path.symlink_to(path),
+    }
+    for message, make in kinds.items():
+        (source / file).unlink()
+        make(source / file)
+        with pytest.raises(ConversionError, match=message):
+            open_tensors(resolve(source))
+        (source / file).rmdir() if message == "a folder" else (source / file).unlink()
+        (source / file).touch()
+
+
+def test_a_tokenizer_that_is_a_pointer_is_not_carried_along(source, tmp_path, capsys):
+    (source / "tokenizer.json").write_bytes(LFS)
+    assert cli.main(["import", str(source), str(tmp_path / "out")]) == 1
+    assert re.search(r"tokenizer\.json: .*a Git LFS pointer: run `git lfs pull`", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 json_values = st.recursive(
@@ -491,14 +643,16 @@ def test_bfloat16_gates_are_widened(source, tmp_path):
     assert got.dtype == np.float32 and np.array_equal(got, expected.astype(np.float32))
 
 
-def verify(first, second):
+def verify(first, second, **kw):
     lines = []
-    return commands.verify_checkpoints(first, second, lines.append), lines
+    return commands.verify_checkpoints(first, second, lines.append, **kw), lines
 
 
-def test_verify_compares_any_two_kinds(imported, source):
+def test_verify_compares_any_two_kinds(imported, source, capsys):
     equal, lines = verify(BF16, imported)
-    assert equal and "155 of 155" in lines[-1]
+    assert equal and lines == ["155 of 155 tensors are equal"]
+    equal, lines = verify(BF16, imported, show_all=True)
+    assert equal and "155 of 155" in lines[-1] and len(lines) == 157
     digest = hashlib.sha256(read_all(BF16)["lm_head.weight"].tobytes()).hexdigest()
     (row,) = [line for line in lines if line.startswith("lm_head.weight")]
     assert row.split()[1:] == ["512x64", "bfloat16", digest[:10], digest[:10], "yes"]
@@ -508,11 +662,31 @@ def test_verify_compares_any_two_kinds(imported, source):
     raw[-1] ^= 1
     file.write_bytes(raw)
     equal, lines = verify(source, imported)
-    assert not equal and sum(line.endswith(" NO") for line in lines) == 1
+    assert (
+        not equal and len(lines) == 3 and re.search(r" NO: 1 of [\d,]+ values differ, by at most \S+ \(rel", lines[1])
+    )
+    assert lines[-1] == "154 of 155 tensors are equal; 1 differ"
+    capsys.readouterr()
     assert cli.main(["verify", str(source), str(imported)]) == 1
+    assert capsys.readouterr().out.count("\n") == 3
+    assert cli.main(["verify", str(source), str(imported), "--all"]) == 1
+    assert capsys.readouterr().out.count("\n") == 157
     assert cli.main(["verify", str(BF16), str(BF16)]) == 0
     equal, lines = verify(ORIGINAL, BF16)
     assert not equal and any("float32 / bfloat16" in line for line in lines)
+
+
+def test_difference_of_values():
+    a = np.array([1.0, -0.0, np.nan, np.inf, 5.0, np.nan], np.float32)
+    assert difference(a, a) == "the values are equal, their bytes are not"
+    assert difference(a, np.array([1.0, 0.0, np.nan, np.inf, 5.0, np.nan], ml_dtypes.bfloat16)).startswith("the values")
+    b = np.array([1.5, 0.0, np.nan, np.inf, 4.0, 1.0], np.float32)
+    said = "3 of 6 values differ, by at most 1 (relative 0.333), 1 of them not finite"
+    assert difference(a, b) == difference(b, a) == said
+    far = np.zeros(3 * 2**20, np.float32)
+    near = far.copy()
+    near[-1] = -2  # in the last of several pieces
+    assert difference(far, near) == "1 of 3,145,728 values differ, by at most 2 (relative 1)"
 
 
 # What goes wrong
@@ -585,6 +759,63 @@ def damage_mixed_dtype(folder):
     rewrite(folder, LAST, change)
 
 
+def test_the_index_says_which_of_two_copies_is_taken(source, tmp_path, capsys):
+    name = "model.norm.weight"
+    first = sorted(source.glob("*.safetensors"))[0].name
+    stale = np.full(64, 7, ml_dtypes.bfloat16)
+    rewrite(source, first, lambda arrays: arrays.update({name: stale}), index=False)
+    folder = safetensors_io.open_folder(source)
+    assert folder.ignored == (f"{name} in {first}",) and folder.entries[name].path.name == LAST
+    assert cli.main(["import", str(source), str(tmp_path / "out")]) == 0
+    assert f"'{name} in {first}' ignored" in capsys.readouterr().out
+    assert verify(BF16, tmp_path / "out")[0]
+    content = json.loads((source / INDEX).read_text())
+    content["weight_map"][name] = first
+    (source / INDEX).write_text(json.dumps(content))
+    assert safetensors_io.open_folder(source).entries[name].read().tobytes() == stale.tobytes()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "a/b", "x" * 300, "a\0b", "a\nb", 5, None, ["a"]])
+def test_shard_names_that_are_no_file_names(source, name):
+    content = json.loads((source / INDEX).read_text())
+    content["weight_map"]["model.norm.weight"] = name
+    (source / INDEX).write_text(json.dumps(content))
+    with pytest.raises(ConversionError, match="file name|name of a file|missing shard"):
+        safetensors_io.open_folder(source)
+
+
+@pytest.mark.parametrize("layer", ["9" * 5000, "²", "-1", "10" * 8])
+def test_derived_buffers_of_odd_layers_are_surplus(layer):
+    config = model_config_from_hf(hf_config())
+    mappings = rules.expand(config)
+    tensors = {m.hf: safetensors_io.TensorSpec(m.hf, np.dtype(np.float32), m.hf_shape) for m in mappings}
+    name = f"model.layers.{layer}.self_attn.slope_rate"
+    tensors[name] = safetensors_io.TensorSpec(name, np.dtype(np.float32), (1,))
+    with pytest.raises(ConversionError, match=r"surplus \['model\.layers"):
+        rules.check_tensors(config, mappings, tensors, "x")
+
+
+def test_damaged_journal_and_manifest_are_one_error(imported, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    for line in (b"5", b'{"part": 1}', b"[" * 10**5, b'{"part": "a"}', b'{"part": "a", "sha256": "", "tensors": []}'):
+        (partial / "journal.jsonl").write_bytes(b"{}\n" + line + b"\n")
+        with pytest.raises(ConversionError, match=r"journal\.jsonl: damaged.*begin anew"):
+            job.Job(tmp_path / "out", {}, overwrite=False)
+    weights = tmp_path / "weights"
+    shutil.copytree(imported, weights)
+    good = json.loads((weights / "manifest.json").read_text())
+    row = good["tensors"]["lm_head.weight"]
+    for tensors in ([], {"a": 1}, good["tensors"] | {"lm_head.weight": row | {"file": "../../outside.safetensors"}}):
+        (weights / "manifest.json").write_text(json.dumps(good | {"tensors": tensors}))
+        with pytest.raises(ConversionError, match=r"manifest\.json: damaged"):
+            commands.export_checkpoint(weights, tmp_path / "exported")
+    (weights / "manifest.json").write_bytes(LFS)
+    with pytest.raises(ConversionError, match="Git LFS pointer"):
+        commands.export_checkpoint(weights, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists() and not (tmp_path / "outside.safetensors").exists()
+
+
 def damage_index(folder):
     (folder / "model.safetensors.index.json").write_text("{")
 
@@ -612,7 +843,7 @@ def damage_config(folder):
         (damage_shape, r"'model.norm.weight' has shape \[63\]"),
         (damage_dtype, "'model.norm.weight' has dtype float16"),
         (damage_mixed_dtype, "has dtype (float32|bfloat16), expected (float32|bfloat16); as the other"),
-        (damage_index, "not a safetensors index"),
+        (damage_index, "index.json: not JSON"),
         (damage_escape, "leaves the folder"),
         (damage_config, "config.json"),
     ],

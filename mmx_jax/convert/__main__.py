@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add = commands.add_parser("verify", help="compare two checkpoints of any kind; exit status 1 where they differ")
     add.add_argument("first", metavar="A")
     add.add_argument("second", metavar="B")
+    add.add_argument("--all", action="store_true", help="print a row for every tensor, not only where they differ")
     return out
 
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
             print(report)
         else:
-            return 0 if commands.verify_checkpoints(args.first, args.second) else 1
+            return 0 if commands.verify_checkpoints(args.first, args.second, show_all=args.all) else 1
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,8 @@ import numpy as np
 from mmx_jax import files
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config_io import config_to_json
-from mmx_jax.convert import rules
+from mmx_jax.convert import json_files, rules
+from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import describe, model_config_to_hf
 from mmx_jax.convert.job import Job, check_free_space, disk_errors
@@ -25,8 +26,10 @@ from mmx_jax.convert.safetensors_io import (
     TensorSpec,
     atomic_file,
     file_order,
+    is_file_name,
     plan_shards,
     raw_bytes,
+    summarize,
     write_atomically,
     write_index,
     write_shard,
@@ -155,10 +158,12 @@ def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Pat
     finally:
         job.close()
     widened = sum(m.float32 and tensors.specs[m.hf].dtype != np.float32 for m in tensors.mappings)
+    ignored = f"{summarize(folder.ignored)} ignored, as the index takes them from another shard"
     lines = [
         f"{destination}: {describe(config)}, {sum(map(math.prod, shapes.values())):,} parameters",
         f"{len(tensors.mappings)} tensors, {total / 1e9:.3f} GB ({skipped} were finished before); "
         f"{len(tensors.dropped)} derived buffers dropped; {widened} gates widened to float32",
+        *([ignored] if folder.ignored else []),
         f"carried along: {', '.join(carried) or 'nothing'}",
     ]
     return "\n".join(lines)
@@ -319,10 +324,17 @@ def _read_manifest(source):
     path = source.params_dir.parent / MANIFEST
     if source.kind != "weights" or not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text())["tensors"]
-    except (ValueError, KeyError, TypeError):
-        raise ConversionError(f"{path}: damaged; import the checkpoint again") from None
+    tensors = json_files.read_object(path).get("tensors")
+    if not isinstance(tensors, dict) or not all(map(_is_manifest_row, tensors.values())):
+        raise ConversionError(f"{path}: damaged; import the checkpoint again")
+    return tensors
+
+
+def _is_manifest_row(row):
+    """Whether a row says where a tensor came from; `file` becomes the name of a shard, so must not be a path."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file", "dtype", "sha256")):
+        return False
+    return is_file_name(row["file"])
 
 
 def _identity(source, tensors):
@@ -354,34 +366,45 @@ def _check_saved(tensors, job):
         raise
 
 
-def verify_checkpoints(first, second, print_line=print) -> bool:
-    """Compares two checkpoints of any kind tensor by tensor, prints a table, and returns whether all are equal.
+def verify_checkpoints(first, second, print_line=print, *, show_all: bool = False) -> bool:
+    """Compares two checkpoints of any kind tensor by tensor, and returns whether all are equal.
 
-    Derived buffers do not count. Tensors are equal when dtype, shape and every byte are.
+    Derived buffers do not count. Tensors are equal when dtype, shape and every byte are. A row is printed for each
+    tensor that differs, or for every one (`show_all`), and a summary at the end.
     """
     sides = [open_tensors(resolve(path)) for path in (first, second)]
     names = list(dict.fromkeys(name for side in sides for name in side.specs))
-    width = max(map(len, names))
-    print_line(f"{'tensor':{width}}  {'shape':16} {'dtype':19} {'sha256 A':10} {'sha256 B':10} equal")
     by_name = [{mapping.hf: mapping for mapping in side.mappings} for side in sides]
+    width = max(map(len, names))
+    header = f"{'tensor':{width}}  {'shape':16} {'dtype':19} {'sha256 A':10} {'sha256 B':10} equal"
 
-    def digests(name):
-        return [sha256(side.read(own[name])) if name in own else "-" for side, own in zip(sides, by_name, strict=True)]
+    def compare(name):
+        specs = [side.specs.get(name) for side in sides]
+        reads = [side.read if name in own else None for side, own in zip(sides, by_name, strict=True)]
+        digests = [sha256(read(own[name])) if read else "-" for read, own in zip(reads, by_name, strict=True)]
+        comparable = None not in specs and specs[0].shape == specs[1].shape
+        if comparable and specs[0].dtype == specs[1].dtype and digests[0] == digests[1]:
+            return digests, None
+        if not comparable:
+            return digests, "only in one" if None in specs else "shapes differ"
+        return digests, difference(*(read(own[name]) for read, own in zip(reads, by_name, strict=True)))
 
     def size(name):
         return max(side.specs[name].nbytes for side in sides if name in side.specs)
 
-    budget = max(map(size, names))
     unequal = 0
     with Progress("verify", sum(map(size, names))) as progress:
-        for name, (a, b) in bounded_map(digests, names, size, budget):
-            specs = [side.specs.get(name) for side in sides]
-            same_form = None not in specs and len({(spec.dtype, spec.shape) for spec in specs}) == 1
-            equal = same_form and a == b
-            unequal += not equal
-            shape = _both(specs, lambda spec: "x".join(map(str, spec.shape)))
-            dtype = _both(specs, lambda spec: spec.dtype.name)
-            print_line(f"{name:{width}}  {shape:16} {dtype:19} {a[:10]:10} {b[:10]:10} {'yes' if equal else 'NO'}")
+        for name, (digests, differs) in bounded_map(compare, names, size, max(map(size, names))):
+            if header and (show_all or differs):
+                print_line(header)
+                header = None
+            if show_all or differs:
+                specs = [side.specs.get(name) for side in sides]
+                shape = _both(specs, lambda spec: "x".join(map(str, spec.shape)))
+                dtype = _both(specs, lambda spec: spec.dtype.name)
+                row = f"{name:{width}}  {shape:16} {dtype:19} {digests[0][:10]:10} {digests[1][:10]:10}"
+                print_line(f"{row} NO: {differs}" if differs else f"{row} yes")
+            unequal += differs is not None
             progress.advance(size(name))
     for side in sides:
         if side.checksums is not None:

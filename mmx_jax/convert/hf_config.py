@@ -7,15 +7,16 @@ without a word (spec/text01.md, A.2).
 """
 
 import difflib
-import numbers
+import math
 from typing import Any
 
 from absl import logging
 
 from mmx_jax.config import ModelConfig, shortest_period
-from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert.errors import ConversionError, shown
 
 NAMINGS = ("original", "transformers")
+MAX_HINTS = 8  # unknown keys that a message names
 LAYER_KIND_KEYS = {"original": "attn_type_list", "transformers": "layer_types"}
 LAYER_KIND_VALUES = {
     "original": {0: "lightning", 1: "softmax"},
@@ -194,10 +195,9 @@ def _check_keys(config, naming):
     if not {"num_local_experts", "num_experts"} & set(config):
         missing.append("num_local_experts")
     if unknown:
-        hints = []
-        for key in unknown:
-            nearest = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0)[0]
-            hints.append(f"{key!r} (nearest valid key: {nearest!r})")
+        hints = [f"{shown(key)} (nearest valid key: {_nearest(key, valid)!r})" for key in unknown[:MAX_HINTS]]
+        if len(unknown) > MAX_HINTS:
+            hints.append(f"and {len(unknown) - MAX_HINTS} more")
         also = f"; missing: {', '.join(map(repr, missing))}" if missing else ""
         raise ConversionError(f"unknown key in config.json ({naming} naming): {', '.join(hints)}{also}")
     if missing:
@@ -207,39 +207,48 @@ def _check_keys(config, naming):
         )
 
 
+def _nearest(key, valid):
+    return difflib.get_close_matches(key[:100], sorted(valid), n=1, cutoff=0)[0]
+
+
 def _check_only_values(config):
     for key, allowed in (ONLY_VALUES | OPTIONAL_ONLY_VALUES).items():
         value = config.get(key, allowed)
         same_type = isinstance(value, bool) == isinstance(allowed, bool)
         if value != allowed or not same_type:
             remedy = "; dequantise the checkpoint first" if key == "quantization_config" else ""
-            raise ConversionError(f"{key}={value!r} is not supported, only {allowed!r}{remedy}")
+            raise ConversionError(f"{key}={shown(value)} is not supported, only {allowed!r}{remedy}")
     shared = config.get("shared_intermediate_size", 0)
     sizes = shared if isinstance(shared, list) else [shared]
     if any(isinstance(size, bool) or size != 0 for size in sizes):
         raise ConversionError(
-            f"shared_intermediate_size={shared!r} asks for a shared expert, which is not supported; "
+            f"shared_intermediate_size={shown(shared)} asks for a shared expert, which is not supported; "
             "the released models use 0"
         )
 
 
 def _integer(config, key):
     value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConversionError(f"{key}={value!r} in config.json must be an integer")
+    if not _is_integer(value):
+        raise ConversionError(f"{key}={shown(value)} in config.json must be an integer of 64 bits")
     return value
+
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _number(config, key):
     value = config[key]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ConversionError(f"{key}={value!r} in config.json must be a number")
+    # Not finite: 1e999 is a number of JSON too.
+    if not (_is_integer(value) or isinstance(value, float) and math.isfinite(value)):
+        raise ConversionError(f"{key}={shown(value)} in config.json must be a finite number")
     return float(value)
 
 
 def _boolean(config, key):
     if not isinstance(config[key], bool):
-        raise ConversionError(f"{key}={config[key]!r} in config.json must be true or false")
+        raise ConversionError(f"{key}={shown(config[key])} in config.json must be true or false")
     return config[key]
 
 
@@ -247,10 +256,10 @@ def _token_id(config, key):
     value = config.get(key)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None or _is_integer(value):
         return value
     raise ConversionError(
-        f"{key}={value!r} in config.json must be one id or null; further ids belong to generation_config.json"
+        f"{key}={shown(value)} in config.json must be one id or null; further ids belong to generation_config.json"
     )
 
 
@@ -258,11 +267,11 @@ def _layer_kinds(config, naming):
     key, kinds = LAYER_KIND_KEYS[naming], LAYER_KIND_VALUES[naming]
     values, length = config[key], _integer(config, "num_hidden_layers")
     if not isinstance(values, list) or len(values) != length:
-        size = f"{len(values)} entries" if isinstance(values, list) else repr(values)
+        size = f"{len(values)} entries" if isinstance(values, list) else shown(values)
         raise ConversionError(f"{key} has {size} for num_hidden_layers={length}; one entry a layer is needed")
     for layer, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | str) or value not in kinds:
-            raise ConversionError(f"{key}[{layer}]={value!r} is not one of {', '.join(map(repr, kinds))}")
+            raise ConversionError(f"{key}[{layer}]={shown(value)} is not one of {', '.join(map(repr, kinds))}")
     return tuple(kinds[value] for value in values)
 
 
@@ -271,17 +280,21 @@ def _num_experts(config):
     counts = set()
     for key, value in stated.items():
         per_layer = value if isinstance(value, list) else [value]
-        if not per_layer or any(isinstance(n, bool) or not isinstance(n, int) for n in per_layer):
-            raise ConversionError(f"{key}={value!r} in config.json must be an integer")
+        if not per_layer or not all(map(_is_integer, per_layer)):
+            raise ConversionError(f"{key}={shown(value)} in config.json must be an integer of 64 bits")
         counts |= set(per_layer)
     if len(counts) != 1:
-        raise ConversionError(f"{stated} names different numbers of experts; every layer must have the same number")
+        raise ConversionError(
+            f"{shown(stated)} names different numbers of experts; every layer must have the same number"
+        )
     return counts.pop()
 
 
 def _head_dim(config, naming):
     if config["head_dim"] is None and naming == "transformers":  # what that library means by null
         hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
+        if num_heads <= 0:
+            raise ConversionError(f"num_attention_heads={num_heads} in config.json must be positive")
         return hidden_size // num_heads
     return _integer(config, "head_dim")
 
@@ -292,13 +305,14 @@ def _rope_parameters(config):
         return {}
     valid = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if not isinstance(parameters, dict):
-        raise ConversionError(f"rope_parameters={parameters!r} in config.json must be an object")
+        raise ConversionError(f"rope_parameters={shown(parameters)} in config.json must be an object")
     for key in sorted(set(parameters) - valid):
-        nearest = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0)[0]
-        raise ConversionError(f"unknown key {key!r} in rope_parameters of config.json (nearest valid key: {nearest!r})")
+        raise ConversionError(
+            f"unknown key {shown(key)} in rope_parameters of config.json (nearest valid key: {_nearest(key, valid)!r})"
+        )
     for key in ("rope_type", "type"):
         if parameters.get(key, "default") != "default":
-            raise ConversionError(f"rope_parameters.{key}={parameters[key]!r} is not supported, only 'default'")
+            raise ConversionError(f"rope_parameters.{key}={shown(parameters[key])} is not supported, only 'default'")
     return parameters
 
 
@@ -310,7 +324,11 @@ def _rotary_dim(config, head_dim):
         factor = config.get("partial_rotary_factor")
     if factor is not None:
         factor = _number({"partial_rotary_factor": factor}, "partial_rotary_factor")
-    by_factor = head_dim if factor is None else round(factor * head_dim)
+    by_factor = head_dim
+    if factor is not None:
+        if not 0 <= factor <= 1:
+            raise ConversionError(f"partial_rotary_factor={factor} in config.json must lie in [0, 1]")
+        by_factor = round(factor * head_dim)
     if config.get("rotary_dim") is None:
         return by_factor
     rotary_dim = _integer(config, "rotary_dim")

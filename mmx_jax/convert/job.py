@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mmx_jax import files
+from mmx_jax import files, json_io
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.safetensors_io import fsync_folder
 from mmx_jax.locking import FolderLock, LockedError
@@ -136,10 +136,15 @@ class Job:
         raw = self._file.read()
         whole = raw[: raw.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
+        damaged = f"{self.folder / JOURNAL}: damaged"
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise ConversionError(f"{self.folder / JOURNAL}: damaged; remove {self.folder} and begin anew") from None
+            lines = [json_io.loads(line) for line in whole.split(b"\n")[:-1]]
+        except json_io.JsonError as error:
+            raise ConversionError(f"{damaged} ({error}); remove {self.folder} and begin anew") from None
+        known = all(line in (_BY_EXCHANGE, _BY_REPLACED) or _is_part(line) for line in lines[1:])
+        if lines and not (isinstance(lines[0], dict) and known):
+            raise ConversionError(f"{damaged}; remove {self.folder} and begin anew")
+        return lines
 
     def _clear(self):
         for entry in self.folder.iterdir():
@@ -151,7 +156,7 @@ class Job:
 def _commit_of(journal):
     """The last line of a journal, if that is one of a commit."""
     try:
-        last = json.loads(journal.read_bytes().splitlines()[-1])
+        last = json_io.loads(journal.read_bytes().splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return None
     return last if last in (_BY_EXCHANGE, _BY_REPLACED) else None
@@ -172,6 +177,14 @@ def _exchange(first, second) -> bool:
     if (number := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), str(second))
+
+
+def _is_part(line):
+    """Whether a line of a journal is one that `Job.record` wrote: a part, its sha256 and those of its tensors."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("part", "sha256")):
+        return False
+    tensors = line.get("tensors", {})
+    return isinstance(tensors, dict) and all(isinstance(digest, str) for digest in tensors.values())
 
 
 def _first_difference(old, new, name="the plan"):

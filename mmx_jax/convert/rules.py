@@ -5,6 +5,7 @@ four-dimensional slice [M, 3, H, D] of a parameter. Parameters under `blocks` st
 axis 0 (N), and of all experts on axis 1 (E).
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -12,12 +13,13 @@ import re
 import numpy as np
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert.errors import ConversionError, shown
 from mmx_jax.convert.safetensors_io import TensorSpec, summarize
 
 # Derived tensors that a transformers save adds; they are recomputed in float32 (spec/text01.md, B.2).
-DERIVED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)")
+DERIVED = re.compile(r"model\.layers\.(\d{1,9})\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)")
 WEIGHT_DTYPES = ("float32", "bfloat16")
+MAX_TENSORS = 1_000_000  # of a model; the released one has 8243
 STRIP = 32  # rows of a transposition at a time: with 2-byte elements, one cache line
 
 
@@ -99,21 +101,69 @@ def copy_strips(destination: np.ndarray, source: np.ndarray):
 
 def expand(config: ModelConfig) -> list[Mapping]:
     """All tensors of a model, the embedding first, then layer by layer, the final norm and the head last."""
+    if sum(_tensors(config, config.num_blocks, config.num_experts)) > MAX_TENSORS:
+        raise ConversionError(f"{_scale(config)} would be more than {MAX_TENSORS:,} tensors; correct the config")
+    return _expand(config, config.num_blocks, config.num_experts)
+
+
+def _expand(config, num_blocks, num_experts):
     sizes = {
         "V": config.vocab_size, "M": config.hidden_size, "H": config.num_heads, "K": config.num_kv_heads,
         "D": config.head_dim, "F": config.mlp_dim, "E": config.num_experts, "3": 3,
     }  # fmt: skip
-    model_rules = [rule for rule in RULES if not rule.hf.startswith(LAYER)]
-    layer_rules = [rule for rule in RULES if rule.hf.startswith(LAYER)]
+    model_rules, layer_rules = _parted_rules()
     mappings = [_mapping(model_rules[0], sizes)]
     period = len(config.layer_pattern)
-    for layer, kind in enumerate(config.layer_kinds):
+    for layer, kind in enumerate(config.layer_pattern * num_blocks):
         block, position = divmod(layer, period)
         for rule in layer_rules:
             if rule.kind in (None, kind):
-                experts = range(config.num_experts) if "{e}" in rule.hf else (None,)
+                experts = range(num_experts) if "{e}" in rule.hf else (None,)
                 mappings += [_mapping(rule, sizes, layer, block, position, expert) for expert in experts]
     return mappings + [_mapping(rule, sizes) for rule in model_rules[1:]]
+
+
+def _parted_rules():
+    """(rules of the model, rules of each layer)"""
+    of_layers = [rule for rule in RULES if rule.hf.startswith(LAYER)]
+    return [rule for rule in RULES if rule not in of_layers], of_layers
+
+
+def _tensors(config, num_blocks, num_experts):
+    """(tensors outside layers, tensors in layers) that `_expand` gives, by arithmetic: a config may claim any size."""
+    model_rules, layer_rules = _parted_rules()
+    per_kind = {
+        kind: sum(num_experts if "{e}" in rule.hf else 1 for rule in layer_rules if rule.kind in (None, kind))
+        for kind in set(config.layer_pattern)
+    }
+    return len(model_rules), num_blocks * sum(map(per_kind.__getitem__, config.layer_pattern))
+
+
+def _scale(config):
+    return f"num_layers={shown(config.num_layers)} with num_experts={shown(config.num_experts)}"
+
+
+def check_count(config: ModelConfig, present: int, where: str):
+    """Raises ConversionError where a config asks for far more tensors than are there, before they are all named."""
+    if sum(_tensors(config, config.num_blocks, config.num_experts)) > 2 * present + 1000:
+        raise ConversionError(
+            f"{where}: config.json asks for {_scale(config)}, far more than the {present:,} tensors that are there; "
+            "one of the two belongs to another model"
+        )
+
+
+def match_parameters(config: ModelConfig, parameters: dict[tuple[str, ...], tuple[int, ...]]) -> list[Mapping]:
+    """`expand(config)`, after the first slice of every parameter has shown that config and `parameters` agree.
+
+    Raises:
+      ConversionError: as `check_parameters`.
+    """
+    if sum(_tensors(config, 1, 1)) > 2 * len(parameters) + 1000:
+        raise ConversionError(
+            f"config.json asks for {_scale(config)}, far more than the {len(parameters):,} parameters that are there"
+        )
+    check_parameters(config, _expand(config, 1, 1), parameters)
+    return expand(config)
 
 
 def _mapping(rule, sizes, layer=None, block=None, position=None, expert=None):
@@ -142,9 +192,8 @@ def check_parameters(config: ModelConfig, mappings: list[Mapping], parameters: d
       ConversionError: lists the parameters that no rule fills and those that do not exist.
     """
     shapes = leaf_shapes(config, mappings)
-    slices = [(mapping.leaf, mapping.index) for mapping in mappings]
-    if len(slices) != len(set(slices)):
-        twice = sorted({"/".join(leaf) for leaf, index in slices if slices.count((leaf, index)) > 1})
+    slices = collections.Counter((mapping.leaf, mapping.index) for mapping in mappings)
+    if twice := sorted({"/".join(leaf) for (leaf, _), count in slices.items() if count > 1}):
         raise ConversionError(f"parameters filled twice: {summarize(twice)}; see mmx_jax/convert/rules.py")
     unfilled = sorted("/".join(path) for path in set(parameters) - set(shapes))
     unknown = sorted("/".join(path) for path in set(shapes) - set(parameters))
@@ -171,7 +220,8 @@ def check_tensors(
       ConversionError: lists missing and surplus tensors, or names a tensor of a wrong shape or dtype.
     """
     expected = {mapping.hf: mapping for mapping in mappings}
-    derived = [name for name in tensors if _is_derived(name, config)]
+    kinds = config.layer_kinds
+    derived = [name for name in tensors if _is_derived(name, kinds)]
     missing = sorted(set(expected) - set(tensors))
     surplus = sorted(set(tensors) - set(expected) - set(derived))
     if missing or surplus:
@@ -195,6 +245,6 @@ def check_tensors(
     return derived
 
 
-def _is_derived(name, config):
+def _is_derived(name, kinds):
     match = DERIVED.fullmatch(name)
-    return bool(match) and int(match[1]) < config.num_layers and config.layer_kinds[int(match[1])] == "lightning"
+    return bool(match) and int(match[1]) < len(kinds) and kinds[int(match[1])] == "lightning"

@@ -11,17 +11,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
-from mmx_jax.convert.errors import ConversionError
+from mmx_jax import file_kinds, json_io
+from mmx_jax.convert import json_files
+from mmx_jax.convert.errors import ConversionError, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+MAX_AXES = 32  # of a tensor, as NumPy had it before 2.0
 # The sub-byte dtypes F4, F6_E2M3 and F6_E3M2 have no NumPy counterpart that is packed as on disk.
 DTYPES = {
     "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
@@ -93,20 +97,14 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorEntry], dict[s
       OSError: it cannot be read.
     """
     path = Path(path)
-    remedy = "copy or download it again"
-    if not path.is_file():
-        raise ConversionError(f"{path}: no such file; {remedy}")
+    json_files.check_regular(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ConversionError(f"{path}: truncated: {size} bytes, too few for a safetensors header; {remedy}")
         length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise ConversionError(f"{path}: wrong header: it claims {length} bytes for itself; not a safetensors file")
-        raw = file.read(length)
-    if len(raw) < length:
-        raise ConversionError(f"{path}: truncated: the header needs {8 + length} bytes, the file has {size}; {remedy}")
+        raw = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    if len(prefix) < 8 or len(raw) < length:
+        raise ConversionError(f"{path}: {_not_safetensors(path, length, size)}; copy or download it again")
     header = _parse_header(path, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -116,22 +114,26 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorEntry], dict[s
     return entries, metadata, hashlib.sha256(prefix + raw).hexdigest()
 
 
-def _parse_header(path, raw):
-    def no_duplicates(pairs):
-        names = [name for name, _ in pairs]
-        if len(names) != len(set(names)):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConversionError(f"{path}: wrong header: {twice!r} occurs twice")
-        return dict(pairs)
+def _not_safetensors(path, length, size):
+    """Why a file has no header, in words."""
+    with open(path, "rb") as file:
+        head = file.read(file_kinds.HEAD_BYTES)
+    if kind := file_kinds.recognize(head):
+        return f"not a safetensors file, but {kind}"
+    if size < 8:
+        return f"truncated: {size} bytes, too few for a safetensors header"
+    if length <= MAX_HEADER_BYTES:
+        return f"truncated: the header needs {8 + length} bytes, the file has {size}"
+    quoted = file_kinds.quote(head)
+    begins = f", and it begins with the text {quoted}" if quoted else ""
+    return f"wrong header: it claims {length} bytes for itself{begins}; not a safetensors file"
 
+
+def _parse_header(path, raw):
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConversionError(f"{path}: wrong header: not JSON ({error}); not a safetensors file, or damaged") from None
-    except ValueError as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise ConversionError(f"{path}: wrong header: {error}") from None
+        header = json_io.loads(raw)
+    except json_io.JsonError as error:
+        raise ConversionError(f"{path}: wrong header: {error}; not a safetensors file, or damaged") from None
     if not isinstance(header, dict):
         raise ConversionError(f"{path}: wrong header: a JSON object is expected, found {type(header).__name__}")
     return header
@@ -142,20 +144,22 @@ def _is_size(value):
 
 
 def _entry(path, name, value, data_start):
-    where = f"{path}: wrong header: tensor {name!r}"
+    where = f"{path}: wrong header: tensor {shown(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ConversionError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ConversionError(f"{where} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise ConversionError(f"{where} has shape {shape!r}; a list of sizes is expected")
+        raise ConversionError(f"{where} has dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
+        raise ConversionError(f"{where} has shape {shown(shape)}; a list of at most {MAX_AXES} sizes is expected")
+    if math.prod(size for size in shape if size) * DTYPES[dtype].itemsize >= 2**63:  # also beside a size of 0
+        raise ConversionError(f"{where} has shape {shown(shape)}, which no memory can hold")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ConversionError(f"{where} has data_offsets {offsets!r}; a begin and an end are expected")
+        raise ConversionError(f"{where} has data_offsets {shown(offsets)}; a begin and an end are expected")
     entry = TensorEntry(name, DTYPES[dtype], tuple(shape), path, data_start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise ConversionError(
-            f"{where} of {dtype}{shape} needs {entry.nbytes} bytes, its offsets {offsets} do not span that"
+            f"{where} of {dtype}{shown(shape)} needs {entry.nbytes} bytes, its offsets {offsets} do not span that"
         )
     return entry
 
@@ -165,7 +169,7 @@ def _check_cover(path, entries, start, size):
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
             defect = "overlaps the tensor before it" if entry.offset < position else "leaves a hole before it"
-            raise ConversionError(f"{path}: wrong header: tensor {entry.name!r} {defect}")
+            raise ConversionError(f"{path}: wrong header: tensor {shown(entry.name)} {defect}")
         position += entry.nbytes
     if size < position:
         raise ConversionError(
@@ -184,6 +188,7 @@ class SafetensorsFolder:
     path: Path
     entries: dict[str, TensorEntry]
     fingerprint: dict[str, list]  # file -> [size, mtime in ns, sha256 of the header]
+    ignored: tuple[str, ...] = ()  # "NAME in FILE" of copies that the index takes from another shard
 
     def check_unchanged(self, fingerprint: dict[str, list], since: str):
         for name in sorted(set(self.fingerprint) | set(fingerprint)):
@@ -194,33 +199,44 @@ class SafetensorsFolder:
 def open_folder(path: str | os.PathLike) -> SafetensorsFolder:
     """Opens a folder with `model.safetensors`, or with an index and shards of any names, and checks all headers.
 
+    The index says which shard a tensor is taken from; a copy in another one is ignored, with a warning.
+
     Raises:
       ConversionError: a shard is missing or damaged, or index and shards name different tensors.
     """
     path = Path(path)
     index_path, single_path = path / INDEX_NAME, path / SINGLE_NAME
-    if index_path.exists() and single_path.exists():
+    single, index = (os.path.lexists(file) for file in (single_path, index_path))
+    if index and single:
         raise ConversionError(f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
-    if single_path.exists():
+    if single:
         entries, _, digest = read_header(single_path)
         return SafetensorsFolder(path, entries, {SINGLE_NAME: _file_fingerprint(single_path, digest)})
-    if not index_path.exists():
+    if not index:
         raise ConversionError(f"{path}: holds neither {SINGLE_NAME} nor {INDEX_NAME}; give the folder of a checkpoint")
-    weight_map = _read_index(index_path)
-    entries, fingerprint = {}, {}
-    for file in sorted(set(weight_map.values())):
-        if not (path / file).is_file():
+    return _open_shards(path, _read_index(index_path))
+
+
+def _open_shards(path: Path, weight_map: dict[str, str]) -> SafetensorsFolder:
+    listed: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        listed.setdefault(file, set()).add(name)
+    entries, fingerprint, ignored = {}, {}, []
+    for file in sorted(listed):
+        if not os.path.lexists(path / file):
             raise ConversionError(f"{path / file}: missing shard, named in {INDEX_NAME}; download it")
         shard, _, digest = read_header(path / file)
         fingerprint[file] = _file_fingerprint(path / file, digest)
-        listed = {name for name, where in weight_map.items() if where == file}
-        absent, surplus = sorted(listed - set(shard)), sorted(set(shard) - listed)
+        absent, surplus = sorted(listed[file] - set(shard)), sorted(set(shard) - listed[file])
         if absent:
             raise ConversionError(f"{path / file}: lacks {summarize(absent)}, which {INDEX_NAME} expects in it")
-        if surplus:
-            raise ConversionError(f"{path / file}: holds {summarize(surplus)}, which {INDEX_NAME} does not list")
-        entries |= shard
-    return SafetensorsFolder(path, entries, fingerprint)
+        if unlisted := [name for name in surplus if name not in weight_map]:
+            raise ConversionError(f"{path / file}: holds {summarize(unlisted)}, which {INDEX_NAME} does not list")
+        ignored += [f"{name} in {file}" for name in surplus]
+        entries |= {name: shard[name] for name in shard if name in listed[file]}
+    if ignored:
+        logging.warning("%s: ignored, as %s names another shard: %s", path, INDEX_NAME, summarize(ignored))
+    return SafetensorsFolder(path, entries, fingerprint, tuple(ignored))
 
 
 def _file_fingerprint(path, digest):
@@ -229,23 +245,29 @@ def _file_fingerprint(path, digest):
 
 
 def _read_index(path):
-    try:
-        index = json.loads(path.read_text())
-        weight_map = index["weight_map"]
-        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("weight_map must map tensor names to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path}: not a safetensors index ({error!r}); download it again") from None
-    for file in set(weight_map.values()):
-        if Path(file).name != file:
-            raise ConversionError(f"{path}: shard name {file!r} leaves the folder; only plain file names are allowed")
+    weight_map = json_files.read_object(path).get("weight_map")
+    remedy = f"{path}: not a safetensors index"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{remedy}: it has no weight_map of tensor names to file names; download it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ConversionError(f"{remedy}: weight_map has {shown(file)} for {shown(name)}, not the name of a file")
+        if not is_file_name(file):
+            raise ConversionError(
+                f"{path}: shard name {shown(file)} is no file name or leaves the folder; only plain names are allowed"
+            )
     return weight_map
 
 
-def summarize(names: list[str], limit: int = 8) -> str:
+def is_file_name(text: str) -> bool:
+    """Whether a text from a file names a file beside it, and nothing elsewhere."""
+    return Path(text).name == text != ".." and text.isprintable() and len(os.fsencode(text)) <= 255
+
+
+def summarize(names: Sequence[str], limit: int = 8) -> str:
     """The first few names and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+    return ", ".join(map(shown, names[:limit])) + more
 
 
 def plan_shards(specs: list[TensorSpec], shard_size: int, naming: str) -> dict[str, list[TensorSpec]]:

@@ -1,7 +1,7 @@
 """What a checkpoint path may be, and one interface to its tensors in the Hugging Face layout."""
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from mmx_jax import files
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config_io import config_from_json
-from mmx_jax.convert import rules
+from mmx_jax.convert import json_files, rules
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import model_config_from_hf
 from mmx_jax.convert.params_io import ParamsReader
@@ -46,12 +46,12 @@ def resolve(path) -> WeightsSource:
     path = files.expand(path)
     if not path.is_dir():
         raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint")
-    if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
+    if os.path.lexists(path / INDEX_NAME) or os.path.lexists(path / SINGLE_NAME):
         return WeightsSource("huggingface", path, read_hf_config(path), _tokenizer_dir(path))
     if (path / "checkpoints").is_dir():
         return _run(path, path / "checkpoints" / str(_newest_step(path / "checkpoints")))
     if (path / "params").is_dir():
-        if path.parent.name == "checkpoints" and path.name.isdigit():
+        if path.parent.name == "checkpoints" and _is_step(path):
             return _run(path.parent.parent, path)
         return WeightsSource("weights", path / "params", read_config(path).model, _tokenizer_dir(path))
     hint = ""
@@ -71,10 +71,14 @@ def _run(run, step):
 
 
 def _newest_step(folder):
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and (entry / "params").is_dir()]
+    steps = [int(entry.name) for entry in folder.iterdir() if _is_step(entry) and (entry / "params").is_dir()]
     if not steps:
         raise ConversionError(f"{folder}: holds no finished step; let the training run save one")
     return max(steps)
+
+
+def _is_step(folder):
+    return folder.name.isascii() and folder.name.isdigit()  # "²" is a digit too, and no number
 
 
 def _tokenizer_dir(folder):
@@ -84,22 +88,30 @@ def _tokenizer_dir(folder):
 def read_config(folder: Path) -> Config:
     """The resolved config stored beside our own checkpoints."""
     try:
-        return config_from_json((folder / "config.json").read_text())
+        return config_from_json(json_files.read_text(folder / "config.json"))
     except (OSError, ConfigError) as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from None
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
     """The model of a Hugging Face folder."""
+    config = json_files.read_object(folder / "config.json")
     try:
-        return model_config_from_hf(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        return model_config_from_hf(config)
+    except (ConversionError, ConfigError) as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from None
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The tokenizer and generation files of a folder."""
-    return sorted({file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()})
+    """The tokenizer and generation files of a folder.
+
+    Raises:
+      ConversionError: one of them is only a pointer to the file that it should be.
+    """
+    files = sorted({file for pattern in CARRIED for file in folder.glob(pattern) if not file.is_dir()})
+    for file in files:
+        json_files.check_itself(file)
+    return files
 
 
 class HuggingFaceTensors:
@@ -109,8 +121,9 @@ class HuggingFaceTensors:
 
     def __init__(self, source: WeightsSource):
         self.config = source.config
-        self.mappings = rules.expand(self.config)
         self.folder: SafetensorsFolder = open_folder(source.params_dir)
+        rules.check_count(self.config, len(self.folder.entries), str(source.params_dir))
+        self.mappings = rules.expand(self.config)
         self.dropped = rules.check_tensors(self.config, self.mappings, self.folder.entries, str(source.params_dir))
         self.specs: dict[str, TensorSpec] = {m.hf: self.folder.entries[m.hf] for m in self.mappings}
 
@@ -123,9 +136,8 @@ class ParamsTensors:
 
     def __init__(self, source: WeightsSource):
         self.config = source.config
-        self.mappings = rules.expand(self.config)
         self._reader = ParamsReader(source.params_dir)
-        rules.check_parameters(self.config, self.mappings, self._reader.shapes)
+        self.mappings = rules.match_parameters(self.config, self._reader.shapes)
         for path, dtype in self._reader.dtypes.items():
             if dtype.name not in rules.WEIGHT_DTYPES:
                 raise ConversionError(

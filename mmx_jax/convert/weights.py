@@ -48,14 +48,14 @@ def load_params(
         raise ConversionError(f"param_dtype={param_dtype!r} is not one of {', '.join(rules.WEIGHT_DTYPES)}")
     huggingface = source.kind == "huggingface"
     tensors = HuggingFaceTensors(source) if huggingface else None
-    mappings = tensors.mappings if huggingface else rules.expand(source.config)
-    shapes = rules.leaf_shapes(source.config, mappings)
     if huggingface:
+        mappings = tensors.mappings
         stored = {mapping.leaf: tensors.specs[mapping.hf].dtype for mapping in mappings}
     else:
         reader = ParamsReader(source.params_dir)
-        rules.check_parameters(source.config, mappings, reader.shapes)
+        mappings = rules.match_parameters(source.config, reader.shapes)
         stored = reader.dtypes
+    shapes = rules.leaf_shapes(source.config, mappings)
     dtypes = {path: np.dtype(jax.numpy.dtype(param_dtype)) if param_dtype else dtype for path, dtype in stored.items()}
     dtypes |= {mapping.leaf: FLOAT32 for mapping in mappings if mapping.float32}
     config = dataclasses.replace(source.config, param_dtype=dtypes[("embed", "embedding")].name)
