@@ -31,6 +31,12 @@ class WeightsSource:
     config: ModelConfig
     tokenizer_dir: Path | None
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the files lie that travel with the weights."""
+        places = {"huggingface": self.params_dir, "weights": self.params_dir.parent}
+        return places.get(self.kind, self.tokenizer_dir)
+
 
 def resolve(path) -> WeightsSource:
     """Finds out what lies at `path`.
