@@ -27,7 +27,7 @@ ALLOWED = {
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
     "models": {"config", "sharding", "layers"},
     "checkpoint": {"config", "config_io", "json_io", "locking", "sharding", "models"},
-    "convert": {"config", "config_io", "json_io", "locking", "sharding", "models", "checkpoint", "tokenizer"},
+    "convert": {"config", "config_io", "hub", "json_io", "locking", "sharding", "models", "checkpoint", "tokenizer"},
     "training": {
         "config",
         "config_io",
@@ -57,8 +57,8 @@ ALLOWED = {
         "compiled",
         "pallas_kernels",
     },
-    "model": {"config", "generate", "sampling", "tokenizer", "convert"},
-    "text_generation": {"generate", "model", "tokenizer"},
+    "text_generation": {"chat", "generate", "tokenizer"},
+    "model": {"config", "generate", "sampling", "tokenizer", "convert", "text_generation"},
     "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate", "model", "text_generation"},
     "hub": set(),
     "cli": {

@@ -6,6 +6,8 @@ import sys
 
 from absl import app, flags, logging
 
+from mmx_jax.cli import arguments
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "Config file: Python with a get_config() that returns a Config.", required=True)
 flags.DEFINE_multi_string("set", [], "Override, field.path=value; may be given often.")
@@ -109,5 +111,6 @@ def main(argv):
 
 def run_main():
     """Entry point of train.py and of `mmx-train`."""
+    arguments.check_or_exit("train.py", sys.argv)
     flags.adopt_module_key_flags(sys.modules[__name__])
     app.run(main)

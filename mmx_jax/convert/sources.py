@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmx_jax import hub
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config_io import config_from_json
 from mmx_jax.convert import rules
@@ -50,7 +51,7 @@ def resolve(path) -> WeightsSource:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint")
+        raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint{hub.advice(path)}")
     if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
         return WeightsSource("huggingface", path, read_hf_config(path), _tokenizer_dir(path))
     if (path / "checkpoints").is_dir():
