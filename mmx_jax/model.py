@@ -76,7 +76,8 @@ class Model:
         devices = sorted({str(device) for leaf in leaves[:1] for device in leaf.devices()}) if leaves else []
         place = f"{len(devices)} devices" if len(devices) > 1 else "".join(devices)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer of {self.tokenizer.vocab_size:,} tokens"
-        return f"Model({hf_config.describe(self.config)}, {count:,} parameters, {self.config.dtype} on {place}, {tokenizer})"
+        layers = hf_config.describe(self.config)
+        return f"Model({layers}, {count:,} parameters, {self.config.dtype} on {place}, {tokenizer})"
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
