@@ -3,14 +3,12 @@
 Or tells what it would take: python infer.py --config=configs/small_1b.py --dry_run --topology=v5e:2x2 --dtype=bfloat16.
 """
 
-import math
 import os
-import pathlib
 import sys
 
 from absl import app, flags, logging
 
-from mmx_jax.cli import arguments
+from mmx_jax.cli import arguments, text_input
 from mmx_jax.cli.arguments import UsageError
 
 FLAGS = flags.FLAGS
@@ -78,23 +76,6 @@ def check_flags():
         raise UsageError("--system and --system_file go with --chat")
 
 
-def read_text(path):
-    """The text of a UTF-8 file, without the byte order mark that some editors put at its head."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    return decode_text(path.read_bytes(), str(path)).removeprefix("\ufeff")
-
-
-def decode_text(data, name):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        hint = "it looks like UTF-16; save it as UTF-8" if utf16 else f"{error.reason} at byte {error.start}"
-        raise UsageError(f"{name} is not UTF-8 text: {hint}") from None
-
-
 def say(text=""):
     """Standard output is the model's; everything else goes here."""
     print(text, file=sys.stderr, flush=True)
@@ -135,10 +116,9 @@ def complete(model, prompts):
     say(speed)
 
 
-def chat(model):
+def chat(model, system):
     from mmx_jax import text_generation
 
-    system = read_text(FLAGS.system_file) if FLAGS.system_file else FLAGS.system
     conversation = text_generation.Conversation(
         model,
         template=FLAGS.template,
@@ -148,7 +128,7 @@ def chat(model):
         stop_strings=FLAGS.stop,
         **session_settings(),
     )
-    for turn in turns(sys.stdin.buffer):
+    for turn in text_input.turns(sys.stdin.buffer, say):
         try:
             for text in conversation.reply(turn):
                 print(text, end="", flush=True)
@@ -158,40 +138,12 @@ def chat(model):
         say(conversation.speed)
 
 
-def turns(stdin):
-    """The lines of binary standard input that are not blank; each is asked for with a prompt."""
-    number = 0
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = stdin.readline()
-        if not line:
-            say()
-            return
-        number += 1
-        try:
-            text = decode_text(line, f"line {number} of standard input")
-        except UsageError as error:
-            if not stdin.isatty():
-                raise
-            say(f"{error}; the line was not read")  # one at a terminal can be typed again
-            continue
-        if text.strip():
-            yield text.removeprefix("\ufeff").rstrip("\r\n")
-
-
 def score(model, text):
     tokens = model.tokenizer.encode(text, parse_special=False)  # a document is data
     if len(tokens) < 2:
         raise UsageError(f"{FLAGS.score} has {len(tokens)} tokens; scoring needs two, for the first one is given")
     total = float(model.score([tokens], prefill_chunk=FLAGS.prefill_chunk).sum(dtype="float64"))
-    mean = -total / (len(tokens) - 1)
-    print(f"tokens             {len(tokens)} (the first one is given, the others are scored)")
-    print(f"log-probability    {total:.4f} nats")
-    print(f"mean nll           {mean:.4f} nats per token")
-    # e^709 is the largest that a float holds.
-    perplexity = f"{math.exp(mean):.4f}" if mean < 700 else f"e^{mean:.1f}, more than a float holds"
-    print(f"perplexity         {perplexity}")
-    print(f"bits per byte      {-total / math.log(2) / len(text.encode()):.4f} (of the whole file)")
+    print("\n".join(text_input.score_lines(total, len(tokens), len(text.encode()))))
 
 
 def foretell():
@@ -211,7 +163,8 @@ def run():
         foretell()
         return
     check_flags()
-    text = read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
+    text = text_input.read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
+    system = text_input.read_text(FLAGS.system_file) if FLAGS.system_file else FLAGS.system
     # Imported late, so that --help and a mistyped flag answer at once.
     import mmx_jax
     from mmx_jax import hub
@@ -221,7 +174,7 @@ def run():
     if model.tokenizer is None:
         raise UsageError(f"{FLAGS.checkpoint} holds no tokenizer.json; put the tokenizer's files beside the weights")
     if FLAGS.chat:
-        chat(model)
+        chat(model, system)
     elif FLAGS.score:
         score(model, text)
     else:
