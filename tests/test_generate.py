@@ -746,9 +746,7 @@ def test_malformed_generation_config(checkpoint, tmp_path, text, message):
     shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text(text)
     for call in (mmx_jax.from_pretrained, lambda path: import_checkpoint(path, tmp_path / "ours")):
-        with pytest.raises(
-            ConversionError, match=f"(?s)generation_config.json.*{message}|{message}.*generation_config"
-        ):
+        with pytest.raises(ConversionError, match=message) as caught:
             call(tmp_path / "model")
         assert "generation_config.json" in str(caught.value)
     assert not (tmp_path / "ours").exists()
