@@ -21,7 +21,7 @@ from mmx_jax import generate, sampling
 from mmx_jax.chat import ChatError
 from mmx_jax.cli import arguments, text_input
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.commands import import_checkpoint
+from mmx_jax.convert.commands import export_checkpoint, import_checkpoint
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket
@@ -732,6 +732,50 @@ def test_texts_end_at_every_token_that_the_files_name(checkpoint, tmp_path, conf
     import_checkpoint(tmp_path / "model", tmp_path / "ours")
     for name in ("model", "ours"):
         assert set(mmx_jax.from_pretrained(tmp_path / name).stop_ids) == want
+
+
+def token_ids(folder):
+    """(eos, pad) of config.json, and the whole of generation_config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["eos_token_id"], config["pad_token_id"], json.loads((folder / "generation_config.json").read_text())
+
+
+def test_export_states_what_ends_a_text(checkpoint, tmp_path):
+    """The config names no eos; the tokenizer has one, and an end of a chat turn."""
+    import_checkpoint(checkpoint, tmp_path / "ours")
+    assert "cannot" not in export_checkpoint(tmp_path / "ours", tmp_path / "out")
+    for folder in (checkpoint, tmp_path / "out"):
+        assert token_ids(folder) == (0, 1, {"eos_token_id": [0, 3], "pad_token_id": 1})
+
+
+@pytest.mark.parametrize("text", [None, '{ "eos_token_id":[10,9], "top_p":0.5 }', '{"eos_token_id": 4, "top_p": 0.5}'])
+def test_no_eos_of_a_list_is_lost(checkpoint, tmp_path, text):
+    source, file = tmp_path / "model", tmp_path / "model/generation_config.json"
+    shutil.copytree(checkpoint, source)
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [9, 10]}
+    (source / "config.json").write_text(json.dumps(config))
+    file.unlink() if text is None else file.write_text(text)
+    import_checkpoint(source, tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "out")
+    eos, pad, generation = token_ids(tmp_path / "out")
+    assert (eos, pad) == (9, 1)
+    assert set(generation["eos_token_id"]) >= {9, 10} | ({4} if text and "4" in text else set())
+    assert text is None or generation["top_p"] == 0.5
+    if text and "10" in text:  # it names them all: not a byte is changed
+        assert (tmp_path / "out/generation_config.json").read_text() == text
+
+
+def test_export_tells_that_it_could_not_ask_the_tokenizer(model, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("no JSON")
+    report = save_huggingface(model.params, model.config, tmp_path / "out", tokenizer_dir=tmp_path)
+    assert "ids of special tokens are those of the config alone" in report and "tokenizer.json" in report
+    (tmp_path / "tokenizer.json").unlink()
+    Tokenizer.train([TEXT * 20], 330).save(tmp_path)  # more tokens than the model's 320
+    other = Tokenizer.load(tmp_path)
+    other.config["pad_token"] = other.backend.id_to_token(325)
+    other.save(tmp_path)
+    with pytest.raises(ConversionError, match="special token 325 of the tokenizer is outside the model's vocabulary"):
+        save_huggingface(model.params, model.config, tmp_path / "again", tokenizer_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
