@@ -1,6 +1,7 @@
 """Text that infer.py reads from files and standard input, and its report on a text; no flags here."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ def read_text(path: str) -> str:
     Raises:
       UsageError: no such file, or it is not UTF-8.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file")
-    return decode_text(Path(path).read_bytes(), path).removeprefix(BYTE_ORDER_MARK)
+    file = Path(os.path.expanduser(path))
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    return decode_text(file.read_bytes(), str(file)).removeprefix(BYTE_ORDER_MARK)
 
 
 def decode_text(data: bytes, name: str) -> str:
