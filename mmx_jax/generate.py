@@ -324,7 +324,8 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
         step, tokens, carry = loop
         real = ~carry.done
         token = sampling.choose(carry.logits, keys, carry.count, sampler, carry.seen, vocab_size)
-        finite = jnp.all(jnp.isfinite(carry.logits[:, :vocab_size]), axis=-1)
+        unused = jnp.arange(carry.logits.shape[-1]) >= vocab_size
+        finite = jnp.all(jnp.isfinite(carry.logits) | unused, axis=-1)
         drawn = jnp.where(finite, token, NOT_FINITE)
         tokens = lax.dynamic_update_slice_in_dim(tokens, jnp.where(real, drawn, -1)[:, None], step, axis=1)
         out = model.apply({"params": params}, token[:, None], real[:, None].astype(jnp.int32), state=carry.state)

@@ -375,11 +375,11 @@ def test_one_row_and_rows_of_different_lengths(model, alone):
 # -------------------------------------------------------------------------------- logits that are no numbers
 
 
-def with_params(model, edit, **config):
+def with_params(model, edit):
     """The model with a copy of the parameters that `edit` has changed."""
     params = jax.tree.map(np.array, model.params)
     edit(params)
-    changed = type(model)(dataclasses.replace(model.config, **config), jax.device_put(params))
+    changed = type(model)(model.config, jax.device_put(params))
     changed.tokenizer = model.tokenizer
     return changed
 
