@@ -35,6 +35,10 @@ _TEXT01 = r"""
 {{ '<beginning_of_sentence>ai name=assistant\n' }}
 {%- generation -%}
 {%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+{%- for call in message.get('tool_calls') or [] -%}
+{{ '<function_call>```typescript\nfunctions.' + call.function.name }}
+{{- '(' + call.function.arguments | tojson + ')\n```' }}
+{%- endfor -%}
 {%- endgeneration -%}
 {{ '<end_of_sentence>\n' }}
 {%- elif message.role == 'function' -%}
@@ -74,6 +78,14 @@ _M1 = r"""
 {{ '<beginning_of_sentence>ai name=assistant\n' }}
 {%- generation -%}
 {%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+{%- if message.get('tool_calls') -%}
+{{ '\n' if message.content | map(attribute='text', default='') | join else '' }}
+{{- '<tool_calls>\n' }}
+{%- for call in message.tool_calls -%}
+{{ '{"name": ' + call.function.name | tojson + ', "arguments": ' + call.function.arguments | tojson + '}\n' }}
+{%- endfor -%}
+{{ '</tool_calls>' }}
+{%- endif -%}
 {%- endgeneration -%}
 {{ '<end_of_sentence>\n' }}
 {%- elif message.role == 'tool' -%}
@@ -176,10 +188,164 @@ def _as_parts(message: Mapping) -> dict:
     return message
 
 
+@functools.cache
+def _reads_tool_calls(source: str) -> bool:
+    """Whether a template reads `tool_calls` of a message; text such as "<tool_calls>" does not count."""
+    tree = _environment().parse(source)
+    return any(node.attr == "tool_calls" for node in tree.find_all(jinja2.nodes.Getattr)) or any(
+        node.value == "tool_calls" for node in tree.find_all(jinja2.nodes.Const)
+    )
+
+
+def _arguments(arguments: object, where: str) -> dict:
+    """The object that the arguments of a call are; the OpenAI interface writes it as text."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ChatError(f"the arguments of {where} are not JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise ChatError(f"the arguments of {where} must be a JSON object, got {arguments!r}")
+    return dict(arguments)
+
+
+def _tool_call(call: object, where: str) -> dict:
+    """`{"type": "function", "function": {"name", "arguments"}}` with the arguments as an object."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    known = isinstance(function, Mapping) and call.get("type", "function") == "function"
+    if not known or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ChatError(f'{where} must be {{"type": "function", "function": {{"name", "arguments"}}}}, got {call!r}')
+    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments", {}), where)}}
+
+
+def _with_tool_calls(messages: Sequence[Mapping]) -> list[dict]:
+    """Copies of the messages; arguments of tool calls become objects, and calls that are None or empty go."""
+    result = []
+    for i, message in enumerate(messages):
+        message = dict(message)
+        calls = message.pop("tool_calls", None)
+        if calls:
+            if message["role"] != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str):
+                raise ChatError(f"tool_calls of message {i} ({message['role']}) must be a list, of an assistant")
+            message["tool_calls"] = [_tool_call(call, f"tool call {n} of message {i}") for n, call in enumerate(calls)]
+        result.append(message)
+    return result
+
+
+# What the built-in templates write of a message, besides its role and content.
+_KEYS = {"assistant": {"tool_calls"}, "tool": {"name", "tool_call_id"}, "function": {"name"}}
+
+
+def _check_written(messages: Sequence[Mapping], template: str) -> None:
+    """Raises ChatError for what a built-in template would leave out."""
+    for i, message in enumerate(messages):
+        role, content = message["role"], message.get("content")
+        written = {"role", "content"} | _KEYS.get(role, set())
+        left_out = [key for key, value in message.items() if key not in written and value not in (None, "", [], {})]
+        if left_out:
+            raise ChatError(
+                f"message {i} ({role}) has {', '.join(map(repr, left_out))}, which the template {template} does not "
+                "write: put it into the content, or remove it"
+            )
+        if role != "assistant" and not isinstance(content, str):
+            parts = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
+            if parts or len(content) > 1 and role != "tool":
+                raise ChatError(
+                    f"content of message {i} ({role}) must be text, or {'parts' if role == 'tool' else 'one part'} of "
+                    f"text: the template {template} writes nothing else"
+                )
+
+
+def _for_text01(messages: Sequence[Mapping]) -> list[dict]:
+    """Tool messages in the form of the OpenAI interface become `function` messages, whose response is JSON."""
+    result = []
+    for i, message in enumerate(messages):
+        if len(message.get("tool_calls", ())) > 1:
+            raise ChatError(f"message {i} has several tool_calls; a turn of text01 holds one: split the turn")
+        if message["role"] == "tool":
+            response = _only_text(message["content"], i)
+            try:
+                json.loads(response)
+            except (ValueError, RecursionError):
+                response = json.dumps(response, ensure_ascii=False)
+            message = {"role": "function", "name": message["name"], "content": response}
+        result.append(message)
+    return result
+
+
+def _only_text(content: str | Sequence[Mapping], i: int) -> str:
+    if isinstance(content, str):
+        return content
+    if len(content) > 1:
+        raise ChatError(f"message {i} has several results; a turn of text01 holds one: split the message")
+    return content[0]["text"]
+
+
+def _for_m1(messages: Sequence[Mapping]) -> list[dict]:
+    """Results of tools that follow one another share a turn."""
+    result = []
+    for message in map(_as_parts, messages):
+        if message["role"] == "tool":
+            message["content"] = [{"name": message.get("name"), **part} for part in message["content"]]
+            if result and result[-1]["role"] == "tool":
+                result[-1]["content"] = [*result[-1]["content"], *message["content"]]
+                continue
+        result.append(message)
+    return result
+
+
+_ADAPTED = {"text01": _for_text01, "m1": _for_m1}
+
+
+def _with_names(messages: Sequence[Mapping]) -> list[dict]:
+    """Tool messages with the `name` of what was called, looked up by their `tool_call_id`."""
+    names, result = {}, []
+    for i, message in enumerate(messages):
+        names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and "name" not in message:
+            parts = message["content"] if not isinstance(message["content"], str) else ()
+            call_id = message.get("tool_call_id")
+            if call_id is not None and call_id in names:
+                message = {**message, "name": names[call_id]}
+            elif not parts or any("name" not in part for part in parts):
+                raise ChatError(
+                    f"message {i} (tool) lacks the name of the tool: give name, or the tool_call_id of a call before it"
+                )
+        result.append(message)
+    return result
+
+
+def _adapted(messages: Sequence[Mapping], template: str) -> list[dict]:
+    """The messages as a template wants them; ChatError for what a built-in one would leave out."""
+    messages = _with_tool_calls(messages)
+    if template not in TEMPLATES:
+        return messages
+    _check_written(messages, template)
+    return _ADAPTED[template](_with_names(messages))
+
+
+def _as_read(messages: Sequence[Mapping], source: str) -> Sequence[Mapping]:
+    """The messages in the form that the source reads; ChatError for tool calls that it does not read."""
+    if any("tool_calls" in message for message in messages) and not _reads_tool_calls(source):
+        raise ChatError("the chat template leaves tool_calls out: name one that writes them, such as template='m1'")
+    return [_as_parts(message) for message in messages] if _reads_parts(source) else messages
+
+
+def _check_unicode(value: object, name: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ChatError(f"{name} holds {half}, half of a surrogate pair, which is no character") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"{name} cannot be written as JSON: {error}") from None
+
+
 def _check_messages(messages: Sequence[Mapping]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ChatError(f"message {i} must be a mapping with a role and a content, got {message!r}")
+        _check_unicode(message, f"message {i}")
         content = message.get("content")
         if content is None and message["role"] == "assistant":
             continue  # an assistant that only calls tools, in the form of the OpenAI interface
@@ -200,16 +366,20 @@ def render_chat(
     Args:
       messages: mappings with `role` and `content`, a string or a list of parts such as
         `{"type": "text", "text": ...}`. Strings become parts for templates that read parts. A `function` or
-        `tool` message also carries the `name` of what was called.
+        `tool` message also carries the `name` of what was called, or the `tool_call_id` of a call before it. The
+        `tool_calls` of an assistant have the form of the OpenAI interface; their arguments may be JSON text.
       template: a key of `TEMPLATES`, or the Jinja source of a template.
       tools: JSON descriptions of the callable tools.
       add_generation_prompt: end with the header of the assistant's turn.
       **variables: what else a checkpoint's template reads, such as `bos_token`.
 
     Raises:
-      ChatError: an unknown role, a part that the template needs and a message lacks, a broken template.
+      ChatError: an unknown role, a part that the template needs and a message lacks, one that the template would
+        leave out, text that is no Unicode, a broken template.
     """
     _check_messages(messages)
+    _check_unicode(tools, "the tools")
+    messages = _adapted(messages, template)
     variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
     if template not in TEMPLATES:
         return _render_apart(template, messages, variables)
@@ -220,9 +390,7 @@ def render_chat(
 
 
 def _render(environment, source: str, messages: Sequence[Mapping], variables: Mapping) -> str:
-    if _reads_parts(source):
-        messages = [_as_parts(message) for message in messages]
-    return environment.from_string(source).render(messages=messages, **variables)
+    return environment.from_string(source).render(messages=_as_read(messages, source), **variables)
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,7 @@ from mmx_jax.models.state import LAYER_AXES, DecodeState, init_state
 from mmx_jax.sharding import constrain
 
 DECODE_STEPS = 32  # most tokens of one dispatch
+NOT_FINITE = -2  # in place of a token that was to be drawn from NaN or infinity
 PREFILL_CHUNK = 1024
 _SMALLEST_BUCKET = 16
 _SCORE_PIECE = 64  # tokens whose logits are held at once
@@ -59,28 +60,29 @@ def slot_bucket(n: int) -> int:
 
 
 def check_tokens(config: ModelConfig, tokens, mask=None) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, T], mask bool [B, T]) of what a user gave; None is a mask of ones.
+    """(tokens int32 [B, T], mask bool [B, T]) of what a user gave.
+
+    Args:
+      tokens: integers [B, T]; [T] is one row. Without a mask the rows may differ in length, and shorter ones are padded
+        at the left.
+      mask: of the shape of `tokens`; None is a mask of ones.
 
     Raises:
       GenerationError: a shape, dtype or value that cannot be.
     """
-    try:
-        tokens = np.asarray(tokens)
-    except ValueError as error:  # rows of different lengths
-        raise GenerationError(f"tokens must be a rectangle [B, T]; pad shorter rows and pass mask=: {error}") from None
-    if tokens.ndim != 2:
-        raise GenerationError(f"tokens must be [B, T], got shape {tokens.shape}")
-    if 0 in tokens.shape:
-        raise GenerationError(f"tokens are empty, of shape {tokens.shape}; give at least one token in every row")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise GenerationError(f"tokens must be integers, got {tokens.dtype}")
-    if mask is None:
-        mask = np.ones(tokens.shape, bool)
-    mask = np.asarray(mask)
+    tokens, mask = _as_arrays(tokens, mask)
     if mask.shape != tokens.shape:
         raise GenerationError(f"mask {mask.shape} must have the shape of tokens, {tokens.shape}")
     if not (mask.dtype == bool or np.issubdtype(mask.dtype, np.integer)) or not np.isin(mask, (0, 1)).all():
         raise GenerationError("mask must hold 1 at real tokens and 0 at padding, as integers or booleans")
+    if tokens.ndim == 1:
+        tokens, mask = tokens[None], mask[None]
+    if tokens.ndim != 2:
+        raise GenerationError(f"tokens must be [B, T], or [T] of one row; got shape {tokens.shape}")
+    if 0 in tokens.shape:
+        raise GenerationError(f"tokens are empty, of shape {tokens.shape}; give at least one token in every row")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise GenerationError(f"tokens must be integers, got {tokens.dtype}")
     mask = mask.astype(bool)
     wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
     if wrong.any():
@@ -90,6 +92,46 @@ def check_tokens(config: ModelConfig, tokens, mask=None) -> tuple[np.ndarray, np
             f"0 to {config.vocab_size - 1}"
         )
     return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def _as_arrays(tokens, mask) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(tokens, str | bytes) or _is_list(tokens) and any(isinstance(row, str | bytes) for row in tokens):
+        raise GenerationError(
+            "tokens are integers, not text: give text to model.complete(...), or encode it with model.tokenizer.encode"
+        )
+    try:
+        if _is_list(tokens) and len({_length(row) for row in tokens}) > 1:
+            if mask is not None:
+                raise GenerationError("rows of different lengths take no mask: pad them yourself, or leave mask= out")
+            return _pad_left(tokens)
+        tokens = np.asarray(tokens)
+        return tokens, np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
+    except GenerationError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise GenerationError(f"tokens and mask must be lists or arrays of integers [B, T]: {error}") from None
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _length(row) -> int:
+    """Of a row of tokens; -1 of a single token."""
+    return len(row) if _is_list(row) else next(iter(np.shape(row)), -1)
+
+
+def _pad_left(rows) -> tuple[np.ndarray, np.ndarray]:
+    rows = [np.asarray(row) for row in rows]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
+            kind = "is empty" if row.size == 0 else f"has shape {row.shape} and dtype {row.dtype}"
+            raise GenerationError(f"row {i} of the tokens {kind}; every row must hold integers [T]")
+    counts = np.array([row.size for row in rows])
+    mask = np.arange(counts.max()) >= counts.max() - counts[:, None]
+    tokens = np.zeros(mask.shape, np.int64)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -113,8 +155,35 @@ def on_mesh(mesh):
 
 @functools.partial(jax.jit, static_argnames="config")
 def forward(config: ModelConfig, params, tokens, segment_ids):
-    """float32 logits [B, T, V] of whole rows."""
-    return Decoder(config).apply({"params": params}, tokens, segment_ids).logits
+    """(float32 logits [B, T, V] of whole rows, bool [B, T] that is True where all of them are finite)."""
+    logits = Decoder(config).apply({"params": params}, tokens, segment_ids).logits
+    return logits, jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+@jax.jit
+def _all_finite(params):
+    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
+
+
+def not_finite_error(config: ModelConfig, params, where: str) -> GenerationError:
+    """The error for logits that are NaN or infinite; it reads all weights once to tell the cause.
+
+    Args:
+      where: the tokens that it happened at, such as "row 0, token 17".
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_all_finite(params)))
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, finite in leaves if not finite]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        cause = (
+            f"the weights hold NaN or infinity in {', '.join(names[:3])}{more}: the training diverged or the file is "
+            "damaged; take an earlier or another checkpoint"
+        )
+    elif config.dtype != "float32":
+        cause = f"all weights are finite, so the computation overflowed in {config.dtype}; try dtype float32"
+    else:
+        cause = "all weights are finite, so the computation overflowed in float32; the weights are too large"
+    return GenerationError(f"the logits at {where} are NaN or infinite: {cause}")
 
 
 def beside(params, tree):
@@ -242,7 +311,8 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
       vocab_size: ids from here on are never drawn.
 
     Returns:
-      (tokens int32 [B, DECODE_STEPS], -1 where none was drawn, number of steps int32 (), carry).
+      (tokens int32 [B, DECODE_STEPS], -1 where none was drawn, number of steps int32 (), carry). A row whose logits
+      are not finite is done, and has `NOT_FINITE` there.
     """
     model = Decoder(config)
 
@@ -254,7 +324,10 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
         step, tokens, carry = loop
         real = ~carry.done
         token = sampling.choose(carry.logits, keys, carry.count, sampler, carry.seen, vocab_size)
-        tokens = lax.dynamic_update_slice_in_dim(tokens, jnp.where(real, token, -1)[:, None], step, axis=1)
+        unused = jnp.arange(carry.logits.shape[-1]) >= vocab_size
+        finite = jnp.all(jnp.isfinite(carry.logits) | unused, axis=-1)
+        drawn = jnp.where(finite, token, NOT_FINITE)
+        tokens = lax.dynamic_update_slice_in_dim(tokens, jnp.where(real, drawn, -1)[:, None], step, axis=1)
         out = model.apply({"params": params}, token[:, None], real[:, None].astype(jnp.int32), state=carry.state)
         seen = carry.seen
         if seen is not None:
@@ -263,7 +336,7 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
             state=out.state,
             logits=jnp.where(real[:, None], out.logits[:, 0], carry.logits),
             count=carry.count + 1,
-            done=carry.done | jnp.any(token[:, None] == stop_ids, axis=1),
+            done=carry.done | ~finite | jnp.any(token[:, None] == stop_ids, axis=1),
             seen=seen,
         )
         return step + 1, tokens, carry
@@ -307,8 +380,12 @@ def score(config: ModelConfig, params, tokens, mask, *, chunk: int = PREFILL_CHU
     for piece in pieces(inputs.shape[1], chunk):
         start, stop, _ = piece
         values, state = _score_piece(config, params, *(_piece(x, *piece) for x in (inputs, real, targets)), state)
-        scores[:, start + 1 : stop + 1] = np.asarray(values)[:, : stop - start]
-    scores[:, 1:] *= real
+        values = np.where(real[:, start:stop], np.asarray(values)[:, : stop - start], 0)
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            column = np.flatnonzero(mask[row])[start + 1 + column]
+            raise not_finite_error(config, params, f"row {row}, column {column}")
+        scores[:, start + 1 : stop + 1] = values
     result[mask] = scores[aligned]
     return result
 
@@ -349,11 +426,25 @@ class Session:
         self._batch, self._slots, self._cursor = batch, 0, 0
         self.lengths = np.zeros(batch, int)  # real tokens of each row, at most
         self.done = np.zeros(batch, bool)  # rows that met a stop token
+        self._failure: GenerationError | None = None  # what ended the session
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(map(str, self.lengths[:8])) + (", ..." if self._batch > 8 else "")
+        return (
+            f"Session(batch={self._batch}, lengths=[{lengths}], done={int(self.done.sum())}, slots={self._slots}, "
+            f"dtype={self._config.dtype})"
+        )
 
     @property
     def logits(self) -> np.ndarray:
         """float32 [B, V] of the next token."""
-        return np.asarray(self._carry.logits)
+        if self._carry is None:
+            raise GenerationError("a sequence begins with tokens to read: call extend before logits")
+        logits = np.asarray(self._carry.logits)
+        if not (finite := np.isfinite(logits[:, : self._vocab_size]).all(axis=1)).all():
+            row = int(np.argmin(finite))
+            raise not_finite_error(self._config, self._params, f"row {row} behind {self.lengths[row]} tokens")
+        return logits
 
     @property
     def state(self) -> DecodeState:
@@ -370,6 +461,7 @@ class Session:
         Raises:
           GenerationError: tokens that cannot be, or more than `max_position_embeddings`.
         """
+        self._check_alive()
         tokens, mask = check_tokens(self._config, tokens, mask)
         if len(tokens) != self._batch:
             raise GenerationError(f"{len(tokens)} rows of tokens for {self._batch} sequences")
@@ -401,8 +493,10 @@ class Session:
         n is smaller, and in the end 0, once all rows are done.
 
         Raises:
-          GenerationError: nothing was read yet, or the context would exceed `max_position_embeddings`.
+          GenerationError: nothing was read yet, the context would exceed `max_position_embeddings`, or the logits are
+            NaN or infinite; the last one ends the session.
         """
+        self._check_alive()
         if self._carry is None:
             raise GenerationError("a sequence begins with tokens to read: call extend before decode")
         if self.done.all() or steps < 1:
@@ -417,6 +511,7 @@ class Session:
             )  # fmt: skip
         taken = int(taken)
         tokens = np.asarray(tokens)[:, :taken]
+        self._check_finite(tokens)
         self._cursor += taken
         self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
         self.done = np.array(self._carry.done)
@@ -433,6 +528,18 @@ class Session:
         """Lets a row end here."""
         self.done[row] = True
         self._carry = self._carry._replace(done=beside(self._params, self.done.copy()))
+
+    def _check_alive(self):
+        if self._failure is not None:
+            raise GenerationError(f"this session has ended: {self._failure}")
+
+    def _check_finite(self, tokens):
+        """Raises for the first row of decoded tokens that has `NOT_FINITE`."""
+        if (failed := np.argwhere(tokens == NOT_FINITE)).size:
+            row, column = failed[0]
+            where = f"row {row} behind {self.lengths[row] + column} tokens"
+            self._failure = not_finite_error(self._config, self._params, where)
+            raise self._failure
 
     def _check_context(self, lengths):
         limit = self._config.max_position_embeddings

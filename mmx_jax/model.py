@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from mmx_jax import generate
+from mmx_jax import generate, text_generation
 from mmx_jax.config import FLOAT_DTYPES, ModelConfig
-from mmx_jax.convert import weights
+from mmx_jax.convert import generation_config, hf_config, weights
 from mmx_jax.generate import PREFILL_CHUNK, GenerationError, Session
 from mmx_jax.sampling import SamplingParams
 from mmx_jax.tokenizer import Tokenizer
@@ -29,10 +29,11 @@ def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
     source = weights.resolve(path)
+    eos_ids = generation_config.eos_ids(source.config, source.folder)
     config, params = weights.load_params(path, param_dtype=dtype, mesh=mesh)
     config = generate.inference_config(config, dtype)
     has_tokenizer = source.tokenizer_dir is not None and (source.tokenizer_dir / "tokenizer.json").is_file()
-    return Model(config, params, source.tokenizer_dir if has_tokenizer else None, mesh)
+    return Model(config, params, source.tokenizer_dir if has_tokenizer else None, mesh, eos_ids=eos_ids)
 
 
 class Model:
@@ -43,19 +44,49 @@ class Model:
       params: the parameter tree.
       tokenizer_dir: folder with tokenizer.json, or None.
       mesh: where `params` lie; None: one device.
+      eos_ids: tokens that end a text, besides those of the config and the tokenizer.
 
-    `tokens` are integers [B, T] below. `mask`, of the same shape, is 1 at real tokens and 0 at padding, which may stand
-    at either side or between; results are those of the rows without it. Bad tokens raise `GenerationError`.
+    Attributes:
+      tokenizer: `mmx_jax.tokenizer.Tokenizer`, or None where the checkpoint has none.
+
+    `tokens` are integers [B, T] below; [T] is one row, B = 1 in the result. Rows of different lengths are padded at the
+    left, to the longest T. `mask`, of the same shape, is 1 at real tokens and 0 at padding, which may stand at either
+    side or between; results are those of the rows without it. Bad tokens raise `GenerationError`, as do logits that are
+    NaN or infinite: the message tells the row and whether the weights are the cause.
     """
 
-    def __init__(self, config: ModelConfig, params, tokenizer_dir=None, mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params,
+        tokenizer_dir=None,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        eos_ids: Sequence[int] = (),
+    ):
         self.config, self.params, self.mesh = config, params, mesh
         self._tokenizer_dir = tokenizer_dir
         self.tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
+        own = () if config.eos_token_id is None else (config.eos_token_id,)
+        self._eos_ids = {*own, *eos_ids}
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        count = sum(leaf.size for leaf in leaves)
+        devices = sorted({str(device) for leaf in leaves[:1] for device in leaf.devices()}) if leaves else []
+        place = f"{len(devices)} devices" if len(devices) > 1 else "".join(devices)
+        tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer of {self.tokenizer.vocab_size:,} tokens"
+        layers = hf_config.describe(self.config)
+        return f"Model({layers}, {count:,} parameters, {self.config.dtype} on {place}, {tokenizer})"
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: all that the config, generation_config.json and the tokenizer name."""
+        return tuple(sorted({*self._eos_ids, *(() if self.tokenizer is None else self.tokenizer.stop_ids)}))
 
     @property
     def pad_id(self) -> int:
-        """What `generate` puts behind a stop token."""
+        """The token that `generate` puts behind a stop token."""
         return self.config.pad_token_id or 0
 
     def logits(self, tokens, mask=None) -> np.ndarray:
@@ -66,7 +97,10 @@ class Model:
         mask = np.pad(mask, right)
         segment_ids = None if mask.all() else mask.astype(np.int32)
         with generate.on_mesh(self.mesh):
-            logits = generate.forward(self.config, self.params, np.pad(tokens, right), segment_ids)
+            logits, finite = generate.forward(self.config, self.params, np.pad(tokens, right), segment_ids)
+            if (wrong := np.argwhere(mask & ~np.asarray(finite))).size:
+                row, column = wrong[0]
+                raise generate.not_finite_error(self.config, self.params, f"row {row}, column {column}")
         return np.asarray(logits)[:, :length]
 
     def score(self, tokens, mask=None, *, prefill_chunk: int = PREFILL_CHUNK) -> np.ndarray:
@@ -128,7 +162,8 @@ class Model:
 
         Raises:
           SamplingError: a setting outside its range.
-          GenerationError: prompt and continuation exceed `max_position_embeddings`; a row without a real token.
+          GenerationError: prompt and continuation exceed `max_position_embeddings`; a row without a real token; logits
+            that are NaN or infinite.
         """
         tokens, mask = generate.check_tokens(self.config, tokens, mask)
         if max_new_tokens < 1:
@@ -144,6 +179,44 @@ class Model:
             result[:, at : at + piece.shape[1]] = np.where(piece < 0, self.pad_id, piece)
             at += piece.shape[1]
         return result
+
+    def complete(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        **settings,
+    ) -> str | list[str]:
+        """Continues text; a text ends at `stop_ids` of the model, too.
+
+        Args:
+          prompts: one text, or several that run as one batch.
+          stop: texts that end a continuation and are no part of it.
+          stop_tokens: more tokens that do.
+          settings: of `session`, such as temperature, top_p and seed; greedy without.
+
+        Returns:
+          The continuation without the prompt, or a list of them.
+
+        Raises:
+          SamplingError, GenerationError: as `generate`; a prompt that is no text; the model has no tokenizer.
+        """
+        single = isinstance(prompts, str)
+        prompts = [prompts] if single else list(prompts)
+        texts = [""] * len(prompts)
+        if prompts:
+            for row, text in text_generation.complete(
+                self,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop_tokens={*self.stop_ids, *stop_tokens},
+                stop_strings=stop,
+                **settings,
+            ):
+                texts[row] += text
+        return texts[0] if single else texts
 
     def export(self, path, naming: str = "original") -> str:
         """Writes a Hugging Face folder of safetensors in the model's dtype, routers float32, with the tokenizer.

@@ -2,38 +2,91 @@
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from mmx_jax.chat import ChatError
 from mmx_jax.generate import GenerationError, Session, ragged
-from mmx_jax.model import Model
 from mmx_jax.tokenizer import Tokenizer
+
+
+class TextModel(Protocol):
+    """`mmx_jax.model.Model`, as far as text needs it."""
+
+    tokenizer: Tokenizer | None
+
+    def session(self, batch: int, **settings) -> Session: ...
+
+
+def check_text(text: str, name: str) -> str:
+    """`text`, if it is one.
+
+    Raises:
+      GenerationError: not a string, or one with half of a surrogate pair, as undecodable bytes leave behind.
+    """
+    if not isinstance(text, str):
+        raise GenerationError(f"{name} must be text, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise GenerationError(f"{name} holds {half} at character {error.start}, which is no character") from None
+    return text
+
+
+def check_stop_strings(stop_strings: Sequence[str]) -> tuple[str, ...]:
+    """The stop strings as a tuple.
+
+    Raises:
+      GenerationError: one that is empty or no text, or a single string in place of the list.
+    """
+    if isinstance(stop_strings, str):
+        raise GenerationError(f"stop strings are a list: give [{stop_strings!r}]")
+    for stop in stop_strings:
+        if not check_text(stop, "a stop string"):
+            raise GenerationError("a stop string is empty")
+    return tuple(stop_strings)
+
+
+def special_stops(tokenizer: Tokenizer, stop_strings: Sequence[str]) -> set[int]:
+    """Ids of the special tokens that stop strings begin with: decoded text leaves these out, so their ids stop."""
+    special = {token: i for i, token in tokenizer.shown_as_nothing.items()}
+    return {i for stop in stop_strings for token, i in special.items() if stop.startswith(token)}
 
 
 class TextStream:
     """The text of one sequence, token by token; it ends before the first stop string.
 
-    Text that may yet become a stop string is held back until that is settled.
+    Text that may yet become a stop string is held back until that is settled. Special tokens are not shown, but a stop
+    string may hold them.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
-        if "" in stop_strings:
-            raise GenerationError("a stop string is empty")
         self._decoder = tokenizer.stream()
-        self._stop_strings = tuple(stop_strings)
+        self._stop_strings = list(check_stop_strings(stop_strings))
+        # A special token of a stop string is one character here, of those that no text holds.
+        self._marks: dict[int, str] = {}
+        for i, token in tokenizer.shown_as_nothing.items():
+            if any(token in stop for stop in stop_strings):
+                self._marks[i] = mark = chr(0xD800 + len(self._marks))
+                self._stop_strings += [stop.replace(token, mark) for stop in self._stop_strings if token in stop]
+        self._no_marks = str.maketrans(dict.fromkeys(self._marks.values()))
         self._held = ""
         self.stopped = False  # a stop string was met; what follows is not shown
 
     def step(self, token: int) -> str:
         """Adds a token; returns the text that is now certain."""
-        return "" if self.stopped else self._add(self._decoder.step(token) or "")
+        if self.stopped:
+            return ""
+        return self._add((self._decoder.step(token) or "") + self._marks.get(int(token), ""))
 
     def finish(self) -> str:
         """What was held back, once no token follows."""
         if self.stopped:
             return ""
         text = self._add(self._decoder.finish() or "")
-        text, self._held = text + self._held, ""
+        text, self._held = text + self._held.translate(self._no_marks), ""
         return text
 
     def _add(self, text):
@@ -41,10 +94,10 @@ class TextStream:
         found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)].translate(self._no_marks)
         certain = len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[certain:]
-        return text[:certain]
+        return text[:certain].translate(self._no_marks)
 
 
 def _overlap(text, stop):
@@ -120,14 +173,55 @@ class Speed:
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [B, T], mask bool [B, T]); special tokens in the text are read as such.
 
+    An empty prompt is the tokenizer's bos token.
+
     Raises:
-      GenerationError: a prompt is empty.
+      GenerationError: a prompt is no text, or it is empty and the tokenizer has no bos token.
     """
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
-    for i, row in enumerate(rows):
-        if not row:
-            raise GenerationError(f"prompt {i + 1} of {len(rows)} is empty: give some text to continue")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        name = f"prompt {i + 1} of {len(prompts)}"
+        row = tokenizer.encode(check_text(prompt, name))
+        if not row and tokenizer.bos_id is None:
+            raise GenerationError(f"{name} is empty, and the tokenizer has no bos token: give some text to continue")
+        rows.append(row or [tokenizer.bos_id])
     return ragged(rows)
+
+
+def complete(
+    model: TextModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Iterable[int],
+    stop_strings: Sequence[str] = (),
+    speed: Speed | None = None,
+    **settings,
+) -> Iterator[tuple[int, str]]:
+    """Continues prompts as one batch.
+
+    Args:
+      stop_tokens: a row ends with one of these; with the special tokens that stop strings begin with, too.
+      stop_strings: a row ends before one of these.
+      speed: is told tokens and seconds.
+      settings: of `Model.session`.
+
+    Yields:
+      (row, text), as `stream_text`.
+
+    Raises:
+      GenerationError: the model has no tokenizer, or a prompt or a setting that cannot be.
+    """
+    if model.tokenizer is None:
+        raise GenerationError("this model has no tokenizer: put tokenizer.json beside the weights, or use generate")
+    if max_new_tokens < 1:
+        raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
+    stops = tuple(sorted({*stop_tokens, *special_stops(model.tokenizer, check_stop_strings(stop_strings))}))
+    tokens, mask = encode_prompts(model.tokenizer, prompts)
+    session, speed = model.session(len(prompts), stop_tokens=stops, **settings), speed or Speed()
+    speed.extend(session, tokens, mask, reserve=max_new_tokens)
+    pieces = speed.watch(session.stream(max_new_tokens))
+    return stream_text(session, pieces, model.tokenizer, stop_tokens=stops, stop_strings=stop_strings)
 
 
 class Conversation:
@@ -139,31 +233,54 @@ class Conversation:
     Args:
       model: with a tokenizer.
       template: a key of `mmx_jax.tokenizer.TEMPLATES`; None takes the tokenizer's own.
-      stop_tokens: end a reply.
+      system: the system message, if any.
+      stop_tokens: end a reply, as the special tokens do that stop strings begin with.
       settings: of `Model.session`.
+
+    Raises:
+      ChatError: the template does not write the system message.
+      GenerationError: a text or a stop string that cannot be.
     """
 
     def __init__(
-        self, model: Model, *, template: str | None = None, max_new_tokens: int, stop_tokens: Sequence[int],
-        stop_strings: Sequence[str] = (), **settings,
-    ):  # fmt: skip
+        self,
+        model: TextModel,
+        *,
+        template: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        **settings,
+    ):
         self._model, self._template, self._max_new_tokens = model, template, max_new_tokens
-        self._stop_tokens, self._stop_strings = tuple(stop_tokens), tuple(stop_strings)
+        self._stop_strings = check_stop_strings(stop_strings)
+        self._stop_tokens = tuple(sorted({*stop_tokens, *special_stops(model.tokenizer, self._stop_strings)}))
         self._settings = settings
         self._context: str | None = None  # the text that the session has read and written; None: unknown
         self.messages: list[dict] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": check_text(system, "the system message")})
+            self._check_system(system)
         self.session: Session | None = None
         self.speed = Speed()
+
+    def _check_system(self, system: str):
+        """Some templates of other models leave a system message out without a word."""
+        rendered = self._model.tokenizer.apply_chat([*self.messages, {"role": "user", "content": "hi"}], self._template)
+        if system.strip() not in rendered:
+            raise ChatError("the chat template leaves the system message out: say it in the first turn instead")
 
     def reply(self, text: str) -> Iterator[str]:
         """Says `text` and yields the reply in pieces.
 
         Raises:
           ChatError: there is no template, or it cannot render the messages.
-          GenerationError: the conversation exceeds `max_position_embeddings`; the turn is then taken back.
+          GenerationError: the turn is no text, or the conversation exceeds `max_position_embeddings`; the turn is
+            then taken back.
         """
         tokenizer = self._model.tokenizer
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": check_text(text, "the turn")}]
         prompt = tokenizer.apply_chat(messages, self._template)
         known, self._context = self._context, None
         new = prompt

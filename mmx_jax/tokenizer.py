@@ -301,6 +301,11 @@ class Tokenizer:
         ids = {self.eos_id, self.token_to_id(END_OF_SENTENCE)} - {None}
         return tuple(sorted(ids))
 
+    @functools.cached_property
+    def shown_as_nothing(self) -> dict[int, str]:
+        """Special tokens, id -> text, which `decode` leaves out."""
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 

@@ -229,7 +229,9 @@ def test_unknown_key_is_named_with_the_nearest():
         ({"hidden_size": "64"}, "hidden_size"),
         ({"postnorm": 1}, "postnorm"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
-        ({"eos_token_id": [1, 2]}, "eos_token_id"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"bos_token_id": [1, 2]}, "bos_token_id"),
     ],
 )
 def test_values_that_cannot_be_honoured_are_refused_by_name(change, message):

@@ -1,6 +1,10 @@
 """Generation: the fixtures of the released function, properties of decoding, sampling against NumPy, infer.py."""
 
+import dataclasses
+import io
+import json
 import math
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import mmx_jax
 from mmx_jax import generate, sampling
+from mmx_jax.chat import ChatError
+from mmx_jax.cli import arguments, text_input
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.commands import import_checkpoint
+from mmx_jax.convert.commands import export_checkpoint, import_checkpoint
+from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.decoder import abstract_params
 from mmx_jax.sampling import SamplingError, SamplingParams
-from mmx_jax.text_generation import Conversation, TextStream, encode_prompts, stream_text
+from mmx_jax.text_generation import Conversation, TextStream, encode_prompts, special_stops, stream_text
 from mmx_jax.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -326,8 +334,15 @@ def test_on_a_mesh(checkpoint, alone):
 @pytest.mark.parametrize(
     ("tokens", "mask", "message"),
     [
-        ([[1, 2], [3]], None, "rectangle"),
-        ([1, 2], None, r"\[B, T\]"),
+        ([[[1, 2]]], None, r"\[B, T\]"),
+        ([[1, 2], [3]], [[1, 1], [1]], "take no mask"),
+        ([[1, 2], []], None, "row 1 of the tokens is empty"),
+        ([[1, 2], [3.5]], None, "row 1 of the tokens has shape"),
+        ([[1, 2], [2**40]], None, "token 1099511627776"),
+        ([[1, 2], [3, 2**40, 5]], None, "token 1099511627776 at row 1, column 1"),
+        ([1, [2, 3]], None, "row 0 of the tokens has shape"),
+        ("the cat", None, r"not text: .*model.complete"),
+        (["the cat", "a"], None, r"not text: .*tokenizer.encode"),
         (np.zeros((0, 4), int), None, "empty"),
         (np.zeros((2, 0), int), None, "empty"),
         ([[1.5]], None, "integers"),
@@ -340,6 +355,94 @@ def test_on_a_mesh(checkpoint, alone):
 def test_bad_tokens(tokens, mask, message):
     with pytest.raises(GenerationError, match=message):
         check_tokens(CONFIG, tokens, mask)
+
+
+def test_one_row_and_rows_of_different_lengths(model, alone):
+    np.testing.assert_array_equal(model.generate(PROMPTS, max_new_tokens=12, prefill_chunk=16), alone)
+    np.testing.assert_array_equal(
+        model.generate([np.array(prompt) for prompt in PROMPTS], max_new_tokens=12, prefill_chunk=16), alone
+    )
+    np.testing.assert_array_equal(model.generate(PROMPTS[0], max_new_tokens=12, prefill_chunk=16), alone[:1])
+    tokens, mask = check_tokens(CONFIG, [[5, 6, 7], [8], [9, 10]])
+    np.testing.assert_array_equal(tokens, [[5, 6, 7], [0, 0, 8], [0, 9, 10]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 1], [0, 1, 1]])
+    scores, logits = model.score(PROMPTS, prefill_chunk=16), model.logits(PROMPTS[:1] * 2 + PROMPTS[1:2])
+    assert scores.shape == (3, 20) and logits.shape == (3, 7, 320)
+    assert_close(scores[1, -3:], model.score(PROMPTS[1], prefill_chunk=16)[0])
+    assert_close(logits[2, -3:], model.logits(PROMPTS[1])[0])
+
+
+# -------------------------------------------------------------------------------- logits that are no numbers
+
+
+def with_params(model, edit):
+    """The model with a copy of the parameters that `edit` has changed."""
+    params = jax.tree.map(np.array, model.params)
+    edit(params)
+    changed = type(model)(model.config, jax.device_put(params))
+    changed.tokenizer = model.tokenizer
+    return changed
+
+
+def spoil_embedding(params):
+    params["embed"]["embedding"][44, 3] = np.nan
+
+
+def test_nan_weights_end_every_path_with_the_place_and_the_cause(model):
+    """Of the prompts only the first holds token 44, at its column 4."""
+    spoiled = with_params(model, spoil_embedding)
+    cause = "NaN or infinity in embed/embedding: "
+    settings = dict(max_new_tokens=12, prefill_chunk=16)
+    with pytest.raises(GenerationError, match=rf"row 1 behind 7 tokens .*{cause}"):
+        spoiled.generate([PROMPTS[1], PROMPTS[0]], **settings)
+    with pytest.raises(GenerationError, match=rf"row 0 behind 7 tokens .*{cause}"):
+        list(spoiled.stream(PROMPTS[0], **settings))
+    with pytest.raises(GenerationError, match=rf"row 1, column 4 .*{cause}"):
+        spoiled.logits([[PROMPTS[1][0]] * 7, PROMPTS[0]])
+    with pytest.raises(GenerationError, match=rf"row 1, column 18 .*{cause}"):  # the first that is given token 44
+        spoiled.score([PROMPTS[2], PROMPTS[0]], prefill_chunk=16)
+    session = spoiled.session(1, prefill_chunk=16)
+    session.extend(PROMPTS[0])
+    with pytest.raises(GenerationError, match=cause):
+        session.logits  # noqa: B018
+    for call in (session.decode, session.decode, lambda n: session.extend([[n]])):
+        with pytest.raises(GenerationError, match=cause):
+            call(3)
+    np.testing.assert_array_equal(  # a row that never meets it is as before
+        spoiled.generate([PROMPTS[1]], **settings), model.generate([PROMPTS[1]], **settings)
+    )
+
+
+def test_nan_in_the_middle_of_decoding(model, alone):
+    """The token that was drawn third leads to NaN, in a later step of the same dispatch."""
+    third = int(alone[0][2])
+    assert third not in alone[0][:2] and third not in PROMPTS[0]
+    spoiled = with_params(model, lambda params: params["embed"]["embedding"].__setitem__(third, np.inf))
+    with pytest.raises(GenerationError, match=r"row 0 behind 10 tokens"):
+        spoiled.generate(PROMPTS[0], max_new_tokens=12, prefill_chunk=16)
+
+
+def test_ids_that_are_never_drawn_may_hold_nan(model, alone):
+    spoiled = with_params(model, lambda params: params["lm_head"]["kernel"].__setitem__(slice(300, None), np.nan))
+    got = spoiled.generate(PROMPTS[0], max_new_tokens=12, prefill_chunk=16)
+    np.testing.assert_array_equal(got[0], alone[0])
+
+
+def test_overflow_of_finite_weights_is_told_apart(model):
+    def enlarge(params):
+        params["lm_head"]["kernel"][...] = 3e38
+
+    large = with_params(model, enlarge)
+    with pytest.raises(GenerationError, match="all weights are finite, so the computation overflowed in float32"):
+        large.logits(PROMPTS[0])
+    error = generate.not_finite_error(dataclasses.replace(CONFIG, dtype="bfloat16"), large.params, "row 0")
+    assert "overflowed in bfloat16; try dtype float32" in str(error)
+
+
+def test_perplexity_beyond_floats_is_no_infinity():
+    lines = text_input.score_lines(-7210.0, 11, 30)
+    assert lines[3] == "perplexity         e^721.0, more than a float holds"
+    assert text_input.score_lines(-20.0, 11, 30)[3] == f"perplexity         {math.exp(2):.4f}"
 
 
 def test_bad_requests(model):
@@ -539,6 +642,158 @@ def test_stop_string_ends_a_row_and_spares_the_other(model, tokenizer):
     assert session.done[0] and session.lengths[0] < mask[0].sum() + 24
     with pytest.raises(GenerationError, match="prompt 2 of 2 is empty"):
         encode_prompts(tokenizer, ["a", ""])
+    with pytest.raises(GenerationError, match=r"prompt 1 of 1 holds '\\udce9' at character 3"):
+        encode_prompts(tokenizer, ["caf\udce9"])
+    with_bos = Tokenizer(tokenizer.backend, tokenizer.config | {"bos_token": "<beginning_of_sentence>"})
+    tokens, mask = encode_prompts(with_bos, ["", "a\0b"])  # NUL is a character like any other
+    assert tokens[0].tolist() == [2, 0, 0] and mask[0].tolist() == [True, False, False]
+    assert tokenizer.decode(tokens[1]) == "a\0b"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "want"),
+    [
+        ("the quick<end_of_sentence>brown", "<end_of_sentence>", "the quick"),
+        ("the quick<end_of_sentence>brown", "quick<end_of_sentence>b", "the "),
+        ("the quick<end_of_sentence>brown", "quick<pad>", "the quickbrown"),
+        ("the quick<pad><end_of_sentence>fox", "k<pad><end_of_sentence>", "the quic"),
+        ("the quick<pad><pad>fox", "k<pad><end_of_sentence>", "the quickfox"),
+    ],
+)
+def test_special_tokens_in_stop_strings(tokenizer, text, stop, want):
+    stream = TextStream(tokenizer, [stop])
+    pieces = [stream.step(token) for token in tokenizer.encode(text)]
+    assert "".join([*pieces, stream.finish()]) == want
+    spelled = TextStream(tokenizer, [stop])  # the same text of ordinary tokens
+    ids = tokenizer.encode(text, parse_special=False)
+    assert "".join([*map(spelled.step, ids), spelled.finish()]) == text.split(stop)[0]
+
+
+def test_complete_is_the_text_of_generate(model, tokenizer, alone):
+    prompts = [tokenizer.decode(prompt) for prompt in PROMPTS]
+    assert [tokenizer.encode(prompt) for prompt in prompts] == PROMPTS
+    settings = dict(max_new_tokens=12, prefill_chunk=16)
+    want = [tokenizer.decode(row) for row in alone]
+    assert model.complete(prompts, **settings) == want
+    assert model.complete(prompts[1], **settings) == want[1]
+    assert model.complete([], **settings) == []
+    assert model.complete(prompts[0], stop=[want[0][4:6]], **settings) == want[0].split(want[0][4:6])[0]
+    assert model.complete(prompts[0], stop_tokens=[int(alone[0][3])], **settings) == tokenizer.decode(alone[0][:3])
+    draw = dict(temperature=1.3, seed=3, top_k=20)
+    drawn = model.generate(PROMPTS, **draw, stop_tokens=model.stop_ids, **settings)
+    assert model.complete(prompts, **draw, **settings) == [tokenizer.decode(row) for row in drawn]
+
+
+def test_special_token_as_stop_string_ends_the_row_on_the_device(model, tokenizer, alone):
+    """A tokenizer to which an ordinary token of the greedy text is special."""
+    stop = int(alone[0][3])
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    name = tokenizer.backend.id_to_token(stop)
+    backend.add_special_tokens([name])
+    special = with_params(model, lambda params: None)
+    special.tokenizer = Tokenizer(backend, tokenizer.config)
+    assert backend.token_to_id(name) == stop and special_stops(special.tokenizer, [name + "\n"]) == {stop}
+    prompt = tokenizer.decode(PROMPTS[0])
+    got = special.complete(prompt, max_new_tokens=12, stop=[name], prefill_chunk=16)
+    end = alone[0].tolist().index(stop)
+    assert got == tokenizer.decode(alone[0][:end])
+
+
+def test_complete_refuses(model):
+    with pytest.raises(GenerationError, match="prompt 1 of 1 must be text, got list"):
+        model.complete([[1, 2]])
+    with pytest.raises(GenerationError, match="max_new_tokens=0"):
+        model.complete("a", max_new_tokens=0)
+    with pytest.raises(GenerationError, match=r"give \['x'\]"):
+        model.complete("a", stop="x")
+    with pytest.raises(GenerationError, match="a stop string is empty"):
+        model.complete("a", stop=[""])
+    with pytest.raises(GenerationError, match="no tokenizer"):
+        type(model)(model.config, model.params).complete("a")
+
+
+def test_repr_tells_what_a_model_and_a_session_are(model):
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    for part in ("2 layers (1 lightning, 1 softmax)", f"{count:,} parameters", "float32", "CPU", "300 tokens"):
+        assert part.lower() in repr(model).lower()
+    assert "no tokenizer" in repr(type(model)(model.config, model.params))
+    assert repr(model.session(2)) == "Session(batch=2, lengths=[0, 0], done=0, slots=0, dtype=float32)"
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [(None, None, {0, 3}), (9, None, {0, 3, 9}), ([9, 10], [11, 9], {0, 3, 9, 10, 11}), (None, 7, {0, 3, 7})],
+)
+def test_texts_end_at_every_token_that_the_files_name(checkpoint, tmp_path, config, generation, want):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": config}))
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    import_checkpoint(tmp_path / "model", tmp_path / "ours")
+    for name in ("model", "ours"):
+        assert set(mmx_jax.from_pretrained(tmp_path / name).stop_ids) == want
+
+
+def token_ids(folder):
+    """(eos, pad) of config.json, and the whole of generation_config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["eos_token_id"], config["pad_token_id"], json.loads((folder / "generation_config.json").read_text())
+
+
+def test_export_states_what_ends_a_text(checkpoint, tmp_path):
+    """The config names no eos; the tokenizer has one, and an end of a chat turn."""
+    import_checkpoint(checkpoint, tmp_path / "ours")
+    assert "cannot" not in export_checkpoint(tmp_path / "ours", tmp_path / "out")
+    for folder in (checkpoint, tmp_path / "out"):
+        assert token_ids(folder) == (0, 1, {"eos_token_id": [0, 3], "pad_token_id": 1})
+
+
+@pytest.mark.parametrize("text", [None, '{ "eos_token_id":[10,9], "top_p":0.5 }', '{"eos_token_id": 4, "top_p": 0.5}'])
+def test_no_eos_of_a_list_is_lost(checkpoint, tmp_path, text):
+    source, file = tmp_path / "model", tmp_path / "model/generation_config.json"
+    shutil.copytree(checkpoint, source)
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [9, 10]}
+    (source / "config.json").write_text(json.dumps(config))
+    file.unlink() if text is None else file.write_text(text)
+    import_checkpoint(source, tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "out")
+    eos, pad, generation = token_ids(tmp_path / "out")
+    assert (eos, pad) == (9, 1)
+    assert set(generation["eos_token_id"]) >= {9, 10} | ({4} if text and "4" in text else set())
+    assert text is None or generation["top_p"] == 0.5
+    if text and "10" in text:  # it names them all: not a byte is changed
+        assert (tmp_path / "out/generation_config.json").read_text() == text
+
+
+def test_export_tells_that_it_could_not_ask_the_tokenizer(model, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("no JSON")
+    report = save_huggingface(model.params, model.config, tmp_path / "out", tokenizer_dir=tmp_path)
+    assert "ids of special tokens are those of the config alone" in report and "tokenizer.json" in report
+    (tmp_path / "tokenizer.json").unlink()
+    Tokenizer.train([TEXT * 20], 330).save(tmp_path)  # more tokens than the model's 320
+    other = Tokenizer.load(tmp_path)
+    other.config["pad_token"] = other.backend.id_to_token(325)
+    other.save(tmp_path)
+    with pytest.raises(ConversionError, match="special token 325 of the tokenizer is outside the model's vocabulary"):
+        save_huggingface(model.params, model.config, tmp_path / "again", tokenizer_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "holds a JSON list"), ("{", "not JSON"), ('{"eos_token_id": "2"}', "eos_token_id='2'"),
+        ('{"eos_token_id": [1, null]}', "list of token ids"), ('{"eos_token_id": 320}', "320 .* outside"),
+        ('{"pad_token_id": [1, 2]}', "pad_token_id"), ('{"eos_token_id": true}', "eos_token_id=True"),
+    ],
+)  # fmt: skip
+def test_malformed_generation_config(checkpoint, tmp_path, text, message):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(text)
+    for call in (mmx_jax.from_pretrained, lambda path: import_checkpoint(path, tmp_path / "ours")):
+        with pytest.raises(ConversionError, match=message) as caught:
+            call(tmp_path / "model")
+        assert "generation_config.json" in str(caught.value)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_chat_reads_only_what_is_new(model, tokenizer):
@@ -578,7 +833,69 @@ def test_chat_reads_again_what_was_cut(model, tokenizer):
     list(chat.reply("the"))  # goes on after the refusal
 
 
+def test_system_message_of_a_conversation(model, tokenizer):
+    settings = dict(max_new_tokens=3, prefill_chunk=16, stop_tokens=())
+    chat = Conversation(model, template="text01", system="be brief", **settings)
+    list(chat.reply("the quick"))
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the quick"}]
+    assert chat.messages[:2] == messages
+    assert chat.session.lengths[0] == len(tokenizer.encode(tokenizer.apply_chat(messages, "text01"))) + 3
+    deaf = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ChatError, match="leaves the system message out"):
+        Conversation(model, template=deaf, system="be brief", **settings)
+    strict = "{{ raise_exception('no system here') if messages[0].role == 'system' else 'x' }}"
+    with pytest.raises(ChatError, match="no system here"):
+        Conversation(model, template=strict, system="be brief", **settings)
+    with pytest.raises(GenerationError, match="the turn holds"):
+        chat.reply("caf\udce9")
+
+
 # -------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x", "--prompt=abc\udcff"], "--prompt is not UTF-8 text: it holds the byte 0xff"),
+        (["x", "--chat", "--system", "caf\udce9"], "--system is not UTF-8 text: it holds the byte 0xe9"),
+        (["x", "--stop=a", "b\udc80"], "argument 2 is not UTF-8 text"),
+        (["x", "--\udcff=a"], "argument 1 is not"),
+        (["x", "--prompt=\ud800"], "U\\+D800"),
+    ],
+)
+def test_arguments_that_are_no_text(argv, message):
+    with pytest.raises(arguments.UsageError, match=message):
+        arguments.check_text(argv)
+    arguments.check_text(["x", "--prompt=日本", "--stop", "é"])
+
+
+@pytest.mark.parametrize("main", ["infer.py", "train.py"])
+def test_mains_refuse_bytes_in_one_line(main):
+    command = [sys.executable, main, b"--config=caf\xe9"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=600)
+    assert done.returncode == 1
+    want = f"{main}: --config is not UTF-8 text: it holds the byte 0xe9; give text in UTF-8\n"
+    assert done.stderr.decode() == want
+
+
+def test_text_from_files_and_standard_input(tmp_path, capsys):
+    file = tmp_path / "prompt"
+    file.write_bytes("\ufeffthe é\0".encode())
+    assert text_input.read_text(str(file)) == "the é\0"
+    for data, message in ((b"caf\xe9 x", "at byte 3"), ("the".encode("utf-16"), "UTF-16")):
+        file.write_bytes(data)
+        with pytest.raises(arguments.UsageError, match=f"prompt is not UTF-8 text: .*{message}"):
+            text_input.read_text(str(file))
+    told = []
+    assert list(text_input.turns(io.BytesIO("\ufeffthe\r\n \n日\n".encode()), told.append)) == ["the", "日"]
+    turns = text_input.turns(io.BytesIO(b"the\n\xe9\nfox\n"), told.append)
+    assert next(turns) == "the"
+    with pytest.raises(arguments.UsageError, match="line 2 of standard input is not UTF-8"):
+        next(turns)
+    terminal = io.BytesIO(b"\xe9\nfox\n")
+    terminal.isatty = lambda: True
+    assert list(text_input.turns(terminal, told.append)) == ["fox"]
+    assert "line 1 of standard input" in told[1] and capsys.readouterr().err
 
 
 def infer(*arguments, **kwargs):

@@ -36,6 +36,7 @@ ALLOWED = {
         "config_io",
         "json_io",
         "file_kinds",
+        "hub",
         "locking",
         "sharding",
         "models",
@@ -75,8 +76,8 @@ ALLOWED = {
         "compiled",
         "pallas_kernels",
     },
-    "model": {"config", "generate", "sampling", "tokenizer", "convert"},
-    "text_generation": {"generate", "model", "tokenizer"},
+    "text_generation": {"chat", "generate", "tokenizer"},
+    "model": {"config", "generate", "sampling", "tokenizer", "convert", "text_generation"},
     "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate", "model", "text_generation"},
     "hub": set(),
     "cli": {

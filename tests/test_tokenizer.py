@@ -282,6 +282,103 @@ def test_golden_m1_tools(named_part):
     )
 
 
+def _call(name, arguments, **more):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+HEADER = "<beginning_of_sentence>ai name=assistant\n"
+CALLING = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": [_call("f", '{"q": "é <b>"}', id="c1")]},
+    {"role": "tool", "tool_call_id": "c1", "content": "3 degrees"},
+]
+
+
+@pytest.mark.parametrize("arguments", ['{"q": "é <b>"}', {"q": "é <b>"}])
+def test_golden_tool_calls(arguments):
+    messages = json.loads(json.dumps(CALLING))
+    messages[1]["tool_calls"][0]["function"]["arguments"] = arguments
+    before = json.loads(json.dumps(messages))
+    user = "<beginning_of_sentence>user name=user\nhi<end_of_sentence>\n" + HEADER
+    assert render_chat(messages, "text01") == (
+        f'{user}<function_call>```typescript\nfunctions.f({{"q": "é <b>"}})\n```<end_of_sentence>\n'
+        '<beginning_of_sentence>system function_response=functions\n{"name": "f", "response": "3 degrees"}'
+        f"<end_of_sentence>\n{HEADER}"
+    )
+    assert render_chat(messages, "m1") == (
+        f'<begin_of_document>{user}<tool_calls>\n{{"name": "f", "arguments": {{"q": "é <b>"}}}}\n</tool_calls>'
+        "<end_of_sentence>\n<beginning_of_sentence>tool name=tools\ntool name: f\ntool result: 3 degrees\n\n"
+        f"<end_of_sentence>\n{HEADER}"
+    )
+    assert messages == before
+    own = "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.arguments.q }}{% endfor %}"
+    assert render_chat(messages, own) == "é <b>"
+
+
+def test_golden_m1_several_calls_and_results():
+    messages = [
+        {"role": "assistant", "content": "Two.", "tool_calls": [_call("f", "", id="a"), _call("g", {"n": 1}, id="b")]},
+        {"role": "tool", "tool_call_id": "b", "content": "R2"},
+        {"role": "tool", "name": "f", "content": _part("R1")},
+    ]
+    assert render_chat(messages, "m1", add_generation_prompt=False) == (
+        f'<begin_of_document>{HEADER}Two.\n<tool_calls>\n{{"name": "f", "arguments": {{}}}}\n'
+        '{"name": "g", "arguments": {"n": 1}}\n</tool_calls><end_of_sentence>\n'
+        "<beginning_of_sentence>tool name=tools\ntool name: g\ntool result: R2\n\ntool name: f\ntool result: R1\n\n"
+        "<end_of_sentence>\n"
+    )
+    with pytest.raises(ChatError, match="message 0 has several tool_calls"):
+        render_chat(messages, "text01")
+
+
+def test_json_results_of_text01_stay_as_they_are():
+    messages = [*CALLING[:2], {"role": "tool", "name": "f", "content": '{"t":3}'}]
+    assert '{"name": "f", "response": {"t":3}}' in render_chat(messages, "text01")
+
+
+def _assistant(**more):
+    return [{"role": "assistant", "content": "A", **more}]
+
+
+@pytest.mark.parametrize("template", ["text01", "m1"])
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (_assistant(reasoning_content="R"), r"message 0 \(assistant\) has 'reasoning_content'"),
+        (_assistant(function_call={"name": "f", "arguments": "{}"}), "'function_call'"),
+        ([{"role": "user", "content": "hi", "name": "Bo"}], "'name'"),
+        ([{"role": "user", "content": _part("a") + _part("b")}], "one part of text"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "one part of text"),
+        ([{"role": "system", "content": ["a"]}], "one part of text"),
+        (_assistant(tool_calls=[_call("f", "{")]), "arguments of tool call 0 of message 0 are not JSON"),
+        (_assistant(tool_calls=[_call("f", "[1]")]), "must be a JSON object"),
+        (_assistant(tool_calls=[{"type": "custom", "custom": {}}]), "tool call 0 of message 0 must be"),
+        (_assistant(tool_calls="f()"), "must be a list"),
+        ([{"role": "user", "content": "a", "tool_calls": [_call("f", "{}")]}], "of an assistant"),
+        ([{"role": "tool", "tool_call_id": "c9", "content": "R"}], "lacks the name of the tool"),
+        ([{"role": "user", "content": "bad \ud83d"}], r"message 0 holds '\\ud83d'"),
+        (_assistant(tool_calls=[_call("f", {"q": "\udce9"})]), r"message 0 holds '\\udce9'"),
+    ],
+)
+def test_nothing_of_a_message_is_left_out(template, messages, message):
+    with pytest.raises(ChatError, match=message):
+        render_chat(messages, template)
+
+
+def test_empty_entries_of_the_openai_interface_are_no_content():
+    empty = dict(tool_calls=None, function_call=None, refusal=None, annotations=[], audio=None, reasoning="")
+    for template in ("text01", "m1"):
+        assert render_chat(_assistant(**empty), template) == render_chat(_assistant(), template)
+
+
+def test_own_templates_do_not_lose_tool_calls():
+    deaf = "<tool_calls>{% for m in messages %}{{ m.content }}{% endfor %}</tool_calls>"
+    with pytest.raises(ChatError, match="leaves tool_calls out"):
+        render_chat(CALLING, deaf)
+    for read in ("m['tool_calls']", "m.get('tool_calls')", "'tool_calls' in m"):
+        render_chat(CALLING, "{% for m in messages %}{{ " + read + " }}{% endfor %}")
+
+
 def test_assistant_parts_are_joined():
     parts = _part("A") + [{"type": "image"}] + _part("B")
     chat = [{"role": "assistant", "content": parts}]

@@ -3,20 +3,25 @@
 Or tells what it would take: python infer.py --config=configs/small_1b.py --dry_run --topology=v5e:2x2 --dtype=bfloat16.
 """
 
-import math
 import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 
-from mmx_jax.cli import flags_parser
+from mmx_jax.cli import arguments, flags_parser, text_input
+from mmx_jax.cli.arguments import UsageError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Folder: safetensors, a converted checkpoint, a training run or a step of one.")
+flags.DEFINE_bool(
+    "download", False, "Fetch --checkpoint=ORG/NAME or ORG/NAME@REVISION from the Hugging Face Hub into that folder."
+)
 flags.DEFINE_multi_string("prompt", [], "Text to continue; given often, the prompts run as one batch.")
 flags.DEFINE_string("prompt_file", None, "UTF-8 file whose whole text is the prompt.")
 flags.DEFINE_bool("chat", False, "Talk: a line on standard input is a turn; end with end-of-file.")
+flags.DEFINE_string("system", None, "System message of --chat.")
+flags.DEFINE_string("system_file", None, "UTF-8 file whose whole text is the system message of --chat.")
 flags.DEFINE_string("score", None, "UTF-8 file to measure: log-probability, perplexity, bits per byte.")
 flags.DEFINE_enum("template", None, ["text01", "m1"], "Chat template, instead of the tokenizer's own.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
@@ -53,7 +58,18 @@ PROGRAM = flags_parser.Program(
     ),
     module=__name__,
     groups={
-        "What to do": ("checkpoint", "prompt", "prompt_file", "chat", "score", "template", "dtype"),
+        "What to do": (
+            "checkpoint",
+            "download",
+            "prompt",
+            "prompt_file",
+            "chat",
+            "system",
+            "system_file",
+            "score",
+            "template",
+            "dtype",
+        ),
         "How to draw": (
             "max_new_tokens",
             "temperature",
@@ -92,10 +108,6 @@ def _check_stop_ids(value):
     return all(item.isdigit() for item in value)
 
 
-class UsageError(ValueError):
-    """Flags that do not go together, or a file that cannot be read."""
-
-
 def check_flags():
     modes = [name for name in ("prompt", "prompt_file", "chat", "score") if FLAGS[name].value]
     if len(modes) != 1:
@@ -105,16 +117,10 @@ def check_flags():
         raise UsageError("--num_samples draws different texts only with --temperature above 0")
     if FLAGS.num_samples > 1 and (FLAGS.chat or FLAGS.score):
         raise UsageError("--num_samples goes with --prompt and --prompt_file")
-
-
-def read_text(path):
-    path = pathlib.Path(os.path.expanduser(path))
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}") from None
+    if FLAGS.system is not None and FLAGS.system_file is not None:
+        raise UsageError("give --system or --system_file, not both")
+    if not FLAGS.chat and (FLAGS.system is not None or FLAGS.system_file is not None):
+        raise UsageError("--system and --system_file go with --chat")
 
 
 def say(text=""):
@@ -128,8 +134,7 @@ def session_settings():
 
 
 def stop_tokens(model):
-    eos = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
-    return tuple(sorted({*model.tokenizer.stop_ids, *eos, *map(int, FLAGS.stop_ids)}))
+    return tuple(sorted({*model.stop_ids, *map(int, FLAGS.stop_ids)}))
 
 
 def complete(model, prompts):
@@ -137,15 +142,16 @@ def complete(model, prompts):
     from mmx_jax import text_generation
 
     prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_samples)]
-    tokens, mask = text_generation.encode_prompts(model.tokenizer, prompts)
-    stops, speed = stop_tokens(model), text_generation.Speed()
-    session = model.session(len(prompts), stop_tokens=stops, **session_settings())
-    speed.extend(session, tokens, mask, reserve=FLAGS.max_new_tokens)
-    texts = [""] * len(prompts)
-    for row, text in text_generation.stream_text(
-        session, speed.watch(session.stream(FLAGS.max_new_tokens)), model.tokenizer, stop_tokens=stops,
+    speed, texts = text_generation.Speed(), [""] * len(prompts)
+    for row, text in text_generation.complete(
+        model,
+        prompts,
+        max_new_tokens=FLAGS.max_new_tokens,
+        stop_tokens=stop_tokens(model),
         stop_strings=FLAGS.stop,
-    ):  # fmt: skip
+        speed=speed,
+        **session_settings(),
+    ):
         texts[row] += text
         if len(prompts) == 1:
             print(text, end="", flush=True)
@@ -157,23 +163,21 @@ def complete(model, prompts):
     say(speed)
 
 
-def chat(model):
+def chat(model, system):
     from mmx_jax import text_generation
 
     conversation = text_generation.Conversation(
-        model, template=FLAGS.template, max_new_tokens=FLAGS.max_new_tokens, stop_tokens=stop_tokens(model),
-        stop_strings=FLAGS.stop, **session_settings(),
-    )  # fmt: skip
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            say()
-            return
-        if not line.strip():
-            continue
+        model,
+        template=FLAGS.template,
+        system=system,
+        max_new_tokens=FLAGS.max_new_tokens,
+        stop_tokens=stop_tokens(model),
+        stop_strings=FLAGS.stop,
+        **session_settings(),
+    )
+    for turn in text_input.turns(sys.stdin.buffer, say):
         try:
-            for text in conversation.reply(line.rstrip("\r\n")):
+            for text in conversation.reply(turn):
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
             say("\n(interrupted)")
@@ -186,12 +190,7 @@ def score(model, text):
     if len(tokens) < 2:
         raise UsageError(f"{FLAGS.score} has {len(tokens)} tokens; scoring needs two, for the first one is given")
     total = float(model.score([tokens], prefill_chunk=FLAGS.prefill_chunk).sum(dtype="float64"))
-    mean = -total / (len(tokens) - 1)
-    print(f"tokens             {len(tokens)} (the first one is given, the others are scored)")
-    print(f"log-probability    {total:.4f} nats")
-    print(f"mean nll           {mean:.4f} nats per token")
-    print(f"perplexity         {math.exp(mean):.4f}" if mean < 700 else "perplexity         inf")
-    print(f"bits per byte      {-total / math.log(2) / len(text.encode()):.4f} (of the whole file)")
+    print("\n".join(text_input.score_lines(total, len(tokens), len(text.encode()))))
 
 
 def foretell():
@@ -211,15 +210,18 @@ def run():
         foretell()
         return
     check_flags()
-    text = read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
+    text = text_input.read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
+    system = text_input.read_text(FLAGS.system_file) if FLAGS.system_file else FLAGS.system
     # Imported late, so that --help and a mistyped flag answer at once.
     import mmx_jax
+    from mmx_jax import hub
 
-    model = mmx_jax.from_pretrained(FLAGS.checkpoint, dtype=FLAGS.dtype)
+    checkpoint = hub.download(FLAGS.checkpoint, say) if FLAGS.download else FLAGS.checkpoint
+    model = mmx_jax.from_pretrained(checkpoint, dtype=FLAGS.dtype)
     if model.tokenizer is None:
         raise UsageError(f"{FLAGS.checkpoint} holds no tokenizer.json; put the tokenizer's files beside the weights")
     if FLAGS.chat:
-        chat(model)
+        chat(model, system)
     elif FLAGS.score:
         score(model, text)
     else:
@@ -241,11 +243,12 @@ def main(argv):
         # Orbax's unfinished reads of a damaged checkpoint bury the line under pages, at an orderly exit and before it.
         stderr = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(stderr, f"{flags_parser.program_name()}: {error}\n".encode())
+        os.write(stderr, f"{flags_parser.program_name()}: {arguments.printable(error)}\n".encode())
         os._exit(1)
 
 
 def run_main():
     """Entry point of infer.py and of `mmx-infer`."""
+    arguments.check_or_exit(flags_parser.program_name(), sys.argv)
     flags.adopt_module_key_flags(sys.modules[__name__])
     app.run(main, flags_parser=flags_parser.make(PROGRAM))

@@ -6,7 +6,7 @@ import sys
 
 from absl import app, flags, logging
 
-from mmx_jax.cli import flags_parser
+from mmx_jax.cli import arguments, flags_parser
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "Config file: Python with a get_config() that returns a Config.")
@@ -193,5 +193,6 @@ def profile_steps() -> tuple[int, ...]:
 
 def run_main():
     """Entry point of train.py and of `mmx-train`."""
+    arguments.check_or_exit(flags_parser.program_name(), sys.argv)
     flags.adopt_module_key_flags(sys.modules[__name__])
     app.run(main, flags_parser=flags_parser.make(PROGRAM))

@@ -12,10 +12,10 @@ import numpy as np
 from mmx_jax import files
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config_io import config_to_json
-from mmx_jax.convert import json_files, rules
+from mmx_jax.convert import generation_config, json_files, rules
 from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.hf_config import describe, model_config_to_hf
+from mmx_jax.convert.hf_config import TOKEN_IDS, describe, model_config_to_hf
 from mmx_jax.convert.job import Job, check_free_space, disk_errors
 from mmx_jax.convert.params_io import ParamsReader, ParamsWriter, flatten
 from mmx_jax.convert.pipeline import bounded_map
@@ -72,6 +72,14 @@ def _carry(folder: Path | None, destination: Path) -> list[str]:
     return [file.name for file in carried]
 
 
+def _add_stop_tokens(folder: Path, eos: tuple[int, ...]):
+    """Keeps a list of config.json in generation_config.json, which stays as it is where it names them all."""
+    generation = generation_config.read(folder)
+    if not set(eos) <= set(generation_config.declared_eos(folder)):
+        text = json.dumps(generation | {"eos_token_id": list(eos)}, indent=2)
+        write_atomically(folder / generation_config.FILE, text + "\n")
+
+
 def import_checkpoint(source_path, destination, *, overwrite: bool = False) -> str:
     """Hugging Face folder -> weights folder (config.json, params/, tokenizer files, manifest.json).
 
@@ -94,6 +102,7 @@ def import_checkpoint(source_path, destination, *, overwrite: bool = False) -> s
 
 def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Path, overwrite: bool) -> str:
     folder = tensors.folder
+    eos = generation_config.eos_ids(tensors.config, source.folder)
     dtypes = {
         mapping.leaf: np.dtype(np.float32) if mapping.float32 else folder.entries[mapping.hf].dtype
         for mapping in tensors.mappings
@@ -153,6 +162,8 @@ def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Pat
         }  # fmt: skip
         write_atomically(job.folder / "config.json", config_to_json(whole_config(source.params_dir.name, config)))
         carried = _carry(source.params_dir, job.folder)
+        if len(eos) > 1:  # config.json of ours has room for one
+            _add_stop_tokens(job.folder, eos)
         write_atomically(job.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         job.commit()
     finally:
@@ -206,7 +217,7 @@ def export_checkpoint(
     return export_tensors(
         tensors, _destination(destination), naming=naming, shard_size=shard_size, dtype=dtype, overwrite=overwrite,
         identity={"source": str(source.params_dir.absolute()), **_identity(source, tensors)},
-        manifest=_read_manifest(source), carry_from=source.tokenizer_dir or source.params_dir.parent,
+        manifest=_read_manifest(source), carry_from=source.folder,
     )  # fmt: skip
 
 
@@ -230,6 +241,9 @@ def export_tensors(
 
 def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity, manifest, carry_from, resumable):
     hf_config = model_config_to_hf(tensors.config, naming)
+    ids = generation_config.token_ids(tensors.config, carry_from)
+    for key, value in zip(TOKEN_IDS, (ids.bos, next(iter(ids.eos), None), ids.pad), strict=True):
+        hf_config[key] = value if hf_config[key] is None else hf_config[key]
     by_name = {mapping.hf: mapping for mapping in tensors.mappings}
     specs = [export_spec(mapping, tensors.specs[mapping.hf].dtype, dtype) for mapping in tensors.mappings]
     shards = _shards(specs, shard_size, naming, manifest)
@@ -284,6 +298,9 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
             write_index(job.folder / INDEX_NAME, shards)
         write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
         carried = _carry(carry_from, job.folder)
+        if ids.eos and generation_config.FILE not in carried:
+            text = json.dumps(ids.as_json(), indent=2) + "\n"
+            write_atomically(job.folder / generation_config.FILE, text)
         out = {
             "format": FORMAT,
             "files": {file: job.finished[file]["sha256"] for file in shards},
@@ -297,6 +314,7 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
         f"{destination}: {describe(tensors.config)}, {naming} naming",
         f"{len(specs)} tensors, {total / 1e9:.3f} GB in {len(shards)} files ({len(finished)} were finished before)",
         f"carried along: {', '.join(carried) or 'nothing'}",
+        *([f"ids of special tokens are those of the config alone: {ids.problem}"] if ids.problem else []),
     ]
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 
 from mmx_jax.config import ModelConfig, shortest_period
+from mmx_jax.convert import generation_config
 from mmx_jax.convert.errors import ConversionError, shown
 
 NAMINGS = ("original", "transformers")
@@ -254,13 +255,13 @@ def _boolean(config, key):
 
 def _token_id(config, key):
     value = config.get(key)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    if isinstance(value, list) and (len(value) == 1 or (key == "eos_token_id" and value)):
+        # The first one; generation_config.eos_ids reads all of them.
+        value = generation_config.as_ids(value, f"{key} in config.json")[0]
     if value is None or _is_integer(value):
         return value
-    raise ConversionError(
-        f"{key}={shown(value)} in config.json must be one id or null; further ids belong to generation_config.json"
-    )
+    allowed = "one id, a list of ids" if key == "eos_token_id" else "one id"
+    raise ConversionError(f"{key}={shown(value)} in config.json must be {allowed} or null")
 
 
 def _layer_kinds(config, naming):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx_jax import files
+from mmx_jax import files, hub
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config_io import config_from_json
 from mmx_jax.convert import json_files, rules
@@ -32,6 +32,12 @@ class WeightsSource:
     config: ModelConfig
     tokenizer_dir: Path | None
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the files lie that travel with the weights."""
+        places = {"huggingface": self.params_dir, "weights": self.params_dir.parent}
+        return places.get(self.kind, self.tokenizer_dir)
+
 
 def resolve(path) -> WeightsSource:
     """Finds out what lies at `path`.
@@ -45,7 +51,7 @@ def resolve(path) -> WeightsSource:
     """
     path = files.expand(path)
     if not path.is_dir():
-        raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint")
+        raise ConversionError(f"{path}: no such folder; give the folder of a checkpoint{hub.advice(path)}")
     if os.path.lexists(path / INDEX_NAME) or os.path.lexists(path / SINGLE_NAME):
         return WeightsSource("huggingface", path, read_hf_config(path), _tokenizer_dir(path))
     if (path / "checkpoints").is_dir():
