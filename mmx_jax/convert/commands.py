@@ -8,10 +8,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config_io import config_to_json
-from mmx_jax.convert import rules
+from mmx_jax.convert import model_code, rules
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import describe, model_config_to_hf
 from mmx_jax.convert.job import Job, check_free_space, disk_errors
@@ -193,8 +194,15 @@ def export_checkpoint(
     return export_tensors(
         tensors, Path(destination), naming=naming, shard_size=shard_size, dtype=dtype, overwrite=overwrite,
         identity={"source": str(source.params_dir.absolute()), **_identity(source, tensors)},
-        manifest=_read_manifest(source), carry_from=source.tokenizer_dir or source.params_dir.parent,
+        manifest=_read_manifest(source), carry_from=_companions(source),
     )  # fmt: skip
+
+
+def _companions(source: WeightsSource) -> Path:
+    """The folder whose small files go along with the weights of a checkpoint."""
+    if source.tokenizer_dir is not None:
+        return source.tokenizer_dir
+    return source.params_dir if source.kind == "huggingface" else source.params_dir.parent
 
 
 def export_tensors(
@@ -220,8 +228,8 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
     by_name = {mapping.hf: mapping for mapping in tensors.mappings}
     specs = [export_spec(mapping, tensors.specs[mapping.hf].dtype, dtype) for mapping in tensors.mappings]
     shards = _shards(specs, shard_size, naming, manifest)
-    if "dtype" in hf_config:
-        hf_config["dtype"] = specs[0].dtype.name
+    carried_names = {file.name for file in carried_files(carry_from)} if carry_from else set()
+    code = model_code.choose(tensors.config, naming, specs[0].dtype.name, carried_names)
     total = sum(spec.nbytes for spec in specs)
     plan = {
         "format": FORMAT, "command": "export", "naming": naming, "dtype": dtype, **identity,
@@ -267,7 +275,10 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
                 job.record(file, sha256=digest, tensors=digests)
         if list(shards) != [SINGLE_NAME]:
             write_index(job.folder / INDEX_NAME, shards)
+        hf_config = dict(sorted((hf_config | code.keys).items()))
         write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+        for file in code.files:
+            write_atomically(job.folder / file.name, file.read_text())
         carried = _carry(carry_from, job.folder)
         out = {
             "format": FORMAT,
@@ -282,7 +293,11 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
         f"{destination}: {describe(tensors.config)}, {naming} naming",
         f"{len(specs)} tensors, {total / 1e9:.3f} GB in {len(shards)} files ({len(finished)} were finished before)",
         f"carried along: {', '.join(carried) or 'nothing'}",
+        *code.notes,
     ]
+    if code.warning:
+        logging.warning("%s", code.warning)
+        lines.insert(0, f"WARNING: {code.warning}")
     return "\n".join(lines)
 
 
