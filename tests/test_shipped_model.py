@@ -76,6 +76,9 @@ def modules_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("modules"))
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", [folder, *sys.path])
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)
         yield
 
 
