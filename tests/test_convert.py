@@ -29,6 +29,7 @@ from mmx_jax.convert import commands, job, params_io, rules, safetensors_io
 from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
+from mmx_jax.convert.model_code import SHIPPED_KEYS
 from mmx_jax.convert.sources import open_tensors
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
 from mmx_jax.models.decoder import abstract_params
@@ -161,7 +162,8 @@ def model_configs(draw):
         max_position_embeddings=draw(positive), mlp_dim=draw(positive), num_experts=experts,
         experts_per_token=draw(st.integers(1, experts)), postnorm=draw(st.booleans()), lightning_alpha=draw(scale),
         lightning_beta=draw(scale), softmax_alpha=draw(scale), softmax_beta=draw(scale), mlp_alpha=draw(scale),
-        mlp_beta=draw(scale), rms_norm_eps=draw(st.floats(1e-8, 1e-3)), eos_token_id=draw(st.none() | positive),
+        mlp_beta=draw(scale), rms_norm_eps=draw(st.floats(1e-8, 1e-3)),
+        lightning_norm_eps=draw(st.floats(1e-8, 1e-3)), eos_token_id=draw(st.none() | positive),
     )  # fmt: skip
 
 
@@ -602,7 +604,9 @@ def test_round_trip_is_byte_identical(tmp_path, folder):
     source = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == source["weight_map"]
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in read_all(folder).values())
-    assert hf_config(tmp_path / "out") == hf_config(folder) | {"pad_token_id": None}
+    dtype = {"torch_dtype": "bfloat16" if folder == BF16 else "float32"}
+    # MiniMax's own code is not in the folder, so that its auto_map names files that are not there.
+    assert hf_config(tmp_path / "out") == hf_config(folder) | {"pad_token_id": None} | dtype | SHIPPED_KEYS
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest

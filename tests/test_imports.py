@@ -117,9 +117,13 @@ OPTIONAL = {
 # Never at run time, whatever is installed.
 FORBIDDEN = {"torch", "transformers", "safetensors", "tensorflow", "clu", "ml_collections", "einops", "chex"}
 
+# Written beside exported weights, for transformers to load there. Nothing here imports these files.
+SHIPPED = sorted((REPOSITORY / "mmx_jax/convert/shipped").glob("*.py"))
+
 
 def source_files() -> list[Path]:
     files = [path for folder in ("mmx_jax", "pallas_kernels") for path in (REPOSITORY / folder).rglob("*.py")]
+    files = [path for path in files if path not in SHIPPED]
     return sorted([*files, *REPOSITORY.glob("*.py"), *(REPOSITORY / "configs").rglob("*.py")])
 
 
@@ -191,6 +195,19 @@ def test_configs_import_the_configuration_alone():
     for path in (REPOSITORY / "configs").rglob("*.py"):
         groups = {group_of(name) for name in all_imports(path) if name[0] not in sys.stdlib_module_names}
         assert groups <= {"config", "config_io"}, path
+
+
+def test_shipped_files_need_torch_and_transformers_alone():
+    assert [path.name for path in SHIPPED] == ["configuration_mmx.py", "modeling_mmx.py"]
+    for path in SHIPPED:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:  # beside it in the exported folder
+                assert (node.level, node.module) == (1, "configuration_mmx")
+            else:
+                for name in imported_names(node, path):
+                    assert name[0] in {"torch", "transformers"} | sys.stdlib_module_names, f"{path}: {name}"
+    for path in source_files():
+        assert not any("shipped" in name for name in all_imports(path)), path
 
 
 def test_the_layers_have_no_cycle():

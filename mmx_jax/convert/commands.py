@@ -8,11 +8,12 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from mmx_jax import files
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config_io import config_to_json
-from mmx_jax.convert import generation_config, json_files, rules
+from mmx_jax.convert import generation_config, json_files, model_code, rules
 from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import TOKEN_IDS, describe, model_config_to_hf
@@ -247,8 +248,8 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
     by_name = {mapping.hf: mapping for mapping in tensors.mappings}
     specs = [export_spec(mapping, tensors.specs[mapping.hf].dtype, dtype) for mapping in tensors.mappings]
     shards = _shards(specs, shard_size, naming, manifest)
-    if "dtype" in hf_config:
-        hf_config["dtype"] = specs[0].dtype.name
+    carried_names = {file.name for file in carried_files(carry_from)} if carry_from else set()
+    code = model_code.choose(tensors.config, naming, specs[0].dtype.name, carried_names)
     total = sum(spec.nbytes for spec in specs)
     plan = {
         "format": FORMAT, "command": "export", "naming": naming, "dtype": dtype, **identity,
@@ -296,7 +297,10 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
         _check_saved(tensors, job)
         if list(shards) != [SINGLE_NAME]:
             write_index(job.folder / INDEX_NAME, shards)
+        hf_config = dict(sorted((hf_config | code.keys).items()))
         write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+        for file in code.files:
+            write_atomically(job.folder / file.name, file.read_text())
         carried = _carry(carry_from, job.folder)
         if ids.eos and generation_config.FILE not in carried:
             text = json.dumps(ids.as_json(), indent=2) + "\n"
@@ -315,7 +319,11 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
         f"{len(specs)} tensors, {total / 1e9:.3f} GB in {len(shards)} files ({len(finished)} were finished before)",
         f"carried along: {', '.join(carried) or 'nothing'}",
         *([f"ids of special tokens are those of the config alone: {ids.problem}"] if ids.problem else []),
+        *code.notes,
     ]
+    if code.warning:
+        logging.warning("%s", code.warning)
+        lines.insert(0, f"WARNING: {code.warning}")
     return "\n".join(lines)
 
 

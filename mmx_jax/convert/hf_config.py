@@ -57,6 +57,8 @@ RESIDUAL_SCALES = {
         "mlp_beta_factor": "mlp_beta",
     },
 }
+# In neither naming: this project's own key, written only where the value is not that of both codes.
+LIGHTNING_NORM_EPS = "lightning_norm_eps"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the released file leaves pad out: absent means none
 
 # Keys that select a behaviour of which only one value is built here.
@@ -93,7 +95,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
       config: the parsed JSON object. The naming is detected from its keys.
 
     Returns:
-      A ModelConfig. `lightning_norm_eps` is in neither naming and keeps its default 1e-6, that of both codes.
+      A ModelConfig. `lightning_norm_eps` is 1e-6, that of both codes, unless the key of this name says otherwise.
 
     Raises:
       ConversionError: a key is missing, unknown, or holds a value that this model does not compute.
@@ -110,6 +112,8 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     fields["head_dim"] = _head_dim(config, naming)
     fields["rotary_dim"] = _rotary_dim(config, fields["head_dim"])
     fields["rope_theta"] = _rope_theta(config)
+    if LIGHTNING_NORM_EPS in config:
+        fields[LIGHTNING_NORM_EPS] = _number(config, LIGHTNING_NORM_EPS)
     # transformers' module always normalises the residual; the key is an extra that only other readers honour.
     fields["postnorm"] = _boolean(config, "postnorm") if "postnorm" in config else True
     return ModelConfig(**fields)
@@ -117,6 +121,9 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
 
 def model_config_to_hf(config: ModelConfig, naming: str) -> dict[str, Any]:
     """The `config.json` object of a model in either naming, keys sorted.
+
+    It names the classes that MiniMax and transformers have for the naming; `model_code.choose` tells whether they are
+    there and compute the model.
 
     Raises:
       ConversionError: `naming` is not one of NAMINGS.
@@ -141,6 +148,8 @@ def model_config_to_hf(config: ModelConfig, naming: str) -> dict[str, Any]:
         "shared_moe_mode": "sigmoid",
         "use_cache": True,
     }
+    if config.lightning_norm_eps != ModelConfig.lightning_norm_eps:
+        hf[LIGHTNING_NORM_EPS] = config.lightning_norm_eps
     if naming == "original":
         hf |= {
             "architectures": ["MiniMaxText01ForCausalLM"],
@@ -185,6 +194,7 @@ def _check_keys(config, naming):
     required = set(COMMON_INTS) | set(COMMON_FLOATS) | set(RESIDUAL_SCALES[naming]) | set(ONLY_VALUES)
     required |= {LAYER_KIND_KEYS[naming], "head_dim"}
     optional = set(TOKEN_IDS) | set(OPTIONAL_ONLY_VALUES) | {"num_local_experts", "num_experts", "rope_parameters"}
+    optional |= {LIGHTNING_NORM_EPS}
     explicit = {"rotary_dim", "postnorm", "shared_intermediate_size", "rope_theta"}
     if naming == "original":
         required |= explicit
