@@ -1,4 +1,8 @@
-"""What a run keeps when something goes wrong: refused starts, damage, numbers that are not finite, failing ends."""
+"""What a run keeps when something goes wrong: refused starts, damage, numbers that are not finite, failing ends.
+
+The steps are not those of a model, which would have to be compiled: each adds its rate, times the mean of its batch, to
+every parameter. All around them is what a run is made of.
+"""
 
 import dataclasses
 import hashlib
@@ -27,12 +31,53 @@ from mmx_jax.config import (
 from mmx_jax.convert import commands, weights
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.training import loop, optimizer
+from mmx_jax.training import step as train_step
 
 MODEL = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
     rotary_dim=4, max_position_embeddings=512, mlp_dim=16, num_experts=1, experts_per_token=1, dtype="float32",
     lightning_chunk=16,
 )  # fmt: skip
+
+
+def make_step(config, mesh):
+    def step(state, batch, rate):
+        params = jax.device_get(state["params"])
+        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+        with np.errstate(over="ignore", invalid="ignore"):
+            change = np.float32(rate) * np.asarray(batch["tokens"]).mean(dtype=np.float32)
+        new = jax.tree.map(lambda leaf: jax.device_put(leaf + change if finite else leaf), params)
+        scalars = dict.fromkeys(("z_loss", "aux_loss", "accuracy", "gradient_norm", "parameter_norm"), np.float32(0))
+        row = {
+            "loss": np.float32(new["final_norm"]["scale"].mean()),
+            "finite": finite,
+            "tokens": np.float32(1),
+        } | scalars
+        row |= {"router": {"max_load": np.ones(1)}, "gradient_norms": jax.tree.map(lambda leaf: np.zeros(()), new)}
+        return {"step": state["step"] + 1, "params": new, "opt_state": state["opt_state"]}, row
+
+    return step
+
+
+def make_evaluation(config):
+    def evaluate(params, batch):
+        return {"nll": np.float32(np.asarray(params["final_norm"]["scale"])[0]), "correct": 1.0, "count": 2.0}
+
+    return evaluate
+
+
+def zeros(config, mesh):
+    abstract = train_step.abstract_state(config, mesh)
+    return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step, "make_train_step", make_step)
+        patch.setattr(train_step, "make_eval_step", make_evaluation)
+        patch.setattr(train_step, "init_state", zeros)
+        yield
 
 
 @pytest.fixture(scope="module")
