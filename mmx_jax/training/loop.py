@@ -552,6 +552,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> tuple[Tokenizer,
         shutil.rmtree(temporary, ignore_errors=True)
         loaded.save(temporary)
         os.replace(temporary, folder)
+        loaded = Tokenizer.load(folder)  # as every later start and every other process reads it
     return loaded, notes
 
 
