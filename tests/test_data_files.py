@@ -119,7 +119,7 @@ def test_files_left_out_are_counted_by_suffix_with_an_example(tmp_path):
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     documents, source = read(tmp_path)
     (note,) = source.notes
-    assert documents == TEXTS and "1 files are read, 7 are left out" in note
+    assert documents == TEXTS and "1 files are read, 8 are left out" in note
     for part in ("1 .md (as README.md)", "2 .png (as sub/", "1 hidden", "1 .gz", "1 empty", "1 links to", "1 broken"):
         assert part in note, note
 

@@ -837,6 +837,27 @@ def test_a_run_whose_schedule_does_not_fit_leaves_no_folder(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_where_data_lies_is_no_part_of_a_run(config):
+    """Its content is, see test_data_identity.py; and so is how it is read."""
+    sources = (SourceConfig(path="data"), SourceConfig(path="more", weight=2.0))
+    moved = (SourceConfig(path="./data"), SourceConfig(path="/elsewhere", weight=2.0))
+
+    def form_of(sources, **fields):
+        data = dataclasses.replace(config.data, sources=sources, **fields)
+        return json.loads(config_io.config_to_json(dataclasses.replace(config, data=data)))
+
+    stored = form_of(sources, tokenizer="tok")
+    del stored["data"]["on_bad_row"], stored["data"]["cache_dir"]  # as saved before there were such fields
+    assert loop.check_same_run(stored, form_of(moved, tokenizer="/other/tok", on_bad_row="skip")) == [
+        "data.sources.0.path: 'data' -> './data'",
+        "data.sources.1.path: 'more' -> '/elsewhere'",
+        "data.tokenizer: 'tok' -> '/other/tok'",
+    ]
+    for changed in (sources[:1], (sources[0], SourceConfig(path="more")), (*sources, SourceConfig(path="third"))):
+        with pytest.raises(ConfigError, match=r"data\.sources\.[12]\.weight"):
+            loop.check_same_run(stored, form_of(changed, tokenizer="tok"))
+
+
 def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
     wild = config_io.apply_overrides(
         config, ["training.learning_rate=1e16", "training.max_nonfinite_steps=1", "checkpoint.save_every_steps=1"]

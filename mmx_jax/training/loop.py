@@ -695,6 +695,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = ""
         shutil.rmtree(temporary, ignore_errors=True)
         _save_tokenizer(loaded, temporary)
         os.replace(temporary, folder)
+        loaded = Tokenizer.load(folder)  # as every later start and every other process reads it
     return loaded, notes
 
 

@@ -102,7 +102,7 @@ def _walk(root: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, list[pathli
         left_out["links to folders, which are not followed"] += [
             here / name for name in subfolders if not _is_hidden(name) and (here / name).is_symlink()
         ]
-        left_out["hidden"] += [here / name for name in names if _is_hidden(name)]
+        left_out["hidden"] += [here / name for name in [*subfolders, *names] if _is_hidden(name)]
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
         for path in (here / name for name in names if not _is_hidden(name)):
             if path.is_file():

@@ -369,9 +369,8 @@ class TokenArrays(_Concatenated):
             for begin in range(0, shape[0], _TOKENS_AT_ONCE):
                 tokens = self._read(path, begin, min(begin + _TOKENS_AT_ONCE, shape[0]), len(self._bounds))
                 parts.append(np.flatnonzero(tokens == eos_id) + begin + 1)
-            if parts[-1][-1:] != shape[0] and shape[0]:
-                parts.append(np.array([shape[0]]))
-            self._bounds.append(np.concatenate(parts))
+            bounds = np.concatenate(parts)
+            self._bounds.append(bounds if bounds[-1] == shape[0] else np.append(bounds, shape[0]))
         super().__init__(paths, [len(bounds) - 1 for bounds in self._bounds], name, "", True)
 
     def __getitem__(self, index):
