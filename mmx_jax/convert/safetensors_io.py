@@ -114,10 +114,14 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorEntry], dict[s
     return entries, metadata, hashlib.sha256(prefix + raw).hexdigest()
 
 
+def _head(path):
+    with open(path, "rb") as file:
+        return file.read(file_kinds.HEAD_BYTES)
+
+
 def _not_safetensors(path, length, size):
     """Why a file has no header, in words."""
-    with open(path, "rb") as file:
-        head = file.read(file_kinds.HEAD_BYTES)
+    head = _head(path)
     if kind := file_kinds.recognize(head):
         return f"not a safetensors file, but {kind}"
     if size < 8:
@@ -133,7 +137,9 @@ def _parse_header(path, raw):
     try:
         header = json_io.loads(raw)
     except json_io.JsonError as error:
-        raise ConversionError(f"{path}: wrong header: {error}; not a safetensors file, or damaged") from None
+        kind = file_kinds.recognize(_head(path))
+        instead = f"but {kind}" if kind else "or damaged"
+        raise ConversionError(f"{path}: wrong header: {error}; not a safetensors file, {instead}") from None
     if not isinstance(header, dict):
         raise ConversionError(f"{path}: wrong header: a JSON object is expected, found {type(header).__name__}")
     return header
