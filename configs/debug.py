@@ -37,7 +37,7 @@ def get_config() -> Config:
         lightning_chunk=64,
         softmax_block=128,
     )
-    total_tokens = 1000 * 4096  # a little more than one pass over the standard library
+    total_tokens = 900 * 4096  # about one pass over the standard library
     warmup_tokens = 40 * 4096
     training = TrainingConfig(
         total_tokens=total_tokens,
@@ -48,7 +48,7 @@ def get_config() -> Config:
             LearningRatePhase(shape="linear", tokens=warmup_tokens, start=0.0, end=1.0),
             LearningRatePhase(shape="cosine", tokens=total_tokens - warmup_tokens, start=1.0, end=0.1),
         ),
-        eval_every_steps=200,
+        eval_every_steps=180,
         eval_batches=4,
     )
     return Config(
@@ -56,5 +56,5 @@ def get_config() -> Config:
         model=model,
         data=DataConfig(packing_bins=16),
         training=training,
-        checkpoint=CheckpointConfig(save_every_steps=200, keep=2),
+        checkpoint=CheckpointConfig(save_every_steps=180, keep=2),
     )
