@@ -100,7 +100,10 @@ def held_out_loss(config, checkpoint):
     """By the Python interface: every document's part of a row alone, without packing."""
     model = mmx_jax.from_pretrained(checkpoint)
     length = config.training.sequence_length
-    batches = data_pipeline.make_eval_batches(config.data, model.tokenizer, sequence_length=length, rows=8, batches=2)
+    rows = config.training.batch_tokens // length
+    batches = data_pipeline.make_eval_batches(
+        config.data, model.tokenizer, sequence_length=length, rows=rows, batches=2
+    )
     tokens, scored = [], []
     for batch in batches:
         for row, targets, segments in zip(batch["tokens"], batch["targets"], batch["segment_ids"], strict=True):
@@ -146,7 +149,8 @@ def test_a_run_goes_on_from_a_step_of_another_with_another_recipe(begun, config,
 
 def test_the_master_weights_are_float32_and_the_released_layout_is_read_as_inference_reads_it(tmp_path):
     stored = weights.resolve(FIXTURE).config
-    config = Config(model=dataclasses.replace(stored, param_dtype="float32", remat="full", dtype="bfloat16"))
+    model = dataclasses.replace(stored, param_dtype="float32", remat="full", dtype="bfloat16")
+    config = Config(model=model, training=TrainingConfig(sequence_length=64, batch_tokens=256))
     with jax.set_mesh(mesh := one_device_mesh()):
         params = initialize.load_state(config, mesh, FIXTURE)["params"]
         jax.tree.map(np.testing.assert_array_equal, params, mmx_jax.from_pretrained(FIXTURE).params)
