@@ -83,9 +83,9 @@ def resolved(plain: dict[str, Any]) -> dict[str, Any]:
     of the learning rate in tokens and in shares of the run.
 
     Args:
-      plain: what `config_to_json` wrote, of this version or an earlier one, parsed.
+      plain: what `config_to_json` wrote, of this version or an earlier one, parsed; fields left out take their default.
     """
-    config = _build(Config, plain, "")
+    config = _build(Config, plain, "", fill=True)
     plain = _plain(config)
     for branch in BRANCHES:
         plain["model"][f"{branch}_alpha"] = config.model.residual_scales(branch)[0]

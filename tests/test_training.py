@@ -815,18 +815,14 @@ def test_a_run_may_become_longer_where_its_rates_so_far_stay(config, old, new, t
         ((WARM, LearningRatePhase(shape="cosine", end=0.1)),) * 2 + (4096,),
         ((LearningRatePhase(shape="linear", share=0.25, start=0.0), LearningRatePhase()),) * 2 + (4096,),
         ((WARM, LearningRatePhase()), (WARM, LearningRatePhase(tokens=1024), COSINE), 3072),
-        ((WARM, COSINE), (WARM, COSINE, LearningRatePhase()), 2049),
         ((LearningRatePhase(),), (END,), 2048),
     ],
 )
 def test_another_length_that_changes_rates_already_used_is_refused(config, old, new, total):
     stored, current = with_phases(config, *old), with_phases(config, *new, total=total)
-    rates = [[schedule.learning_rate(c.training, tokens) for tokens in range(0, 2048, 128)] for c in (stored, current)]
-    refused = rates[0] != rates[1]
-    if refused:
-        with pytest.raises(ConfigError, match="learning_rate_phases: .* -> "):
-            loop.check_same_run(stored_as(stored), stored_as(current))
-    else:
+    rates = [[schedule.learning_rate(c.training, at) for at in range(0, 2048, 128)] for c in (stored, current)]
+    assert rates[0] != rates[1]
+    with pytest.raises(ConfigError, match="learning_rate_phases: .* -> "):
         loop.check_same_run(stored_as(stored), stored_as(current))
 
 
