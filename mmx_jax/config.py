@@ -202,6 +202,11 @@ class ModelConfig(Section):
             alpha = deepnorm_alpha(self.num_layers) if self.postnorm else 1.0
         return alpha, beta
 
+    def resolved(self) -> "ModelConfig":
+        """The same model with every alpha given: two configs that mean the same are then equal."""
+        alphas = {f"{branch}_alpha": self.residual_scales(branch)[0] for branch in BRANCHES}
+        return dataclasses.replace(self, **alphas)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):

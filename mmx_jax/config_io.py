@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmx_jax import json_io
-from mmx_jax.config import BRANCHES, Config, ConfigError
+from mmx_jax.config import Config, ConfigError
 from mmx_jax.config_base import checked, entry_kind, field_kinds, kind_name, optional_kind, wrong_type
 
 _MAX_INT_DIGITS = 30  # 1e999999999 is an integer that no memory holds
@@ -86,9 +86,7 @@ def resolved(plain: dict[str, Any]) -> dict[str, Any]:
       plain: what `config_to_json` wrote, of this version or an earlier one, parsed; fields left out take their default.
     """
     config = _build(Config, plain, "", fill=True)
-    plain = _plain(config)
-    for branch in BRANCHES:
-        plain["model"][f"{branch}_alpha"] = config.model.residual_scales(branch)[0]
+    plain = _plain(config) | {"model": _plain(config.model.resolved())}
     for phase, end in zip(plain["training"]["learning_rate_phases"], config.training.phase_ends, strict=True):
         phase |= {"end_tokens": end, "tokens": 0, "share": 0.0}
     return plain

@@ -168,7 +168,7 @@ REFUSED = {field.name for field in dataclasses.fields(ModelConfig)} - initialize
 
 @pytest.mark.parametrize("name", sorted(REFUSED - {"router_jitter_noise"}))  # which has but one value
 def test_every_field_that_makes_another_function_is_refused_by_name(name):
-    value = getattr(MODEL, name)
+    value = getattr(MODEL.resolved(), name)
     other = {"layer_pattern": ("softmax", "lightning"), "postnorm": False}.get(name, value * 2)
     stored = dataclasses.replace(MODEL, **{name: other}, **({"num_layers": 4} if name == "layer_pattern" else {}))
     with pytest.raises(initialize.InitializationError, match=rf"model\.{name}: .* in the checkpoint") as error:
@@ -182,7 +182,7 @@ def test_what_is_changed_on_purpose_is_told_and_how_it_is_run_is_not():
     longer = dataclasses.replace(MODEL, rope_theta=5e6, max_position_embeddings=8192)
     lines = initialize.check_model(longer, MODEL, "x")
     assert len(lines) == 2 and "rope_theta is 5000000.0; the checkpoint has 10000000.0" in lines[0]
-    rounded = dataclasses.replace(MODEL, lightning_alpha=float(f"{MODEL.lightning_alpha:.9g}"))
+    rounded = dataclasses.replace(MODEL, lightning_alpha=float(f"{MODEL.resolved().lightning_alpha:.9g}"))
     assert initialize.check_model(rounded, MODEL, "x") == []
 
 
@@ -197,12 +197,13 @@ def test_the_model_can_be_taken_from_the_checkpoint(config, pretrained, tmp_path
     other = dataclasses.replace(
         config, model=ModelConfig(dtype="float32", lightning_chunk=16, softmax_block=32, router_aux_loss_coef=0.001)
     )
-    assert initialize.with_model_of(other, pretrained, tmp_path).model == MODEL
+    published = dataclasses.replace(MODEL, eos_token_id=weights.resolve(pretrained).config.eos_token_id).resolved()
+    assert initialize.with_model_of(other, pretrained, tmp_path).model.resolved() == published
     initialize.check(config, str(pretrained), tmp_path, 0)
     (tmp_path / "moved").mkdir()
     origin = json.loads((tmp_path / "init_from.json").read_text())
     (tmp_path / "init_from.json").write_text(json.dumps(origin | {"path": "/gone"}))
-    assert initialize.with_model_of(other, "/gone", tmp_path).model == MODEL  # of the time when the run began
+    assert initialize.with_model_of(other, "/gone", tmp_path).model.resolved() == published  # of the time when the run began
     with pytest.raises(ConversionError, match="no such folder"):
         initialize.with_model_of(other, "/elsewhere", tmp_path)
 

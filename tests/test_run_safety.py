@@ -137,7 +137,8 @@ def run(straight, tmp_path):
 
 def damage(workdir, step):
     """Flips a bit of the largest file of the parameters."""
-    largest = max((workdir / f"checkpoints/{step}/params").rglob("*"), key=lambda path: path.stat().st_size)
+    files = [path for path in (workdir / f"checkpoints/{step}/params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)

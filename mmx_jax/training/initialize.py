@@ -50,6 +50,7 @@ def check_model(wanted: ModelConfig, stored: ModelConfig, path) -> list[str]:
     Raises:
       InitializationError: with every field in which the config asks for another model than the checkpoint holds.
     """
+    wanted, stored = wanted.resolved(), stored.resolved()
     differing = [
         (field.name, getattr(stored, field.name), getattr(wanted, field.name))
         for field in dataclasses.fields(ModelConfig)

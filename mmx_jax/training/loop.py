@@ -345,7 +345,9 @@ class _Run:
         step_function = self._step_function(plan.stage.rope_theta)
         self.compiles = (key := (plan.stage.rope_theta, *batch["tokens"].shape)) not in self.compiled
         self.compiled.add(key)
-        self.state, row = step_function(self.state, batch, np.float32(plan.learning_rate))
+        with np.errstate(over="ignore"):  # a rate that float32 does not hold is infinite, which the step notices
+            rate = np.float32(plan.learning_rate)
+        self.state, row = step_function(self.state, batch, rate)
         self.step += 1
         self.tokens_seen += plan.tokens
         gradient_norms = row.pop("gradient_norms")

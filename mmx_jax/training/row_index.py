@@ -74,7 +74,7 @@ def index_rows(path: pathlib.Path) -> RowIndex:
             rows += len(kept)
             position += len(block)
             checksum = zlib.crc32(block, checksum)
-            line_begins, before = block[-1] == _NEWLINE, block[-_PAIR_BYTES:]
+            line_begins, before = block[-1] == _NEWLINE, (before + block[-_PAIR_BYTES:])[-_PAIR_BYTES:]
     starts.append(np.array([position], np.int64))
     return RowIndex(
         np.concatenate(starts), np.concatenate([np.zeros(0, np.int64), *blanks]), sorted(suspects), checksum
