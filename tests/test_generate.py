@@ -30,6 +30,7 @@ from mmx_jax.models.decoder import abstract_params
 from mmx_jax.sampling import SamplingError, SamplingParams
 from mmx_jax.text_generation import Conversation, TextStream, encode_prompts, special_stops, stream_text
 from mmx_jax.tokenizer import Tokenizer
+from tests.patience import HANG_SECONDS
 
 REPOSITORY = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures/text"
@@ -872,7 +873,7 @@ def test_arguments_that_are_no_text(argv, message):
 @pytest.mark.parametrize("main", ["infer.py", "train.py"])
 def test_mains_refuse_bytes_in_one_line(main):
     command = [sys.executable, main, b"--config=caf\xe9"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=600)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=HANG_SECONDS)
     assert done.returncode == 1
     want = f"{main}: --config is not UTF-8 text: it holds the byte 0xe9; give text in UTF-8\n"
     assert done.stderr.decode() == want
@@ -900,7 +901,8 @@ def test_text_from_files_and_standard_input(tmp_path, capsys):
 
 def infer(*arguments, **kwargs):
     command = [sys.executable, "infer.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", timeout=120, **kwargs)
+    options = dict(cwd=REPOSITORY, capture_output=True, encoding="utf-8", timeout=HANG_SECONDS)
+    return subprocess.run(command, **options, **kwargs)
 
 
 def test_infer_completes(checkpoint, model, tokenizer):

@@ -203,7 +203,8 @@ def test_the_model_can_be_taken_from_the_checkpoint(config, pretrained, tmp_path
     (tmp_path / "moved").mkdir()
     origin = json.loads((tmp_path / "init_from.json").read_text())
     (tmp_path / "init_from.json").write_text(json.dumps(origin | {"path": "/gone"}))
-    assert initialize.with_model_of(other, "/gone", tmp_path).model.resolved() == published  # of the time when the run began
+    # Of the time when the run began.
+    assert initialize.with_model_of(other, "/gone", tmp_path).model.resolved() == published
     with pytest.raises(ConversionError, match="no such folder"):
         initialize.with_model_of(other, "/elsewhere", tmp_path)
 
@@ -278,7 +279,7 @@ SHARDED = """
 
 
 def test_sharded_equals_unsharded(config, pretrained, tmp_path):
-    config = config_io.apply_overrides(config, ["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"])
+    config = config_io.apply_overrides(config, ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2"])
     (tmp_path / "config.json").write_text(config_io.config_to_json(config))
     command = [sys.executable, "-c", textwrap.dedent(SHARDED), tmp_path / "config.json", pretrained]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment(4))

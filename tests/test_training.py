@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +39,7 @@ from mmx_jax.training import dry_run, flops, loop, loss, optimizer, schedule
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 from tests import fake_devices
+from tests.patience import HANG_SECONDS, wait_until
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny"
@@ -628,7 +628,7 @@ def write_config(config, folder):
 
 def test_a_kill_in_mid_save_leaves_the_older_step_and_the_run_goes_on_as_before(straight, config, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(write_config(config, tmp_path)), str(tmp_path)]
-    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert "2" in left and "4" not in left and any(name.startswith("4.") for name in left), left
@@ -657,12 +657,9 @@ def test_sigterm_saves_and_exits_with_0(config, tmp_path):
     training = dataclasses.replace(TRAINING, total_tokens=10**9)
     slow = dataclasses.replace(config, training=training, checkpoint=CheckpointConfig(save_every_steps=10**6))
     process = start_train(f"--config={config_file(slow, tmp_path)}", f"--workdir={tmp_path}")
-    deadline = time.monotonic() + 120
-    while len(metrics.read_rows(tmp_path / "metrics.jsonl")) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: len(metrics.read_rows(tmp_path / "metrics.jsonl")) >= 3, alive=lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, err
     rows = metrics.read_rows(tmp_path / "metrics.jsonl")
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
@@ -676,7 +673,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_older_checkpoint(straight, conf
     # A limit on the size of files fails writes as a full disk does, at the first array of the next checkpoint.
     process = start_train(f"--config={config_file(config, tmp_path)}", f"--workdir={tmp_path / 'run'}")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1
     assert "CheckpointError: a checkpoint could not be written" in err and "untouched: 2, 4, 6" in err, err
     assert state_files(tmp_path / "run", config, 6) == state_files(straight, config, 6)
@@ -689,7 +686,7 @@ def test_a_run_goes_on_on_another_mesh(straight, config, tmp_path):
         f"--config={config_file(config, tmp_path)}", f"--workdir={tmp_path / 'run'}", *flags,
         env=fake_devices.environment(8),
     )  # fmt: skip
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, err
     assert "continues from step 6 with another mesh.fsdp: 1 -> 2" in out
     shutil.copytree(straight, tmp_path / "alone")
@@ -712,7 +709,7 @@ def test_a_damaged_checkpoint_names_its_step_and_a_good_one(straight, config, tm
     # In a process of its own: what tensorstore leaves behind a failed read comes up in later tests.
     largest.write_bytes(content[: len(content) // 2])
     process = start_train(f"--config={config_file(config, tmp_path)}", f"--workdir={tmp_path / 'run'}")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1 and "CheckpointError: step 6 in" in err and "--resume=4" in err, err
     assert train(config, tmp_path / "run", resume="4", steps=5).step == 5
 
@@ -887,5 +884,5 @@ def test_dry_run_prints_memory_and_reads_no_data(config, tmp_path):
 )
 def test_a_bad_flag_gives_one_clear_line(flags, message):
     process = start_train(*flags)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1 and message in err and "Traceback" not in err, err
