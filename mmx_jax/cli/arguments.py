@@ -21,7 +21,9 @@ def check_text(argv: Sequence[str]) -> None:
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError as error:
-            name = _flag(argument) or (_flag(argv[i - 1]) if i > 1 else "") or f"argument {i}"
+            name = (
+                _flag(argument) or (_flag(argv[i - 1]) if i > 1 and "=" not in argv[i - 1] else "") or f"argument {i}"
+            )
             code = ord(argument[error.start])
             byte = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"the code point U+{code:04X}"
             raise UsageError(f"{name} is not UTF-8 text: it holds {byte}; give text in UTF-8") from None
