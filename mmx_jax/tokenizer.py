@@ -312,7 +312,8 @@ class Tokenizer:
     @functools.cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
         """The same tokenizer, to which the text of a special token is text like any other."""
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        with _library("the tokenizer, written out, cannot be read again"):
+            backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = True
         return backend
 
