@@ -267,7 +267,7 @@ def _read_index(path):
 
 def is_file_name(text: str) -> bool:
     """Whether a text from a file names a file beside it, and nothing elsewhere."""
-    return Path(text).name == text != ".." and text.isprintable() and len(os.fsencode(text)) <= 255
+    return text not in ("", "..") and Path(text).name == text and text.isprintable() and len(os.fsencode(text)) <= 255
 
 
 def summarize(names: Sequence[str], limit: int = 8) -> str:
