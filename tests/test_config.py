@@ -304,13 +304,13 @@ def edited_json(edit) -> str:
         (edited_json(lambda c: c["model"].update(num_layers=True)), "model.num_layers=True: expected int"),
         (edited_json(lambda c: c["model"].update(head_dim=None)), "model.head_dim=None: expected int"),
         (edited_json(lambda c: c["model"].update(rope_theta=10**400)), "expected float"),
-        (edited_json(lambda c: c["model"].update(rope_theta=math.inf)), "model.rope_theta=inf is not finite"),
+        (edited_json(lambda c: c["model"].update(rope_theta=math.inf)), "Infinity, which is no JSON number"),
         (edited_json(lambda c: c["model"].update(layer_pattern="softmax")), "expected a list of str"),
         (edited_json(lambda c: c["model"].update(num_kv_heads=7)), "model: num_heads=64 is not a multiple"),
         (edited_json(lambda c: c.update(data=[])), "data=[]: expected DataConfig"),
         ("[]", "expected Config"),
         ("{", "not JSON"),
-        ('{"name": "a", "name": "b"}', "'name' stands twice"),
+        ('{"name": "a", "name": "b"}', "the key 'name' occurs twice"),
     ],
 )
 def test_json_is_strict(text, message):

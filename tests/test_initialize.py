@@ -197,7 +197,9 @@ def test_the_model_can_be_taken_from_the_checkpoint(config, pretrained, tmp_path
     other = dataclasses.replace(
         config, model=ModelConfig(dtype="float32", lightning_chunk=16, softmax_block=32, router_aux_loss_coef=0.001)
     )
-    published = dataclasses.replace(MODEL, eos_token_id=weights.resolve(pretrained).config.eos_token_id).resolved()
+    of_tokenizer = weights.resolve(pretrained).config
+    ids = {name: getattr(of_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    published = dataclasses.replace(MODEL, **ids).resolved()
     assert initialize.with_model_of(other, pretrained, tmp_path).model.resolved() == published
     initialize.check(config, str(pretrained), tmp_path, 0)
     (tmp_path / "moved").mkdir()
