@@ -842,6 +842,7 @@ def test_where_data_lies_is_no_part_of_a_run(config):
     stored = form_of(sources, tokenizer="tok")
     del stored["data"]["on_bad_row"], stored["data"]["cache_dir"]  # as saved before there were such fields
     assert loop.check_same_run(stored, form_of(moved, tokenizer="/other/tok", on_bad_row="skip")) == [
+        "data.on_bad_row: 'error' -> 'skip'",
         "data.sources.0.path: 'data' -> './data'",
         "data.sources.1.path: 'more' -> '/elsewhere'",
         "data.tokenizer: 'tok' -> '/other/tok'",

@@ -13,12 +13,12 @@ _NEWLINE = ord("\n")
 _WHITESPACE = b" \t\n\r\x0b\x0c"
 _UTF8_MARK = b"\xef\xbb\xbf"
 _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-# An escaped surrogate that has no partner beside it. Text such as "\\ud800" (an escaped backslash) and a pair cut by
-# the end of a block match too: a match makes a row worth parsing, no more.
+# An escaped surrogate that has no partner beside it. Text such as "\\ud800" (an escaped backslash), a pair behind a
+# backslash and one cut by the end of a block match too: a match makes a row worth parsing, no more.
 _LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<![^\\]\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
-_PAIR_BYTES = 12
+_PAIR_BYTES = 13  # and the byte before it
 
 
 @dataclasses.dataclass(frozen=True)
