@@ -15,6 +15,7 @@ from tests.fuzz.mutate import mutate
 from tests.fuzz.targets import TARGETS, Target
 
 INPUT_CPU_SECONDS = 5  # of this process; the slowest valid input needs a tenth
+LEAST_INPUTS = 20  # of a target, however busy the machine is
 _MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # files that live for one input need no disk
 MEMORY_BYTES = 2**30  # beside what is taken when the first input is read
 
@@ -83,7 +84,7 @@ def damaged(name: str, seed: int, number: int, corpus: list[bytes]) -> bytes:
 
 
 def run(name: str, seconds: float, seed: int, out: Path) -> tuple[int, list[tuple[Path, Failure]]]:
-    """Reads damaged inputs for `seconds`; the first input of each fault is kept in `out`.
+    """Reads damaged inputs for `seconds`, and LEAST_INPUTS at least; the first input of each fault is kept in `out`.
 
     Returns:
       The number of inputs, and (file, failure) of each fault.
@@ -94,7 +95,7 @@ def run(name: str, seconds: float, seed: int, out: Path) -> tuple[int, list[tupl
         prepared = Prepared(TARGETS[name], Path(folder))
         limit(seconds + 10 * INPUT_CPU_SECONDS)
         current, end = out / f"{name}-current", time.monotonic() + seconds
-        while time.monotonic() < end:
+        while number < LEAST_INPUTS or time.monotonic() < end:
             data = damaged(name, seed, number, prepared.corpus)
             current.write_bytes(data)  # what is left of a process that is killed
             number += 1
