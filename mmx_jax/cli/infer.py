@@ -37,11 +37,13 @@ flags.DEFINE_list("stop_ids", [], "Token ids that end a continuation, besides th
 flags.DEFINE_multi_string("stop", [], "Text that ends a continuation and is not printed; may be given often.")
 flags.DEFINE_integer("prefill_chunk", 1024, "Tokens of a prompt in one pass.", 1)
 flags.DEFINE_bool("dry_run", False, "Compile prefill and decoding of --config, print memory and collectives, and end.")
-flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
+flags.DEFINE_bool("plan", False, "Estimate memory and traffic without compiling.")
 # Of --dry_run and --plan:
 flags.DEFINE_string("config", None, "Config file, of which model and mesh count; no checkpoint is read.")
 flags.DEFINE_multi_string("set", [], "Override of the config, field.path=value; may be given often.")
-flags.DEFINE_string("topology", None, "TPU topology to compile or plan for, such as v5p:8x8x16, without having it.")
+flags.DEFINE_string(
+    "topology", None, "TPU topology to compile or plan for, such as v5p:8x8x16; for --plan also a GPU, such as h200:2."
+)
 flags.DEFINE_integer("batch", 1, "Sequences.", 1)
 flags.DEFINE_integer("prompt_length", 1024, "Tokens of each prompt.", 1)
 flags.DEFINE_integer("context", 2048, "Tokens of prompt and continuation.", 1)

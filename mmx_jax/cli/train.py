@@ -43,10 +43,13 @@ flags.DEFINE_string(
     "HOST:PORT,COUNT,INDEX with an address of process 0, the number of processes and the number of this one.",
 )
 flags.DEFINE_string(
-    "topology", None, "With --dry_run or --plan: for this TPU topology, such as v5p:8x8x16, without having it."
+    "topology",
+    None,
+    "With --dry_run or --plan: for this TPU topology, such as v5p:8x8x16, without having it; for --plan also a GPU, such "
+    "as h100 or h200:2.",
 )
 flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
-flags.DEFINE_bool("plan", False, "The same from formulas, in a second: compile nothing.")
+flags.DEFINE_bool("plan", False, "Estimate memory and traffic without compiling.")
 
 
 PROGRAM = flags_parser.Program(
