@@ -45,8 +45,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "topology",
     None,
-    "With --dry_run or --plan: for this TPU topology, such as v5p:8x8x16, without having it; for --plan also a GPU, such "
-    "as h100 or h200:2.",
+    "With --dry_run or --plan: for this TPU topology, such as v5p:8x8x16, without having it; for --plan also a GPU, "
+    "such as h100 or h200:2.",
 )
 flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
 flags.DEFINE_bool("plan", False, "Estimate memory and traffic without compiling.")
