@@ -362,8 +362,9 @@ def test_an_evaluation_share_that_holds_nothing_is_refused_with_the_remedy(tmp_p
 
 def test_content_after_many_empty_documents_is_found(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", [{"text": ""}] * 2050 + [{"text": "late"}])
-    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl")),), eval_fraction=0, prefetch=0)
-    assert texts_of([next(iterator_of(data))])[0] == "late"
+    sources = (SourceConfig(path=str(tmp_path / "t.jsonl")),)
+    data = DataConfig(sources=sources, eval_fraction=0, prefetch=0, shards=1, packing_bins=1)
+    assert texts_of([next(iterator_of(data, rows=1))])[0] == "late"
 
 
 def test_prefetch_changes_nothing_and_seeds_and_epochs_differ(corpus):

@@ -136,8 +136,8 @@ def run(straight, tmp_path):
 
 
 def damage(workdir, step):
-    """Flips a bit of the largest file of the parameters."""
-    files = [path for path in (workdir / f"checkpoints/{step}/params").rglob("*") if path.is_file()]
+    """Flips a bit of the largest file that holds values of the parameters."""
+    files = [path for path in (workdir / f"checkpoints/{step}/params").rglob("d/*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
