@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+import tensorstore as ts
 
 from mmx_jax import files, locking, metrics
+from mmx_jax.array_files import ArrayFolder
 from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import (
     CheckpointConfig,
@@ -136,12 +138,10 @@ def run(straight, tmp_path):
 
 
 def damage(workdir, step):
-    """Flips a bit of the largest file that holds values of the parameters."""
-    files = [path for path in (workdir / f"checkpoints/{step}/params").rglob("d/*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    """Changes one value of a parameter. All files stay readable: a failed read of orbax comes up in later tests."""
+    stored = ArrayFolder(workdir / f"checkpoints/{step}/params").open("lm_head.kernel").spec().to_json()
+    array = ts.open(stored, open=True, read=True, write=True).result()
+    array[0, 0].write(array[0, 0].read().result() + 1).result()
 
 
 def changed(config, **training):
