@@ -498,6 +498,13 @@ class Config(Section):
                 f"{self.model.max_position_embeddings}",
             )
 
+    def in_stage(self, index: int) -> "Config":
+        """With the model as stage `index` of the run trains it: the RoPE base of a stage replaces the model's."""
+        base = self.training.resolved_stages[index].rope_theta
+        if base is None:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, rope_theta=base))
+
 
 def deepnorm_alpha(num_layers: int) -> float:
     """Residual scale of DeepNorm, (2 N)^(1/4) (arXiv 2203.00555, Table 1; section 4.2 of the report)."""

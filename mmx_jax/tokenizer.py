@@ -5,13 +5,13 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mmx_jax import json_io
+from mmx_jax import file_kinds, json_io
 from mmx_jax.chat import TEMPLATES, ChatError, render_chat
 
 __all__ = ["SPECIAL_TOKENS", "TEMPLATES", "ChatError", "StreamDecoder", "Tokenizer", "TokenizerError"]
@@ -67,10 +67,18 @@ def _library(what: str) -> Iterator[None]:
         raise
 
 
+def _check_itself(path: pathlib.Path, is_other: Callable[[bytes], str | None] = file_kinds.recognize):
+    """Raises TokenizerError where something else has the name of the file: a pointer to it, an archive, a page."""
+    with open(path, "rb") as file:
+        if kind := is_other(file.read(file_kinds.HEAD_BYTES)):
+            raise TokenizerError(f"{path}: not the file itself, but {kind}")
+
+
 def _read_json(path: pathlib.Path) -> dict:
     """The JSON object of a file, {} where there is none."""
     if not path.is_file():
         return {}
+    _check_itself(path)
     try:
         return json_io.read_object(path)
     except json_io.JsonError as error:
@@ -81,6 +89,7 @@ def _read_chat_template(folder: pathlib.Path, config: Mapping) -> str | None:
     """The template of a tokenizer folder: a `.jinja` file wins over the config, as in transformers."""
     file = folder / "chat_template.jinja"
     if file.is_file():
+        _check_itself(file, file_kinds.pointer)  # a template may be empty, or begin as a page does
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -234,6 +243,7 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
+        _check_itself(file)
         with _library(f"{file} is not a tokenizer of the tokenizers library"):
             backend = tokenizers.Tokenizer.from_file(str(file))
         config = _read_roles(file.parent)

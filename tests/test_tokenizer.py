@@ -108,6 +108,14 @@ def test_errors_name_the_file_or_the_field(tmp_path):
         Tokenizer.train(TEXTS, 100)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path, name):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 10\n")
+    with pytest.raises(TokenizerError, match=rf"{name}: not the file itself, but a Git LFS pointer: run `git lfs pull"):
+        Tokenizer.load(tmp_path)
+
+
 def loaded_with(folder, **files):
     """A folder of TOKENIZER's tokenizer.json and the given files, loaded."""
     TOKENIZER.backend.save(str(folder / "tokenizer.json"))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.json_io import JsonError, read_object
+from mmx_jax.convert import json_files
+from mmx_jax.convert.errors import ConversionError, shown
 from mmx_jax.tokenizer import Tokenizer, TokenizerError
 
 FILE = "generation_config.json"
@@ -36,7 +36,7 @@ def as_ids(value: Any, name: str) -> tuple[int, ...]:
     """The ids of an `eos_token_id` entry: null, one id or a list of ids."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ConversionError(f"{name}={value!r} must be a token id, a list of token ids or null")
+        raise ConversionError(f"{name}={shown(value)} must be a token id, a list of token ids or null")
     return tuple(dict.fromkeys(ids))
 
 
@@ -50,13 +50,13 @@ def read(folder: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         return {}
     try:
-        value = read_object(path)
-    except (JsonError, OSError) as error:
-        raise ConversionError(f"{error}; mend the file or remove it") from None
+        value = json_files.read_object(path)
+    except (ConversionError, OSError) as error:
+        raise ConversionError(f"{error}, or remove it") from None
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = as_ids(value.get(key), f"{path}: {key}")
         if len(ids) > 1 and key != "eos_token_id":
-            raise ConversionError(f"{path}: {key}={value[key]!r} must be one token id or null")
+            raise ConversionError(f"{path}: {key}={shown(value[key])} must be one token id or null")
     return value
 
 
@@ -71,8 +71,8 @@ def declared_eos(folder: Path | None) -> tuple[int, ...]:
     path, listed = folder / "config.json", ()
     if path.is_file():
         try:
-            listed = as_ids(read_object(path).get("eos_token_id"), f"{path}: eos_token_id")
-        except (JsonError, OSError) as error:
+            listed = as_ids(json_files.read_object(path).get("eos_token_id"), f"{path}: eos_token_id")
+        except OSError as error:
             raise ConversionError(str(error)) from None
     generation = as_ids(read(folder).get("eos_token_id"), f"{folder / FILE}: eos_token_id")
     return tuple(dict.fromkeys((*listed, *generation)))

@@ -10,7 +10,7 @@ from mmx_jax import files, hub
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config_io import config_from_json
 from mmx_jax.convert import json_files, rules
-from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert.errors import ConversionError, shown
 from mmx_jax.convert.hf_config import model_config_from_hf
 from mmx_jax.convert.params_io import ParamsReader
 from mmx_jax.convert.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsFolder, TensorSpec, open_folder
@@ -72,8 +72,21 @@ def resolve(path) -> WeightsSource:
 def _run(run, step):
     if not (step / "params").is_dir():
         raise ConversionError(f"{step}: the training step holds no params; name another step of the run")
-    tokenizer_dir = _tokenizer_dir(run / "tokenizer")
-    return WeightsSource("run", step / "params", read_config(run).model, tokenizer_dir)
+    return WeightsSource("run", step / "params", _model_of(run, step), _tokenizer_dir(run / "tokenizer"))
+
+
+def _model_of(run, step):
+    """The model as the stage trained it that the run was in at `step`: a stage may have a RoPE base of its own."""
+    config = read_config(run)
+    stages = config.training.resolved_stages
+    if all(stage.rope_theta is None for stage in stages):
+        return config.model
+    path = step / "position" / "metadata"
+    index = json_files.read_object(path).get("stage_index")
+    index = 0 if index is None else index  # None before the first batch
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(stages):
+        raise ConversionError(f"{path}: stage_index={shown(index)}, and the run has {len(stages)} stages; copy it anew")
+    return config.in_stage(index).model
 
 
 def _newest_step(folder):

@@ -47,6 +47,6 @@ def lower_step(config: Config, mesh) -> jax.stages.Lowered:
     batch_sharding = train_step.batch_sharding(mesh)
     shape = (plan.rows, plan.stage.sequence_length)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in train_step.BATCH_KEYS}
-    step_function = train_step.make_train_step(loop.stage_config(config, plan.stage.rope_theta), mesh)
+    step_function = train_step.make_train_step(config.in_stage(plan.stage_index), mesh)
     # The rate as in a run, so that both compile the same program.
     return step_function.lower(train_step.abstract_state(config, mesh), batch, np.float32(plan.learning_rate))

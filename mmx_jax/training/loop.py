@@ -342,8 +342,9 @@ class _Run:
         if self.iterator_stage != plan.stage_index:
             self._open_stage(plan.stage_index)
         batch = self._global_batch(plan)
-        step_function = self._step_function(plan.stage.rope_theta)
-        self.compiles = (key := (plan.stage.rope_theta, *batch["tokens"].shape)) not in self.compiled
+        config = self.config.in_stage(plan.stage_index)
+        step_function = self._step_function(config)
+        self.compiles = (key := (config.model.rope_theta, *batch["tokens"].shape)) not in self.compiled
         self.compiled.add(key)
         with np.errstate(over="ignore"):  # a rate that float32 does not hold is infinite, which the step notices
             rate = np.float32(plan.learning_rate)
@@ -390,15 +391,15 @@ class _Run:
         batch = {key: feeding.join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS}
         return feeding.to_devices(batch, self.mesh, plan.rows)
 
-    def _step_function(self, rope_theta):
-        if rope_theta not in self.train_steps:
-            self.train_steps[rope_theta] = train_step.make_train_step(stage_config(self.config, rope_theta), self.mesh)
-        return self.train_steps[rope_theta]
+    def _step_function(self, config):
+        if (base := config.model.rope_theta) not in self.train_steps:
+            self.train_steps[base] = train_step.make_train_step(config, self.mesh)
+        return self.train_steps[base]
 
-    def _eval_step(self, rope_theta):
-        if rope_theta not in self.eval_steps:
-            self.eval_steps[rope_theta] = train_step.make_eval_step(stage_config(self.config, rope_theta))
-        return self.eval_steps[rope_theta]
+    def _eval_step(self, config):
+        if (base := config.model.rope_theta) not in self.eval_steps:
+            self.eval_steps[base] = train_step.make_eval_step(config)
+        return self.eval_steps[base]
 
     def _open_eval_batches(self):
         """The same batches through the whole run, of the first stage's length, so that their losses compare."""
@@ -421,7 +422,7 @@ class _Run:
         if self.eval_batches is None:
             return
         rows, batches = self.eval_batches
-        eval_step = self._eval_step(self.config.training.resolved_stages[self.iterator_stage or 0].rope_theta)
+        eval_step = self._eval_step(self.config.in_stage(self.iterator_stage or 0))
         batches = (feeding.to_devices(batch, self.mesh, rows) for batch in batches)
         sums = [jax.device_get(eval_step(self.state["params"], batch)) for batch in batches]
         self.eval_at = self.step
@@ -656,13 +657,6 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
             + (f"; from a step that is named, with --resume=N, these may change: {fields}" if could_branch else "")
         )
     return [line for key, line in lines.items() if key in old]  # the others did not exist when it was saved
-
-
-def stage_config(config: Config, rope_theta: float | None) -> Config:
-    """The configuration of a stage: its RoPE base replaces the model's."""
-    if rope_theta is None:
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=rope_theta))
 
 
 def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = "") -> tuple[Tokenizer, list[str]]:
