@@ -621,7 +621,8 @@ def test_tokens_out_of_the_vocabulary_are_refused(tmp_path, bad):
     source = SourceConfig(path=str(tmp_path / "t.jsonl"), format="tokens")
     with pytest.raises(DataError, match=rf"t\.jsonl holds token {bad}; the vocabulary has {TOKENIZER.vocab_size}"):
         iterator_of(DataConfig(sources=(source,), eval_fraction=0))
-    write_jsonl(tmp_path / "t.jsonl", [{"tokens": [5, bad]}, {"tokens": [7, 8]}])
+    # Not two rows alone: the shuffle of grain walks through 2^16 numbers for one of them.
+    write_jsonl(tmp_path / "t.jsonl", [{"tokens": [5, bad]}, *[{"tokens": [7, 8]}] * 300])
     data = DataConfig(sources=(source,), eval_fraction=0, on_bad_row="skip", prefetch=0)
     corpus = open_corpus(data, TOKENIZER)
     batches = take(make_train_iterator(corpus, TOKENIZER, sequence_length=32, rows=3), 2)
