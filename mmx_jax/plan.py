@@ -48,7 +48,7 @@ _FITTED = {
     "tpu": "from formulas, fitted to --dry_run on TPU topologies: peak memory within 15 % of it in the programs tried "
     f"(BUILD.md). {_NOT_FORESEEN}",
     "gpu": "from formulas, fitted to 18 programs of configs/small_1b.py and its variants, compiled on one H100 and one "
-    "H200 (benchmarks/gpu_memory.py): peak memory within 5 % in training and 8 % in inference. No other GPU was "
+    "H200 (benchmarks/gpu_memory.py): peak memory within 6 % in training and 8 % in inference. No other GPU was "
     "measured, nor several together. Not foreseen: what XLA computes again by itself to stay within the memory, which "
     "is not always enough",
     "cpu": "no accelerator is at hand, and the formulas are not fitted to a CPU: these are those of a TPU; name what "
