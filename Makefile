@@ -41,7 +41,7 @@ demo: $(INSTALLED)
 	@echo
 	@printf '%b' '$(PROMPT)'
 	@$(BIN)/python infer.py --checkpoint=runs/demo/export --prompt="$$(printf '%b' '$(PROMPT)')" \
-	  --temperature=0.7 --top_p=0.9 --repetition_penalty=1.1 --max_new_tokens=160
+	  --temperature=0.6 --top_p=0.9 --repetition_penalty=1.1 --max_new_tokens=120
 	@echo
 	@echo 'The loss curve is in runs/demo/loss.png. What to try next:'
 	@echo '  another text:        $(BIN)/python infer.py --checkpoint=runs/demo/export --prompt="import " --temperature=0.8'

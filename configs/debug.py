@@ -24,7 +24,7 @@ def get_config() -> Config:
         softmax_block=128,
     )
     training = TrainingConfig(
-        total_tokens=600 * 4096,
+        total_tokens=500 * 4096,
         sequence_length=256,
         batch_tokens=4096,
         learning_rate=5e-3,
@@ -32,7 +32,7 @@ def get_config() -> Config:
             LearningRatePhase(shape="linear", share=0.04, start=0.0, end=1.0),
             LearningRatePhase(shape="cosine", start=1.0, end=0.1),  # the rest of the run
         ),
-        eval_every_steps=150,
+        eval_every_steps=125,
         eval_batches=4,
     )
     return Config(
@@ -40,5 +40,5 @@ def get_config() -> Config:
         model=model,
         data=DataConfig(packing_bins=16),
         training=training,
-        checkpoint=CheckpointConfig(save_every_steps=150, keep=2),
+        checkpoint=CheckpointConfig(save_every_steps=125, keep=2),
     )
