@@ -502,7 +502,8 @@ SHARES = (0.7, 0.2, 0.1)  # in this order not quite 1
 def test_shares_that_add_up_to_1_end_with_the_run(total):
     training = TrainingConfig(total_tokens=total, learning_rate_phases=phases(*({"share": s} for s in SHARES)))
     training.check_schedule()
-    assert training.phase_ends[-1] == total and sum(SHARES) < 1
+    a, b, c = SHARES
+    assert training.phase_ends[-1] == total and a + b + c < 1  # sum() of Python 3.12 rounds less
 
 
 def test_a_length_that_the_stages_overrule_is_an_error():
