@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
 from mmx_jax.convert.model_code import SHIPPED_KEYS
+from mmx_jax.convert.pipeline import bounded_map
 from mmx_jax.convert.sources import open_tensors
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
 from mmx_jax.models.decoder import abstract_params
@@ -904,6 +906,16 @@ def test_full_disk_is_one_line_and_can_be_continued(imported, tmp_path, capsys, 
     assert re.search(r"\([1-9]\d* were finished before\)", capsys.readouterr().out)
     assert os.listdir(tmp_path) == ["out"]
     assert verify(BF16, tmp_path / "out")[0]
+
+
+def test_an_error_of_the_consumer_ends_the_threads_of_the_pipeline():
+    """At once, not when the collector finds the iterator: that may happen on one of these threads."""
+    names = {thread.name for thread in threading.enumerate()}
+    with pytest.raises(OSError, match="full") as caught, bounded_map(str, range(9), lambda _: 1, 5) as results:
+        for item, result in results:
+            assert result == str(item) and {thread.name for thread in threading.enumerate()} > names
+            raise OSError("full")
+    assert caught.traceback and {thread.name for thread in threading.enumerate()} == names
 
 
 def test_too_little_space_is_seen_before_the_work(imported, tmp_path, monkeypatch):

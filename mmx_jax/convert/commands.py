@@ -142,8 +142,11 @@ def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Pat
 
         order = sorted(tensors.mappings, key=location)
         skipped = 0
-        with Progress("import", total) as progress:
-            results = bounded_map(convert, order, lambda m: tensors.specs[m.hf].nbytes, _budget(tensors.specs.values()))
+        budget = _budget(tensors.specs.values())
+        with (
+            Progress("import", total) as progress,
+            bounded_map(convert, order, lambda m: tensors.specs[m.hf].nbytes, budget) as results,
+        ):
             for mapping, (digest, was_done) in results:
                 if not was_done:
                     job.record(mapping.hf, sha256=digest)
@@ -283,15 +286,15 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
                     progress.advance(size, skipped=True)
                     continue
                 digests = {}
-                results = bounded_map(read, file_order(names), lambda spec: spec.nbytes, _budget(specs))
 
-                def stream(results=results, digests=digests):
+                def stream(results, digests=digests):
                     for spec, (tensor, digest) in results:
                         digests[spec.name] = digest
                         yield tensor
                         del tensor  # before the next one is asked for
 
-                digest = write_shard(job.folder / file, names, stream(), progress.advance)
+                with bounded_map(read, file_order(names), lambda spec: spec.nbytes, _budget(specs)) as results:
+                    digest = write_shard(job.folder / file, names, stream(results), progress.advance)
                 sums = {} if tensors.checksums is None else tensors.checksums.parts(list(digests))
                 job.record(file, sha256=digest, tensors=digests, sums=sums)
         _check_saved(tensors, job)
@@ -419,8 +422,11 @@ def verify_checkpoints(first, second, print_line=print, *, show_all: bool = Fals
         return max(side.specs[name].nbytes for side in sides if name in side.specs)
 
     unequal = 0
-    with Progress("verify", sum(map(size, names))) as progress:
-        for name, (digests, differs) in bounded_map(compare, names, size, max(map(size, names))):
+    with (
+        Progress("verify", sum(map(size, names))) as progress,
+        bounded_map(compare, names, size, max(map(size, names))) as results,
+    ):
+        for name, (digests, differs) in results:
             if header and (show_all or differs):
                 print_line(header)
                 header = None
