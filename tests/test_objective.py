@@ -333,3 +333,15 @@ def test_a_batch_without_a_target_moves_parameters_by_their_decay_alone():
         float64(before["params"]),
     )
     assert_close(jax.device_get(after["params"]), decayed, relative=1e-6)
+
+
+def test_a_finite_loss_whose_gradient_is_too_large_changes_nothing():
+    """The squares of the gradient of the z-loss overflow; loss and parameters are finite, before and after."""
+    large = {"kernel": np.float32(1e14) * random_params()["lm_head"]["kernel"]}
+    before = run(WHOLE).states[0]
+    before = before | {"params": before["params"] | {"lm_head": large}}
+    with jax.set_mesh(mesh()):
+        after, row = jax.device_get(step_of(WHOLE)(jax.device_put(before), batch(0), np.float32(0.1)))
+    assert np.isfinite([row["loss"], row["aux_loss"], row["parameter_norm"]]).all()
+    assert row["gradient_norm"] == np.inf and row["finite"] == 0
+    jax.tree.map(np.testing.assert_array_equal, after, before | {"step": before["step"] + 1})

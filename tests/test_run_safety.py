@@ -246,6 +246,36 @@ def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config,
     assert result.step == 3 and np.isfinite(result.loss)
 
 
+def test_a_finite_step_on_which_the_next_one_fails_is_not_called_good(config, tmp_path, monkeypatch):
+    """As of weights that a leap has made so large that their loss overflows: a lower rate comes too late for them."""
+
+    def failing(config, mesh):
+        step = make_step(config, mesh)
+
+        def fails_on_large(state, batch, rate):
+            large = state["params"]["final_norm"]["scale"].mean() > 10
+            state, row = step(state, batch, rate)
+            return state, row | ({"finite": False, "loss": np.float32(np.nan)} if large else {})
+
+        return fails_on_large
+
+    monkeypatch.setattr(train_step, "make_train_step", failing)
+    rates = [LearningRatePhase(tokens=2 * 128, start=1e-2, end=1e-2), LearningRatePhase(start=1.0, end=1.0)]
+    wild = changed(config, learning_rate_phases=tuple(rates), learning_rate=0.1)
+    wild = dataclasses.replace(wild, checkpoint=CheckpointConfig(save_every_steps=1, keep=4))
+    calm = changed(wild, learning_rate_phases=(LearningRatePhase(),), learning_rate=1e-3)
+    with pytest.raises(loop.NonFiniteError) as error:
+        train(wild, tmp_path / "run")
+    failed = int(str(error.value).split()[1])
+    saved = steps_of(tmp_path / "run")
+    assert failed > 3 and saved[-1] == failed - 1
+    assert f"step {failed - 1}, is finite, and the very next step failed on it" in str(error.value)
+    advice = f"last good checkpoint: step {failed - 2}, which finite steps followed; continue from there with a lower "
+    assert f"{advice}learning rate, as in --resume={failed - 2} --set training.learning_rate=0.01" in str(error.value)
+    result, _ = train(calm, tmp_path / "run", resume=str(failed - 2), steps=failed)
+    assert result.step == failed and np.isfinite(result.loss)
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 

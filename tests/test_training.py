@@ -861,7 +861,9 @@ def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
     text = str(error.value)
     assert text.startswith("step 3 is not finite")  # step 1 leaps, step 2 is skipped and not saved
     assert "gradients that are not finite: blocks/layer_0/attention/gate (layers 0), " in text
-    assert "router by layer: " in text and "max_load" in text and "last good checkpoint: step 1 in " in text
+    assert "router by layer: " in text and "max_load" in text
+    assert "step 1, is finite, and the very next step failed on it" in text  # nothing good was saved before it
+    assert "it is the only one: begin anew in another --workdir with a lower learning rate" in text
 
 
 # -- the program ------------------------------------------------------------------------------------------------------

@@ -526,17 +526,27 @@ class _Run:
                 f"no good checkpoint has been saved in {self.checkpointer.directory}: begin anew with a lower "
                 "learning rate"
             ]
-        lines = [f"last good checkpoint: step {good} in {self.checkpointer.directory}"]
-        if good == failed_on:
-            older = [step for step in self.checkpointer.steps_on_disk() if step < good]
+        place = self.checkpointer.directory
+        lower = f"--set training.learning_rate={self.config.training.learning_rate / 10:g}"
+        if good < failed_on:
+            return [
+                f"last good checkpoint: step {good} in {place}",
+                f"continue from there with another data.seed or learning rate, as in --resume={good} {lower}, or skip "
+                "such steps with training.max_nonfinite_steps",
+            ]
+        # No learning rate mends a step whose own values are too large: what comes first is its loss.
+        older = [step for step in self.checkpointer.steps_on_disk() if step < good]
+        lines = [f"the newest checkpoint in {place}, step {good}, is finite, and the very next step failed on it"]
+        if older:
             lines.append(
-                "its values are finite, but the very next step failed on them: with the same data it may fail again, "
-                f"whatever the learning rate; older steps: {', '.join(map(str, older)) or 'none'}"
+                f"last good checkpoint: step {older[-1]}, which finite steps followed; continue from there with a "
+                f"lower learning rate, as in --resume={older[-1]} {lower}"
             )
+        else:
+            lines.append("it is the only one: begin anew in another --workdir with a lower learning rate")
         return [
             *lines,
-            f"continue from there with another data.seed or learning rate, as in --resume={good} "
-            f"--set training.learning_rate={self.config.training.learning_rate / 10:g}, or skip such steps with "
+            f"if one bad batch is to blame: --resume={good} with another data.seed, or skip such steps with "
             "training.max_nonfinite_steps",
         ]
 
