@@ -214,7 +214,7 @@ def bpe(vocab, merges=(), normalizer=None, **model):
         (bpe({"a": 0, "b": 1, "ab": 2}, ["a b"], continuing_subword_prefix="éé"), "not a tokenizer"),  # a panic
         (bpe({"a": 0}, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a tokenizer"),  # too
         ("[" * 100_000, "not a tokenizer"),
-        ("", "not a tokenizer"),
+        ("", "not the file itself, but empty"),
     ],
 )
 def test_errors_and_panics_of_the_library_are_tokenizer_errors(tmp_path, text, message, capfd):
