@@ -246,11 +246,13 @@ def test_adamw_matches_numpy():
     mu = nu = jax.tree.map(np.zeros_like, want)
     decays = {"blocks": {"layer_0": {"mlp": {"router": 1}, "attention_norm": {"scale": 0}, "attention": {"norm": 0}}}}
     for number, rate in enumerate([0.1, 0.02, 0.3], start=1):
-        gradients = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
+        size = 1e-2 if number == 2 else 1.0  # the second is too small to be clipped
+        gradients = jax.tree.map(lambda p, size=size: size * rng.normal(size=p.shape), params)
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradients)))
         got, opt_state = optimizer.apply_gradients(
             training, got, opt_state, jax.tree.map(jnp.float32, gradients), jnp.float32(norm), jnp.float32(rate)
         )
+        assert (norm < 0.5) == (number == 2)
         clipped = jax.tree.map(lambda g, norm=norm: g * min(1, 0.5 / norm), gradients)
         mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mu, clipped)
         nu = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g**2, nu, clipped)
