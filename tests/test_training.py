@@ -226,6 +226,9 @@ def test_stages_and_plans():
         plans.append((plan.stage_index, plan.rows, plan.microbatches, plan.tokens))
         tokens += plan.tokens
     assert plans == [(0, 4, 4, 128), (0, 4, 4, 128), (1, 3, 3, 384)]
+    assert [schedule.stage_index(training, seen) for seen in (0, 199, 200, 499, 500, 10**6)] == [0, 0, 1, 1, 1, 1]
+    whole = dataclasses.replace(training, microbatch_rows=0)  # no accumulation
+    assert [schedule.plan_step(whole, seen).microbatches for seen in (0, 256)] == [1, 1]
     assert schedule.row_unit(training, training.stages[0]) == 4
     assert schedule.row_unit(training, training.stages[1]) == 1
 
