@@ -231,6 +231,9 @@ def test_stages_and_plans():
     assert [schedule.plan_step(whole, seen).microbatches for seen in (0, 256)] == [1, 1]
     assert schedule.row_unit(training, training.stages[0]) == 4
     assert schedule.row_unit(training, training.stages[1]) == 1
+    ramp = (BatchRampStep(from_tokens=512, batch_tokens=384),)
+    training = TrainingConfig(sequence_length=64, batch_tokens=256, batch_ramp=ramp, total_tokens=2**20)
+    assert schedule.row_unit(training, training.resolved_stages[0]) == 2  # of 4 and 6 rows
 
 
 # -- optimizer and step -----------------------------------------------------------------------------------------------
