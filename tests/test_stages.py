@@ -25,7 +25,7 @@ from mmx_jax.config import (
 from mmx_jax.convert import weights
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import data, loop
+from mmx_jax.training import data, loop, schedule
 from mmx_jax.training import step as train_step
 
 BASE, LONG_BASE = 1e4, 5e6
@@ -152,6 +152,11 @@ def test_every_step_is_given_what_its_stage_says(config, recorded, tmp_path):
         first[stage] += sum(not set(tokenizer.decode(row)) & set("wxyz") for row in batch["tokens"].tolist())
     assert first == [8, 2, 1]  # of 8, 4 and 4, where the shares are 7/8, 1/2 and 1/8
     assert recorded.evaluations == BASES  # an evaluation a step, with the base of its stage
+
+
+def test_the_end_of_a_run_is_foreseen():
+    assert schedule.end_of_run(TRAINING, 0, 0) == schedule.end_of_run(TRAINING, 2, 128) == (len(STEPS), TOKENS)
+    assert schedule.end_of_run(TRAINING, 0, 0, last_step=4) == (4, STEPS[4][-1])
 
 
 def test_a_run_resumed_in_any_stage_is_given_the_same(config, recorded, tmp_path):
