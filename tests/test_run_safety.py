@@ -246,6 +246,26 @@ def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config,
     assert result.step == 3 and np.isfinite(result.loss)
 
 
+@pytest.mark.parametrize(("bad", "stops_at"), [({2, 4, 6}, None), ({2, 4, 5}, 5)])
+def test_only_steps_in_a_row_use_up_the_steps_that_may_be_skipped(config, tmp_path, monkeypatch, bad, stops_at):
+    def failing(config, mesh):
+        step = make_step(config, mesh)
+
+        def fails_at_times(state, batch, rate):
+            state, row = step(state, batch, rate)
+            return state, row | ({"finite": False, "loss": np.float32(np.nan)} if int(state["step"]) in bad else {})
+
+        return fails_at_times
+
+    monkeypatch.setattr(train_step, "make_train_step", failing)
+    config = changed(config, max_nonfinite_steps=1)
+    if stops_at is None:
+        assert train(config, tmp_path)[0].step == 6
+    else:
+        with pytest.raises(loop.NonFiniteError, match=rf"^step {stops_at} is not finite.*2 such steps in a row, 1"):
+            train(config, tmp_path)
+
+
 def test_a_finite_step_on_which_the_next_one_fails_is_not_called_good(config, tmp_path, monkeypatch):
     """As of weights that a leap has made so large that their loss overflows: a lower rate comes too late for them."""
 
