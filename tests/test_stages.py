@@ -152,6 +152,7 @@ def test_every_step_is_given_what_its_stage_says(config, recorded, tmp_path):
         first[stage] += sum(not set(tokenizer.decode(row)) & set("wxyz") for row in batch["tokens"].tolist())
     assert first == [8, 2, 1]  # of 8, 4 and 4, where the shares are 7/8, 1/2 and 1/8
     assert recorded.evaluations == BASES  # an evaluation a step, with the base of its stage
+    assert result.eval_loss == 0.5  # nats per token: the evaluations here find 1 nat in 2 tokens
 
 
 def test_the_end_of_a_run_is_foreseen():
