@@ -21,6 +21,8 @@ END_OF_SENTENCE = "<end_of_sentence>"
 # Of a tokenizer trained here; the names are those of the released vocabularies (spec F).
 SPECIAL_TOKENS = (END_OF_DOCUMENT, "<pad>", "<beginning_of_sentence>", END_OF_SENTENCE)
 _BYTES = 256
+# Far above any known one. The library counts through all ids below the largest, those that are not there in a list.
+_MAX_VOCABULARY = 2**24
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OTHER_ROLES = ("sep_token", "cls_token", "mask_token")
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -219,8 +221,10 @@ class Tokenizer:
         backend.no_padding()
         if not backend.get_vocab_size(with_added_tokens=True):
             raise TokenizerError("the vocabulary is empty")
-        if self.vocab_size > 2**31:
-            raise TokenizerError(f"the vocabulary holds token {self.vocab_size - 1}, which is no 32-bit integer")
+        if self.vocab_size > _MAX_VOCABULARY:
+            raise TokenizerError(
+                f"the vocabulary holds token {self.vocab_size - 1}; no vocabulary goes beyond {_MAX_VOCABULARY - 1}"
+            )
         self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ("bos_token", "eos_token", "pad_token"))
 
     def _role_id(self, role: str) -> int | None:

@@ -209,7 +209,8 @@ def bpe(vocab, merges=(), normalizer=None, **model):
     ("text", "message"),
     [
         (bpe({}), "vocabulary is empty"),
-        (bpe({"a": 2**32 - 1}), "no 32-bit integer"),
+        (bpe({"a": 2**32 - 1}), "holds token 4294967295; no vocabulary goes beyond 16777215"),
+        (bpe({"a": 0, "b": 10**9}), "holds token 1000000000; no"),  # would take 16 GiB to write out
         (bpe({"a": 0}, ["a b"]), "not a tokenizer"),
         (bpe({"a": 0, "b": 1, "ab": 2}, ["a b"], continuing_subword_prefix="éé"), "not a tokenizer"),  # a panic
         (bpe({"a": 0}, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a tokenizer"),  # too
