@@ -1,6 +1,7 @@
 """Configuration: what a config refuses, and that every way in and out of one agrees."""
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -493,6 +494,24 @@ def test_a_schedule_that_does_not_end_with_the_run_is_an_error(given, message, t
     )
     with pytest.raises(ConfigError, match=f"c.py: .*{message}"):
         load_config(file)
+
+
+@pytest.mark.parametrize("names", [[f"k{i}" for i in range(200_000)], ["k" * 10**7]], ids=["many", "long"])
+def test_unknown_fields_are_refused_in_bounded_work(names):
+    """Compared with every field, each of them would take minutes in all."""
+    text = edited_json(lambda c: c["model"].update(dict.fromkeys(names, 0)))
+    compared = []
+    with pytest.MonkeyPatch.context() as patch:
+        ratio = difflib.SequenceMatcher.ratio
+        patch.setattr(
+            difflib.SequenceMatcher,
+            "ratio",
+            lambda self: compared.append(len(self.a) * len(self.b)) or ratio(self),
+        )
+        with pytest.raises(ConfigError, match="model: unknown field 'k") as error:
+            config_from_json(text)
+    assert 0 < sum(compared) < 100_000 and len(str(error.value)) < 1000
+    assert ("and 199992 more" in str(error.value)) == (len(names) > 1)
 
 
 SHARES = (0.7, 0.2, 0.1)  # in this order not quite 1
