@@ -148,9 +148,9 @@ class Checkpointer:
                 self._read_back(saved)
             self._settle(saved.step)
 
-    def last_good(self) -> int | None:
-        """The newest step that was saved, read back and finite; None if there is none."""
-        for step in reversed(self.steps_on_disk()):
+    def last_good(self, before: int | None = None) -> int | None:
+        """The newest step, of those before `before`, that was saved, read back and finite; None if there is none."""
+        for step in reversed([step for step in self.steps_on_disk() if before is None or step < before]):
             with contextlib.suppress(OSError, json_io.JsonError):
                 if json_io.read_object(self._item(step, "checksums")).get(_FINITE) is True:
                     return step

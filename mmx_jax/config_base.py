@@ -62,7 +62,7 @@ def kind_name(kind: Any) -> str:
 
 
 def wrong_type(path: str, kind: Any, value: Any) -> ConfigError:
-    return ConfigError(f"{path}={_shown(value)}: expected {kind_name(kind)}")
+    return ConfigError(f"{path}={shown(value)}: expected {kind_name(kind)}")
 
 
 def checked(kind: Any, value: Any, path: str) -> Any:
@@ -101,7 +101,7 @@ def _finite(value: float, path: str) -> float:
 
 def _in_64_bits(value: int, path: str) -> int:
     if not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{path}={_shown(value)} does not fit 64 bits")
+        raise ConfigError(f"{path}={shown(value)} does not fit 64 bits")
     return int(value)
 
 
@@ -117,7 +117,7 @@ def _text(value: str, path: str) -> str:
 _SCALARS = {float: _finite, int: _in_64_bits, str: _text}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     try:
         shown = repr(value)
     except ValueError:  # more digits than Python converts

@@ -15,9 +15,10 @@ from typing import Any
 
 from mmx_jax import json_io
 from mmx_jax.config import Config, ConfigError
-from mmx_jax.config_base import checked, entry_kind, field_kinds, kind_name, optional_kind, wrong_type
+from mmx_jax.config_base import checked, entry_kind, field_kinds, kind_name, optional_kind, shown, wrong_type
 
 _MAX_HINTS = 8  # unknown fields that a message names
+_COMPARED = 100  # letters of a name, which in a file may be of any length: comparing takes its square
 _MAX_INT_DIGITS = 30  # 1e999999999 is an integer that no memory holds
 
 
@@ -198,7 +199,7 @@ def _build_dataclass(cls: type, value: Any, path: str, *, fill: bool) -> Any:
     kinds = field_kinds(cls)
     unknown = [name for name in value if name not in kinds]
     if unknown:
-        hints = "; ".join(f"{_cut(name)!r}, nearest is {_nearest(name, kinds)!r}" for name in unknown[:_MAX_HINTS])
+        hints = "; ".join(f"{shown(name)}, nearest is {_nearest(name, kinds)!r}" for name in unknown[:_MAX_HINTS])
         more = f" and {len(unknown) - _MAX_HINTS} more" if len(unknown) > _MAX_HINTS else ""
         raise ConfigError(f"{where}: unknown field {hints}{more}")
     missing = [name for name in kinds if name not in value]
@@ -248,14 +249,8 @@ def _child(kind: Any, node: Any, part: str, path: str, parent: str) -> tuple[Any
     return entry, node[int(part)]
 
 
-def _cut(name: str) -> str:
-    """A name as long as any could be: what files hold may be of any length, and comparing takes its square."""
-    return name if len(name) <= 100 else f"{name[:97]}..."
-
-
 def _nearest(name: str, names: Iterable[str]) -> str:
-    name = _cut(name)
-    return max(names, key=lambda candidate: difflib.SequenceMatcher(None, name, candidate).ratio())
+    return max(names, key=lambda candidate: difflib.SequenceMatcher(None, name[:_COMPARED], candidate).ratio())
 
 
 def _nearest_path(path: str, parent: str, kind: type) -> str:
@@ -267,12 +262,11 @@ def _nearest_path(path: str, parent: str, kind: type) -> str:
     if any(part.isdigit() for part in parent.split(".")):
         return f"{parent}.{_nearest(path.rpartition('.')[2], field_kinds(kind))}"
 
-    path = _cut(path)
+    whole, last = path[:_COMPARED], path.rpartition(".")[2][:_COMPARED]
 
     def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, path, candidate).ratio()
-        last = difflib.SequenceMatcher(None, path.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return whole + last
+        of_whole = difflib.SequenceMatcher(None, whole, candidate).ratio()
+        return of_whole + difflib.SequenceMatcher(None, last, candidate.rpartition(".")[2]).ratio()
 
     return max(_paths(Config, ""), key=likeness)
 

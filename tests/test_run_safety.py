@@ -34,6 +34,7 @@ from mmx_jax.convert import commands, weights
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.training import loop, optimizer
 from mmx_jax.training import step as train_step
+from tests import plain_steps
 
 MODEL = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
@@ -49,16 +50,26 @@ def make_step(config, mesh):
         with np.errstate(over="ignore", invalid="ignore"):
             change = np.float32(rate) * np.asarray(batch["tokens"]).mean(dtype=np.float32)
         new = jax.tree.map(lambda leaf: jax.device_put(leaf + change if finite else leaf), params)
-        scalars = dict.fromkeys(("z_loss", "aux_loss", "accuracy", "gradient_norm", "parameter_norm"), np.float32(0))
-        row = {
-            "loss": np.float32(new["final_norm"]["scale"].mean()),
-            "finite": finite,
-            "tokens": np.float32(1),
-        } | scalars
-        row |= {"router": {"max_load": np.ones(1)}, "gradient_norms": jax.tree.map(lambda leaf: np.zeros(()), new)}
+        row = plain_steps.metrics_of(new, loss=new["final_norm"]["scale"].mean(), finite=finite)
         return {"step": state["step"] + 1, "params": new, "opt_state": state["opt_state"]}, row
 
     return step
+
+
+def steps_that_fail(where):
+    """`make_step`, whose metrics say that a step is not finite where `where(state before it)`."""
+
+    def make_failing(config, mesh):
+        step = make_step(config, mesh)
+
+        def failing(state, batch, rate):
+            fails = where(state)
+            state, row = step(state, batch, rate)
+            return state, row | ({"finite": False, "loss": np.float32(np.nan)} if fails else {})
+
+        return failing
+
+    return make_failing
 
 
 def make_evaluation(config):
@@ -68,17 +79,12 @@ def make_evaluation(config):
     return evaluate
 
 
-def zeros(config, mesh):
-    abstract = train_step.abstract_state(config, mesh)
-    return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def plain_steps():
+def without_a_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "make_train_step", make_step)
         patch.setattr(train_step, "make_eval_step", make_evaluation)
-        patch.setattr(train_step, "init_state", zeros)
+        patch.setattr(train_step, "init_state", plain_steps.zeros)
         yield
 
 
@@ -248,15 +254,7 @@ def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config,
 
 @pytest.mark.parametrize(("bad", "stops_at"), [({2, 4, 6}, None), ({2, 4, 5}, 5)])
 def test_only_steps_in_a_row_use_up_the_steps_that_may_be_skipped(config, tmp_path, monkeypatch, bad, stops_at):
-    def failing(config, mesh):
-        step = make_step(config, mesh)
-
-        def fails_at_times(state, batch, rate):
-            state, row = step(state, batch, rate)
-            return state, row | ({"finite": False, "loss": np.float32(np.nan)} if int(state["step"]) in bad else {})
-
-        return fails_at_times
-
+    failing = steps_that_fail(lambda state: int(state["step"]) + 1 in bad)
     monkeypatch.setattr(train_step, "make_train_step", failing)
     config = changed(config, max_nonfinite_steps=1)
     if stops_at is None:
@@ -268,17 +266,7 @@ def test_only_steps_in_a_row_use_up_the_steps_that_may_be_skipped(config, tmp_pa
 
 def test_a_finite_step_on_which_the_next_one_fails_is_not_called_good(config, tmp_path, monkeypatch):
     """As of weights that a leap has made so large that their loss overflows: a lower rate comes too late for them."""
-
-    def failing(config, mesh):
-        step = make_step(config, mesh)
-
-        def fails_on_large(state, batch, rate):
-            large = state["params"]["final_norm"]["scale"].mean() > 10
-            state, row = step(state, batch, rate)
-            return state, row | ({"finite": False, "loss": np.float32(np.nan)} if large else {})
-
-        return fails_on_large
-
+    failing = steps_that_fail(lambda state: state["params"]["final_norm"]["scale"].mean() > 10)
     monkeypatch.setattr(train_step, "make_train_step", failing)
     rates = [LearningRatePhase(tokens=2 * 128, start=1e-2, end=1e-2), LearningRatePhase(start=1.0, end=1.0)]
     wild = changed(config, learning_rate_phases=tuple(rates), learning_rate=0.1)

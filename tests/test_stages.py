@@ -27,6 +27,7 @@ from mmx_jax.convert.errors import ConversionError
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data, loop, schedule
 from mmx_jax.training import step as train_step
+from tests import plain_steps
 
 BASE, LONG_BASE = 1e4, 5e6
 MODEL = ModelConfig(
@@ -83,12 +84,7 @@ def recorded(monkeypatch):
         def step(state, batch, rate):
             batch = {key: np.array(value) for key, value in batch.items()}
             calls.steps.append((config.model.rope_theta, batch, float(rate)))
-            row = dict.fromkeys(
-                ("loss", "z_loss", "aux_loss", "accuracy", "gradient_norm", "parameter_norm"), np.float32(1)
-            )
-            row |= {"finite": True, "tokens": np.float32(1), "router": {"max_load": np.ones(1)}}
-            row["gradient_norms"] = jax.tree.map(lambda leaf: np.zeros(()), state["params"])
-            return state | {"step": state["step"] + 1}, row
+            return state | {"step": state["step"] + 1}, plain_steps.metrics_of(state["params"])
 
         return step
 
@@ -100,13 +96,9 @@ def recorded(monkeypatch):
 
         return evaluate
 
-    def zeros(config, mesh):
-        abstract = train_step.abstract_state(config, mesh)
-        return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
-
     monkeypatch.setattr(train_step, "make_train_step", make_step)
     monkeypatch.setattr(train_step, "make_eval_step", make_evaluation)
-    monkeypatch.setattr(train_step, "init_state", zeros)
+    monkeypatch.setattr(train_step, "init_state", plain_steps.zeros)
     return calls
 
 

@@ -216,6 +216,7 @@ class _Run:
         self.unigram_entropy = data_pipeline.corpus_statistics(self.corpus, self.tokenizer).unigram_entropy
         self.step, self.tokens_seen, self.nonfinite_in_a_row = begin.step, begin.tokens_seen, 0
         self.iterator, self.iterator_stage = None, None
+        self.stage_config = config.in_stage(0)  # of the stage that is open, or will be
         # (rows of a batch, what this process holds of each): read now, for a run must not end over them
         self.eval_batches = self._open_eval_batches() if config.data.eval_fraction else None
         self.train_steps, self.eval_steps = {}, {}  # by RoPE base
@@ -342,9 +343,8 @@ class _Run:
         if self.iterator_stage != plan.stage_index:
             self._open_stage(plan.stage_index)
         batch = self._global_batch(plan)
-        config = self.config.in_stage(plan.stage_index)
-        step_function = self._step_function(config)
-        self.compiles = (key := (config.model.rope_theta, *batch["tokens"].shape)) not in self.compiled
+        step_function = self._step_function()
+        self.compiles = (key := (self.stage_config.model.rope_theta, *batch["tokens"].shape)) not in self.compiled
         self.compiled.add(key)
         with np.errstate(over="ignore"):  # a rate that float32 does not hold is infinite, which the step notices
             rate = np.float32(plan.learning_rate)
@@ -377,7 +377,7 @@ class _Run:
             source_weights=stage.source_weights,
             seed=self.config.data.seed + index,
         )
-        self.iterator_stage = index
+        self.iterator_stage, self.stage_config = index, self.config.in_stage(index)
         self._data_state()  # raises at once where processes do not see the same data
 
     def _data_state(self):
@@ -391,14 +391,14 @@ class _Run:
         batch = {key: feeding.join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS}
         return feeding.to_devices(batch, self.mesh, plan.rows)
 
-    def _step_function(self, config):
-        if (base := config.model.rope_theta) not in self.train_steps:
-            self.train_steps[base] = train_step.make_train_step(config, self.mesh)
+    def _step_function(self):
+        if (base := self.stage_config.model.rope_theta) not in self.train_steps:
+            self.train_steps[base] = train_step.make_train_step(self.stage_config, self.mesh)
         return self.train_steps[base]
 
-    def _eval_step(self, config):
-        if (base := config.model.rope_theta) not in self.eval_steps:
-            self.eval_steps[base] = train_step.make_eval_step(config)
+    def _eval_step(self):
+        if (base := self.stage_config.model.rope_theta) not in self.eval_steps:
+            self.eval_steps[base] = train_step.make_eval_step(self.stage_config)
         return self.eval_steps[base]
 
     def _open_eval_batches(self):
@@ -422,7 +422,7 @@ class _Run:
         if self.eval_batches is None:
             return
         rows, batches = self.eval_batches
-        eval_step = self._eval_step(self.config.in_stage(self.iterator_stage or 0))
+        eval_step = self._eval_step()
         batches = (feeding.to_devices(batch, self.mesh, rows) for batch in batches)
         sums = [jax.device_get(eval_step(self.state["params"], batch)) for batch in batches]
         self.eval_at = self.step
@@ -535,12 +535,12 @@ class _Run:
                 "such steps with training.max_nonfinite_steps",
             ]
         # No learning rate mends a step whose own values are too large: what comes first is its loss.
-        older = [step for step in self.checkpointer.steps_on_disk() if step < good]
+        older = self.checkpointer.last_good(before=good)
         lines = [f"the newest checkpoint in {place}, step {good}, is finite, and the very next step failed on it"]
-        if older:
+        if older is not None:
             lines.append(
-                f"last good checkpoint: step {older[-1]}, which finite steps followed; continue from there with a "
-                f"lower learning rate, as in --resume={older[-1]} {lower}"
+                f"last good checkpoint: step {older}, which finite steps followed; continue from there with a "
+                f"lower learning rate, as in --resume={older} {lower}"
             )
         else:
             lines.append("it is the only one: begin anew in another --workdir with a lower learning rate")
