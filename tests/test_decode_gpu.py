@@ -190,7 +190,9 @@ def test_a_norm_and_its_router_lower_for_cuda_as_one_kernel(case):
 def test_a_step_of_a_layer_errs_as_much_as_through_xla(computed, batch):
     want, xla, kernels = (computed[f"layer/{batch}/{name}"] for name in ("float32", "xla", "kernels"))
     assert not np.array_equal(xla, kernels)
-    assert oracles.relative_error(kernels, want) < 1.25 * oracles.relative_error(xla, want) < 1e-2
+    through_xla = oracles.relative_error(xla, want)
+    assert through_xla < 2e-2  # 4e-3 to 1e-2: it depends on how the processor multiplies bfloat16
+    assert oracles.relative_error(kernels, want) < 1.25 * through_xla
 
 
 @interpreter.needed
