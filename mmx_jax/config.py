@@ -121,7 +121,7 @@ class ModelConfig(Section):
     scan_blocks: bool = True
     remat: str = "none"
     lightning_implementation: str = "auto"
-    lightning_chunk: int | None = None  # None: chosen from shape and device, see pallas_kernels/tuning.py
+    lightning_chunk: int | None = None  # None: chosen from shape and device, see pallas_kernels/block_sizes.py
     softmax_implementation: str = "auto"
     softmax_block: int = 512
     moe_implementation: str = "auto"

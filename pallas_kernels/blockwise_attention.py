@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.einsum import product
 from pallas_kernels.platform import cdiv
-from pallas_kernels.products import product
 
 # Both finite, so that a block in which a query sees no key makes no NaN. The running maximum starts far above the
 # masked scores: their exponentials are 0 even then.

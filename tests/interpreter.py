@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper
+from pallas_kernels import mosaic_gpu_common
 from tests.patience import HANG_SECONDS
 
 needed = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU interpreter is in jax 0.11")
@@ -22,7 +22,7 @@ def arrays_of(module, folder) -> dict[str, np.ndarray]:
     """The arrays that `python -m module PATH` writes to PATH, an npz file."""
     path = folder / "results.npz"
     command = [sys.executable, "-W", "error::DeprecationWarning:pallas_kernels", "-m", module, path]
-    environment = os.environ | {"NPROC": str(hopper.INTERPRETER_THREADS), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"NPROC": str(mosaic_gpu_common.INTERPRETER_THREADS), "JAX_PLATFORMS": "cpu"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert finished.returncode == 0, finished.stderr
     return dict(np.load(path))

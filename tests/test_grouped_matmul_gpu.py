@@ -14,8 +14,9 @@ import pytest
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers import moe
 from mmx_jax.models import decoder
-from pallas_kernels import hopper, platform
-from pallas_kernels.grouped_matmul import few_tokens_swiglu, grouped_matmul, grouped_swiglu, mosaic_gpu
+from pallas_kernels import mosaic_gpu_common, platform
+from pallas_kernels.grouped_matmul import few_tokens_swiglu, grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.mosaic_gpu import api as mosaic_gpu
 from tests import interpreter, oracles
 
 # Name -> rows, width, columns, sizes of the groups.
@@ -93,7 +94,7 @@ def tokens_inputs(case):
 
 
 def compute_all(path):
-    hopper.MULTIPROCESSORS = 1  # so that tiles are as wide as those of large products
+    mosaic_gpu_common.MULTIPROCESSORS = 1  # so that tiles are as wide as those of large products
     arrays = {}
     for case in CASES:
         lhs, rhs, sizes, d_output = inputs(case)

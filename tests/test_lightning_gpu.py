@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import (
-    document_runs,
-    end_state,
-    lightning_attention,
-    mosaic_gpu,
-    mosaic_gpu_rows,
-)
-from pallas_kernels.lightning_attention import mosaic_gpu_documents as facts
+from pallas_kernels.lightning_attention import document_runs, end_state, lightning_attention
+from pallas_kernels.lightning_attention.mosaic_gpu import api as mosaic_gpu
+from pallas_kernels.lightning_attention.mosaic_gpu import segment_table_kernel as facts
+from pallas_kernels.lightning_attention.mosaic_gpu import time_split
 from tests import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / mosaic_gpu.CHUNK  # the slope from which on the kernel cannot split the decay
@@ -130,10 +126,10 @@ def compute_all(path):
         documents = facts.Documents(ids, numbered)
         tables = facts.tables(documents, ids.shape[1] // mosaic_gpu.CHUNK, interpreted=True)
         arrays[f"table_{name}"] = np.concatenate(tables)
-    chosen = mosaic_gpu_rows.segments
+    chosen = time_split.segments
     for case in CASES:
         in_time = CASES[case].get("in_time")
-        mosaic_gpu_rows.segments = chosen if in_time is None else lambda *_, count=in_time: count
+        time_split.segments = chosen if in_time is None else lambda *_, count=in_time: count
         for name, x in zip(NAMES, results(case, "mosaic_gpu", jnp.bfloat16), strict=True):
             arrays[f"{case}/{name}"] = np.asarray(x, np.float32)
         for i, x in enumerate(end_states(case, "mosaic_gpu", jnp.bfloat16) if case in END_STATES else ()):

@@ -11,78 +11,78 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul, platform, tune, tuning
+from pallas_kernels import autotune, block_sizes, grouped_matmul, platform
 from pallas_kernels.lightning_attention import lightning_attention
 
-KERNEL = tuning.Kernel("op", "kernel", "rows")
+KERNEL = block_sizes.Kernel("op", "kernel", "rows")
 SHAPE = dict(rows=8, dtype="float32")
-CHUNKS = tuning.Kernel("lightning_attention", "chunked_xla", "chunks")
+CHUNKS = block_sizes.Kernel("lightning_attention", "chunked_xla", "chunks")
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """The path of an empty table, which is the one that is read."""
     path = tmp_path / "table.json"
-    tuning.save(path, [])
-    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    block_sizes.save(path, [])
+    monkeypatch.setenv(block_sizes.VARIABLE, str(path))
     return path
 
 
 def choose(shape=SHAPE, candidates=(1, 2)):
-    return tuning.choose(
+    return block_sizes.choose(
         *KERNEL, shape, candidates=lambda: [dict(tile=n) for n in candidates], heuristic=lambda: dict(tile=1)
     )["tile"]  # fmt: skip
 
 
 def test_exactly_the_measured_shape_is_looked_up(table):
     assert choose() == 1
-    tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
     assert choose() == 2
     assert choose(dict(reversed(SHAPE.items()))) == 2
     assert choose(SHAPE | dict(rows=9)) == 1
 
 
 def test_the_entry_of_another_device_is_not_taken(table, monkeypatch):
-    tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
     with platform.target("tpu"):
         assert choose() == 1  # compiled ahead of time: there is no device
-    monkeypatch.setattr(tuning, "device", lambda: "TPU v9")
+    monkeypatch.setattr(block_sizes, "device", lambda: "TPU v9")
     assert choose() == 1
 
 
 def test_an_entry_that_is_no_candidate_is_left_out_and_logged(table, caplog):
-    tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
     with caplog.at_level(logging.WARNING):
         assert choose(candidates=(1, 3)) == 1
     assert "{'tile': 2}" in caplog.text and "no such candidate" in caplog.text
 
 
 def test_the_heuristic_may_be_entered_though_it_is_no_candidate(table, caplog):
-    tuning.store(table, KERNEL, SHAPE, dict(tile=1), 0.5)
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=1), 0.5)
     assert choose(candidates=(2, 3)) == 1 and not caplog.text
 
 
 def test_forced_parameters_come_first(table):
-    tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
-    with tuning.forced({KERNEL: dict(tile=3)}):
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
+    with block_sizes.forced({KERNEL: dict(tile=3)}):
         assert choose(candidates=(1, 2, 3)) == 3
         assert choose() == 1  # which has no 3
     assert choose() == 2
 
 
 def test_storing_replaces_the_entry_and_keeps_the_others(table):
-    tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
-    tuning.store(table, KERNEL, SHAPE | dict(rows=9), dict(tile=1), 0.7)
-    tuning.store(table, KERNEL, SHAPE, dict(tile=1), 0.4)
-    entries = {entry["shape"]["rows"]: entry for entry in tuning.load(table)}
-    assert len(tuning.load(table)) == 2
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
+    block_sizes.store(table, KERNEL, SHAPE | dict(rows=9), dict(tile=1), 0.7)
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=1), 0.4)
+    entries = {entry["shape"]["rows"]: entry for entry in block_sizes.load(table)}
+    assert len(block_sizes.load(table)) == 2
     assert entries[8]["parameters"] == dict(tile=1) and entries[8]["ms"] == 0.4
     assert entries[8]["device"] == jax.devices()[0].device_kind and entries[8]["jax"] == jax.__version__
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_table_as_it_was(table, monkeypatch, step):
-    tuning.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
+    block_sizes.store(table, KERNEL, SHAPE, dict(tile=2), 0.5)
     before = table.read_text()
 
     def fail(*_):
@@ -91,7 +91,7 @@ def test_a_failed_write_leaves_the_table_as_it_was(table, monkeypatch, step):
     with monkeypatch.context() as patch:
         patch.setattr(os, step, fail)
         with pytest.raises(OSError, match="no space left"):
-            tuning.store(table, KERNEL, SHAPE, dict(tile=1), 0.4)
+            block_sizes.store(table, KERNEL, SHAPE, dict(tile=1), 0.4)
     assert table.read_text() == before
     assert os.listdir(table.parent) == [table.name]
 
@@ -110,26 +110,26 @@ BROKEN = {
 def test_a_broken_table_is_named_and_not_overwritten(table, name):
     text, message = BROKEN[name]
     table.write_text(text)
-    tuning._index.cache_clear()
-    with pytest.raises(tuning.TableError, match=message) as raised:
+    block_sizes._index.cache_clear()
+    with pytest.raises(block_sizes.TableError, match=message) as raised:
         choose()
     assert str(table) in str(raised.value)
     with pytest.raises(SystemExit, match=message):
-        tune.main(["--op=grouped_matmul", "--shape=rows=8,depth=8,columns=8,groups=2"])
+        autotune.main(["--op=grouped_matmul", "--shape=rows=8,depth=8,columns=8,groups=2"])
     assert table.read_text() == text
 
 
 def test_a_table_that_is_not_there_is_named(table):
     table.unlink()
-    tuning._index.cache_clear()
-    with pytest.raises(tuning.TableError, match=f"cannot read the tuning table {table}"):
+    block_sizes._index.cache_clear()
+    with pytest.raises(block_sizes.TableError, match=f"cannot read the tuning table {table}"):
         choose()
 
 
 def test_the_table_of_the_package_is_one_and_names_what_exists(monkeypatch):
-    monkeypatch.delenv(tuning.VARIABLE, raising=False)
-    for entry in tuning.load(tuning.table_path()):
-        assert entry["implementation"] in tune.OPS[entry["op"]].implementations
+    monkeypatch.delenv(block_sizes.VARIABLE, raising=False)
+    for entry in block_sizes.load(block_sizes.table_path()):
+        assert entry["implementation"] in autotune.OPS[entry["op"]].implementations
 
 
 def chunks_of(length, chunk_size=None):
@@ -142,7 +142,7 @@ def chunks_of(length, chunk_size=None):
 
 def test_lightning_attention_takes_the_chunk_of_the_table(table):
     assert chunks_of(96) == 1  # the heuristic's 256 and more
-    tuning.store(table, CHUNKS, dict(batch=1, length=96, heads=2, dim=8, dtype="float32"), dict(chunk=32), 0.5)
+    block_sizes.store(table, CHUNKS, dict(batch=1, length=96, heads=2, dim=8, dtype="float32"), dict(chunk=32), 0.5)
     assert chunks_of(96) == 3
     assert chunks_of(96, 48) == 2  # what the caller says comes first
 
@@ -158,23 +158,23 @@ INTERPRETED = {
 @pytest.mark.parametrize("implementation", INTERPRETED)
 def test_kernels_for_tpu_say_what_can_be_chosen(implementation):
     op, shape, names = INTERPRETED[implementation]
-    plan = tune._plan(op, implementation, shape, forward_alone=False)
+    plan = autotune._plan(op, implementation, shape, forward_alone=False)
     assert {choice.kernel.name for choice, _ in plan} == names
     for choice, _ in plan:
         assert choice.kernel[:2] == (op, implementation)
         assert choice.heuristic in choice.candidates and len(choice.candidates) > 3
         assert set(choice.shape) == set(shape)
-    assert {choice.kernel.name for choice, _ in tune._plan(op, implementation, shape, forward_alone=True)} < names
+    assert {choice.kernel.name for choice, _ in autotune._plan(op, implementation, shape, forward_alone=True)} < names
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
 def test_the_least_likely_candidates_are_right_too(implementation):
     op, shape, _ = INTERPRETED[implementation]
-    own = tune.job(op, implementation, shape, rounds=1)
-    plan = tune._plan(op, implementation, shape, forward_alone=False)
+    own = autotune.job(op, implementation, shape, rounds=1)
+    plan = autotune._plan(op, implementation, shape, forward_alone=False)
     last = {choice.kernel: [c for c in choice.candidates if c != choice.heuristic][-1] for choice, _ in plan}
     kernel, parameters = next(iter(last.items()))
-    measured = tune.measure(own, kernel, parameters, last, backward=True)
+    measured = autotune.measure(own, kernel, parameters, last, backward=True)
     assert measured.error < 1e-5 and measured.ms > 0, measured
 
 
@@ -189,12 +189,12 @@ def test_forced_tiles_reach_the_kernel():
         return "f32[128,128]" in text
 
     assert not blocks()
-    with tuning.forced({tuning.Kernel("grouped_matmul", "megablox", "rows"): tile}):
+    with block_sizes.forced({block_sizes.Kernel("grouped_matmul", "megablox", "rows"): tile}):
         assert blocks()
 
 
 def run(capsys, *arguments):
-    tune.main([*arguments, "--rounds=3"])
+    autotune.main([*arguments, "--rounds=3"])
     return capsys.readouterr()
 
 
@@ -202,10 +202,10 @@ def test_end_to_end(table, capsys):
     arguments = "--op=lightning_attention", "--shape=length=64,heads=2,dim=8,dtype=float32"
     said = run(capsys, *arguments, "--dry_run")
     assert "chunk=64" in said.out and "and 2 candidates" in said.out
-    assert tuning.load(table) == []
+    assert block_sizes.load(table) == []
     said = run(capsys, *arguments)
     assert "2 of 2" in said.err and "0 s left" in said.err
-    (entry,) = tuning.load(table)
+    (entry,) = block_sizes.load(table)
     assert entry["implementation"] == "chunked_xla" and entry["ms"] > 0
     rows = [line.split() for line in said.out.splitlines() if line.startswith("  chunk=")]
     assert {row[0] for row in rows} == {"chunk=32", "chunk=64"}
@@ -218,7 +218,9 @@ def test_the_fastest_right_candidate_wins(table, capsys, monkeypatch):
     """0: slow, 1: fast and wrong, 2: right, 3: does not compile, 4: NaN."""
 
     clock = [0.0]  # seconds, as the candidates take them: a real clock would judge the machine
-    monkeypatch.setattr(tune, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic))
+    monkeypatch.setattr(
+        autotune, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic)
+    )
 
     def host(x, mode):
         clock[0] += 0.02 if mode == 0 else 0.01
@@ -228,7 +230,7 @@ def test_the_fastest_right_candidate_wins(table, capsys, monkeypatch):
         (x,) = arrays
         if implementation == "reference":
             return x
-        mode = tuning.choose(
+        mode = block_sizes.choose(
             "fake", "tiled_xla", "modes", dict(n=4, dtype="float32"),
             candidates=lambda: [dict(mode=n) for n in range(5)], heuristic=lambda: dict(mode=0),
         )["mode"]  # fmt: skip
@@ -236,14 +238,14 @@ def test_the_fastest_right_candidate_wins(table, capsys, monkeypatch):
             raise RuntimeError("out of VMEM\nin a long message")
         return x + jax.lax.stop_gradient(jax.pure_callback(lambda x: host(x, mode), x, jax.lax.stop_gradient(x)) - x)
 
-    fake = tune._Op(
+    fake = autotune._Op(
         defaults=dict(n=None, dtype="float32"), implementations=dict(reference=None, tiled_xla=None),
         inputs=lambda shape: ((jnp.ones(shape["n"]),), ()), apply=apply,
         default=lambda arrays, others: "tiled_xla", shorten=lambda shape: shape,
     )  # fmt: skip
-    monkeypatch.setitem(tune.OPS, "fake", fake)
+    monkeypatch.setitem(autotune.OPS, "fake", fake)
     said = run(capsys, "--op=fake", "--shape=n=4")
-    (entry,) = tuning.load(table)
+    (entry,) = block_sizes.load(table)
     assert entry["parameters"] == dict(mode=2)
     lines = {line.split()[0]: line for line in said.out.splitlines() if line.startswith("  mode=")}
     assert "heuristic" in lines["mode=0"] and "wrong: error" in lines["mode=1"] and "wrong" in lines["mode=4"]
@@ -274,7 +276,7 @@ def test_what_cannot_be_tuned_is_refused_in_one_sentence(table, case):
     arguments, message = REFUSED[case]
     before = table.stat().st_mtime_ns, os.listdir(table.parent)
     with pytest.raises(SystemExit, match=message) as raised:
-        tune.main(arguments)
+        autotune.main(arguments)
     assert "\n" not in str(raised.value)
     assert (table.stat().st_mtime_ns, os.listdir(table.parent)) == before  # not even written anew
 
@@ -283,10 +285,10 @@ def test_a_table_that_cannot_be_written_is_refused_before_anything_is_measured(t
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "t.json")
 
-    monkeypatch.setattr(tuning.tempfile, "NamedTemporaryFile", refuse)
-    monkeypatch.setattr(tune, "measure", None)
+    monkeypatch.setattr(block_sizes.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(autotune, "measure", None)
     with pytest.raises(SystemExit, match="cannot write .*Permission denied.*--table"):
-        tune.main(["--op=lightning_attention", "--shape=length=96,heads=2,dim=8"])
+        autotune.main(["--op=lightning_attention", "--shape=length=96,heads=2,dim=8"])
 
 
 @pytest.mark.parametrize(("wrong", "failure"), [(False, ""), (True, "wrong: error")])
@@ -297,25 +299,25 @@ def test_what_the_short_shape_has_no_room_for_is_held_against_the_heuristic(tabl
         (x,) = arrays
         if implementation == "reference":
             return x
-        tile = tuning.choose(
+        tile = block_sizes.choose(
             *KERNEL, dict(n=x.size), candidates=lambda: [dict(tile=n) for n in (2, 4, 8) if n <= x.size],
             heuristic=lambda: dict(tile=2),
         )["tile"]  # fmt: skip
         return x * (1.1 if wrong and tile == 8 else 1)
 
-    fake = tune._Op(
+    fake = autotune._Op(
         defaults={}, implementations={}, inputs=lambda shape: ((jnp.ones(shape["n"]),), ()), apply=apply,
         default=None, shorten=lambda shape: shape | dict(n=4),
     )  # fmt: skip
-    monkeypatch.setitem(tune.OPS, "op", fake)
-    own = tune.job("op", "kernel", dict(n=16, dtype="float32"), rounds=1)
-    measured = tune.measure(own, KERNEL, dict(tile=8), {}, backward=False)
+    monkeypatch.setitem(autotune.OPS, "op", fake)
+    own = autotune.job("op", "kernel", dict(n=16, dtype="float32"), rounds=1)
+    measured = autotune.measure(own, KERNEL, dict(tile=8), {}, backward=False)
     assert measured.failure.startswith(failure) and bool(measured.failure) == wrong
     assert (measured.ms is None) == wrong
 
 
 def test_errors_of_kernels_count_every_result():
     want = [np.ones(3), np.zeros(2)]
-    assert tune._error(want, want) == 0
-    assert tune._error([np.ones(3), np.array([0.0, 0.1])], want) == pytest.approx(0.1)
-    assert tune._error([np.array([1.0, np.nan, 1.0]), np.zeros(2)], want) == float("inf")
+    assert autotune._error(want, want) == 0
+    assert autotune._error([np.ones(3), np.array([0.0, 0.1])], want) == pytest.approx(0.1)
+    assert autotune._error([np.array([1.0, np.nan, 1.0]), np.zeros(2)], want) == float("inf")

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from mmx_jax.config import ModelConfig
 from pallas_kernels import platform
-from pallas_kernels.products import product
+from pallas_kernels.einsum import product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

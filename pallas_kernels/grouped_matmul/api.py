@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
-from pallas_kernels.grouped_matmul import megablox, mosaic_gpu, mosaic_gpu_router, reference, tiled_xla
+from pallas_kernels.grouped_matmul import megablox, reference, tiled_xla
+from pallas_kernels.grouped_matmul.mosaic_gpu import api as mosaic_gpu
+from pallas_kernels.grouped_matmul.mosaic_gpu import router_kernel
 
 # A backend is a module with `check`, `forward`, `backward`, `swiglu_forward` and `swiglu_backward`, as in reference.py.
 IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla, "mosaic_gpu": mosaic_gpu, "megablox": megablox}
@@ -126,7 +128,7 @@ def serves_norm_and_route(x, experts, *, implementation="auto") -> bool:
     """
     if implementation != "mosaic_gpu" and (implementation != "auto" or platform.platform() != "gpu"):
         return False
-    reason = platform.why_not(lambda: mosaic_gpu_router.check(x, experts))
+    reason = platform.why_not(lambda: router_kernel.check(x, experts))
     platform.announce("norm and router of few tokens", "XLA" if reason else "mosaic_gpu", reason or "it serves")
     return reason is None
 
@@ -157,8 +159,8 @@ def norm_and_route(x, scale, eps, router, chosen):
         )
     if router.dtype != jnp.float32 or not 1 <= chosen <= router.shape[1]:
         raise ValueError(f"the router must be float32 with {chosen} experts or more; got {router.dtype} {router.shape}")
-    mosaic_gpu_router.check(x, router.shape[1])
-    return mosaic_gpu_router.norm_and_route(x, scale, eps, router, chosen)
+    router_kernel.check(x, router.shape[1])
+    return router_kernel.norm_and_route(x, scale, eps, router, chosen)
 
 
 def _resolve(implementation, lhs, rhs):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
+from pallas_kernels import block_sizes
 from pallas_kernels.grouped_matmul import swiglu
 from pallas_kernels.platform import cdiv, platform
 
@@ -133,7 +133,7 @@ def _choose(kernel, tiles_of, lhs, columns, group_sizes) -> Tile:
         return [tile._asdict() for tile in tiles_of(num_rows, depth, columns, groups, lhs.dtype.itemsize, vmem_bytes)]
 
     return Tile(
-        **tuning.choose(
+        **block_sizes.choose(
             "grouped_matmul", "megablox", kernel, shape,
             candidates=lambda: tiles(2 * _VMEM_BYTES)[:_CANDIDATES],  # some chips give a kernel 32 MiB
             heuristic=lambda: tiles(_VMEM_BYTES)[0],

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu, mosaic_gpu_step, mosaic_tpu, reference
+from pallas_kernels.lightning_attention import chunked_xla, mosaic_tpu, reference
+from pallas_kernels.lightning_attention.mosaic_gpu import api as mosaic_gpu
+from pallas_kernels.lightning_attention.mosaic_gpu import decode_kernel
 
 # A backend is a module with `check`, `documents`, `forward`, `backward` and `end_state`, as in reference.py.
 IMPLEMENTATIONS = {
@@ -49,7 +51,7 @@ def lightning_attention(
       segment_ids: int [B, T]; 0 is padding, a maximal run of one positive id is a document. None: one document.
       initial_state: float32 [B, H, D, E]; None is zero.
       reverse: run from the last token to the first; the initial state then enters at the right end.
-      chunk_size: tokens handled at once, None: chosen from shape and device (`pallas_kernels.tuning`). It changes
+      chunk_size: tokens handled at once, None: chosen from shape and device (`pallas_kernels.block_sizes`). It changes
         speed and rounding, not the function.
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the default of the platform.
 
@@ -157,7 +159,7 @@ def gated_step(projected, slopes, state, scale, real=None):
         )
     if not serves_gated_step(projected.dtype, slopes, state, implementation="mosaic_gpu"):
         raise NotImplementedError("gated_step serves one device; 'recurrent_step' is divided over several")
-    return mosaic_gpu_step.gated_step(projected, slopes, state, scale, real)
+    return decode_kernel.gated_step(projected, slopes, state, scale, real)
 
 
 def _gated_step_forward(projected, slopes, state, scale, real):

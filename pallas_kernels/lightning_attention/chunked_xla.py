@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels import block_sizes
 from pallas_kernels.lightning_attention import segments
 from pallas_kernels.platform import cdiv
 
@@ -162,7 +162,7 @@ def _chunk_length(q, slopes, chunk_size):
         return min(chunk_size, length)
     (heads,) = slopes.shape
     shape = dict(batch=batch, length=length, heads=heads, dim=width // heads, dtype=q.dtype.name)
-    chosen = tuning.choose(
+    chosen = block_sizes.choose(
         "lightning_attention", "chunked_xla", "chunks", shape,
         candidates=lambda: [dict(chunk=size) for size in sorted({min(size, length) for size in _CHUNKS})],
         heuristic=lambda: dict(chunk=min(_CHUNK, length)),

@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tuning
+from pallas_kernels import block_sizes
 from pallas_kernels.lightning_attention import segments
 from pallas_kernels.platform import cdiv, platform
 
@@ -309,7 +309,7 @@ def _blocks(walk, tensor, heads, chunk_size):
     if chunk_size is not None:
         return size, largest
     sizes = sorted({_chunk_length(length, size) for size in _CHUNKS})
-    chosen = tuning.choose(
+    chosen = block_sizes.choose(
         "lightning_attention", "mosaic_tpu", "backward" if walk.reverse else "forward",
         dict(batch=batch, length=length, heads=heads, dim=dim, dtype=tensor.dtype.name),
         candidates=lambda: [dict(chunk=c, heads=n) for c in sizes for n in _head_blocks(heads, dim, c, itemsize, walk)],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lightning_attention import segments
-from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
+from pallas_kernels.lightning_attention.mosaic_gpu.time_split import CHUNK
 
 CONTINUES, STARTS, MIXED = range(3)  # kinds of chunks, see `Tables`
 RUNS, EXPONENTS, SCALARS = range(3)  # rows of a chunk in a table
@@ -46,7 +46,7 @@ class Tables(NamedTuple):
     from the left or STARTS with the chunk.
 
     RUNS: documents of the tokens, 0 at padding, then the same but -1 there. EXPONENTS: of the weights of v and then of
-    the output over the slope, c_i - m and m - c_i (see mosaic_gpu.py), or PADDING. SCALARS: the KIND, the real TOKENS,
+    the output over the slope, c_i - m and m - c_i (see api.py), or PADDING. SCALARS: the KIND, the real TOKENS,
     the documents of the ENTRY and EXIT states, FRESH where a scan that begins here drops its entry state, and DROPPED
     where the exit state ends with its document.
     """

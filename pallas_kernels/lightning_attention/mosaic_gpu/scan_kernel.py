@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
-from pallas_kernels.lightning_attention import mosaic_gpu_documents as facts
-from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
+from pallas_kernels import mosaic_gpu_common
+from pallas_kernels.lightning_attention.mosaic_gpu import segment_table_kernel as facts
+from pallas_kernels.lightning_attention.mosaic_gpu.time_split import CHUNK
 
 COLUMNS = 64  # value columns of a program
 
 
 def scan(problems, slopes, entries, tables, *, reverse, interpreted):
-    """The scans of P problems, for rows of whole chunks; see mosaic_gpu.py for what is computed in a chunk.
+    """The scans of P problems, for rows of whole chunks; see api.py for what is computed in a chunk.
 
     Args:
       problems: (q, k, v) each, bfloat16 [R, N * C, H*D]; or (k, v) each, for the exit states alone.
       slopes: float32 [H].
       entries: float32 [P, R, H, D, D], states at the end where the scan starts.
-      tables: `mosaic_gpu_documents.Tables` of the rows, or None: each is one document without padding.
+      tables: `segment_table_kernel.Tables` of the rows, or None: each is one document without padding.
 
     Returns:
       (outputs, a list like `problems` or empty; exit states like `entries`).
@@ -49,7 +49,7 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
     stage_bytes = 2 * CHUNK * (2 * dim + COLUMNS) + (0 if table is None else 4 * table.shape[2] * table.shape[3])
     other_bytes = 2 * 2 * CHUNK * (CHUNK + COLUMNS) + 4 * 2 * 2 * CHUNK + 1024
     copies = len(problems[0]) + (table is not None)  # of a chunk
-    stages = min(4, (hopper.SHARED_MEMORY - other_bytes) // stage_bytes)
+    stages = min(4, (mosaic_gpu_common.SHARED_MEMORY - other_bytes) // stage_bytes)
 
     def kernel(slope_ref, entry_ref, *refs):
         refs = list(refs)
@@ -116,7 +116,7 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
             return pl.run_state(add)(plgpu.ACC.init(initial))
 
         def load():
-            plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(mosaic_gpu_common.LOADER_REGISTERS, action="decrease")
 
             def one_step(step, _):
                 stage = lax.rem(step, stages)
@@ -137,7 +137,7 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
             lax.fori_loop(0, chunks, one_step, None)
 
         def score():
-            plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
+            plgpu.set_max_registers(mosaic_gpu_common.worker_registers(2), action="increase")
 
             def one_step(step, _):
                 stage, pair = lax.rem(step, stages), lax.rem(step, 2)
@@ -191,7 +191,7 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
                 lax.fori_loop(0, chunks, one_step, None)
 
         def recur():
-            plgpu.set_max_registers(hopper.worker_registers(2), action="increase")
+            plgpu.set_max_registers(mosaic_gpu_common.worker_registers(2), action="increase")
 
             def write(output, step):
                 slot = o_smem.at[lax.rem(step, 2)]
@@ -272,7 +272,7 @@ def scan(problems, slopes, entries, tables, *, reverse, interpreted):
         lax.switch(group, [load, score, recur])
 
     def smem(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=hopper.swizzled())
+        return plgpu.SMEM(shape, dtype, transforms=mosaic_gpu_common.swizzled())
 
     call = plgpu.kernel(
         kernel,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hopper
+from pallas_kernels import mosaic_gpu_common
 from pallas_kernels.platform import cdiv
 
 CHUNK = 64  # tokens: the rows of one wgmma
@@ -26,8 +26,8 @@ def segments(programs, length) -> int:
     chunks = cdiv(length, CHUNK)
 
     def cost(count):
-        waves = cdiv(programs * count, hopper.MULTIPROCESSORS)
-        share = min(1.0, programs * count / hopper.MULTIPROCESSORS)
+        waves = cdiv(programs * count, mosaic_gpu_common.MULTIPROCESSORS)
+        share = min(1.0, programs * count / mosaic_gpu_common.MULTIPROCESSORS)
         return waves * cdiv(chunks, count) * max(0.9, share) * (1.0 if count == 1 else 1.5) + 8 * (count > 1)
 
     return min((2**i for i in range(8)), key=cost)

@@ -1,12 +1,12 @@
 """Block sizes of the kernels: what was measured on this device for this shape, or else what a heuristic says.
 
-A kernel asks while it is traced, and thereby can be tuned by `python -m pallas_kernels.tune`:
+A kernel asks while it is traced, and thereby can be tuned by `python -m pallas_kernels.autotune`:
 
-    tile = Tile(**tuning.choose(
+    tile = Tile(**block_sizes.choose(
         "grouped_matmul", "megablox", "rows", dict(rows=8192, depth=6144, ...), candidates=..., heuristic=...
     ))
 
-The table is pallas_kernels/tuning_table.json, or the file that the environment variable PALLAS_KERNELS_TUNING_TABLE
+The table is pallas_kernels/block_sizes.json, or the file that the environment variable PALLAS_KERNELS_TUNING_TABLE
 names. Compiled ahead of time there is no device, and the heuristic decides.
 """
 
@@ -127,7 +127,7 @@ def device() -> str | None:
 
 def table_path() -> Path:
     """The file that `choose` reads."""
-    return Path(os.environ.get(VARIABLE) or Path(__file__).with_name("tuning_table.json"))
+    return Path(os.environ.get(VARIABLE) or Path(__file__).with_name("block_sizes.json"))
 
 
 def load(path: Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """Lightning attention on NVIDIA Hopper, as one Pallas Mosaic GPU kernel: tensor cores, TMA, float32 state in registers.
 
-The kernel is in mosaic_gpu_scan.py, what it is told about documents in mosaic_gpu_documents.py, and how rows are cut in
-mosaic_gpu_rows.py. A program walks the chunks of one head and 64 of its value columns. Inside a chunk with entry state
+The kernel is in scan_kernel.py, what it is told about documents in segment_table_kernel.py, and how rows are cut in
+time_split.py. A program walks the chunks of one head and 64 of its value columns. Inside a chunk with entry state
 S, c_i the number of its real tokens up to and including i, n their total and m half the chunk, the decay is folded into
 the rows of v and of the output (arXiv 2401.04658, algorithm 1, with exp(-s (c_i - c_j)) split at m):
 
@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper, tuning
-from pallas_kernels.lightning_attention import chunked_xla, mosaic_gpu_documents
-from pallas_kernels.lightning_attention import mosaic_gpu_rows as rows
-from pallas_kernels.lightning_attention.mosaic_gpu_rows import CHUNK
-from pallas_kernels.lightning_attention.mosaic_gpu_scan import COLUMNS, scan
+from pallas_kernels import block_sizes, mosaic_gpu_common
+from pallas_kernels.lightning_attention import chunked_xla
+from pallas_kernels.lightning_attention.mosaic_gpu import segment_table_kernel
+from pallas_kernels.lightning_attention.mosaic_gpu import time_split as rows
+from pallas_kernels.lightning_attention.mosaic_gpu.scan_kernel import COLUMNS, scan
+from pallas_kernels.lightning_attention.mosaic_gpu.time_split import CHUNK
 from pallas_kernels.platform import cdiv, platform
 
 MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bfloat16
@@ -36,7 +37,7 @@ MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bf
 def check(q, k, v, slopes, *, segmented, chunk_size):
     """Raises NotImplementedError where the kernel cannot serve; any `chunk_size` is taken, the kernel has its own."""
     del k, segmented, chunk_size
-    hopper.check("lightning_attention", q.dtype, fallback="chunked_xla")
+    mosaic_gpu_common.check("lightning_attention", q.dtype, fallback="chunked_xla")
     width = q.shape[-1] // slopes.shape[0]
     if width not in (64, 128) or v.shape != q.shape:
         raise NotImplementedError(
@@ -47,7 +48,7 @@ def check(q, k, v, slopes, *, segmented, chunk_size):
 
 def documents(ids, *, numbered):
     """What `forward` and the others take as documents."""
-    return mosaic_gpu_documents.Documents(jnp.asarray(ids, jnp.int32), numbered)
+    return segment_table_kernel.Documents(jnp.asarray(ids, jnp.int32), numbered)
 
 
 def forward(q, k, v, slopes, documents, initial_state, *, chunk_size):
@@ -118,7 +119,7 @@ def _splits(slopes):
 def _segments(q):
     """Into how many segments of time the rows are cut."""
     batch, length, width = q.shape
-    return tuning.choose(
+    return block_sizes.choose(
         "lightning_attention", "mosaic_gpu", "scan", dict(batch=batch, length=length, width=width),
         candidates=lambda: [dict(segments=2**i) for i in range(8) if 2**i <= cdiv(length, CHUNK)],
         heuristic=lambda: dict(segments=rows.segments(batch * width // COLUMNS, length)),
@@ -136,7 +137,7 @@ def _tables(documents, q, count):
     if documents is None:
         if q.shape[1] % (CHUNK * count) == 0:
             return None
-        documents = mosaic_gpu_documents.Documents(jnp.ones(q.shape[:2], jnp.int32), numbered=True)
+        documents = segment_table_kernel.Documents(jnp.ones(q.shape[:2], jnp.int32), numbered=True)
     return _jitted_tables(documents, count, interpreted=platform() == "cpu")
 
 
@@ -155,8 +156,8 @@ def _jitted_tables(documents, count, *, interpreted):
     batch = documents.ids.shape[0]
     ids = rows.cut(documents.ids, count)
     chunks = ids.shape[1] // CHUNK
-    whole = mosaic_gpu_documents.Documents(ids.reshape(batch, -1), documents.numbered)
-    tables = mosaic_gpu_documents.tables(whole, chunks, interpreted=interpreted)
+    whole = segment_table_kernel.Documents(ids.reshape(batch, -1), documents.numbered)
+    tables = segment_table_kernel.tables(whole, chunks, interpreted=interpreted)
     return jax.tree.map(lambda x: x.reshape(batch * count, chunks, *x.shape[2:]), tables)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import mosaic_gpu_common
 from pallas_kernels.platform import platform
 
 NUMBERS = 1 << 14  # of the router that a program holds at once, in half of its registers
@@ -21,7 +21,7 @@ MOST_TOKENS = 64
 def check(x, experts):
     """Raises NotImplementedError where the kernel cannot serve."""
     tokens, width = x.shape
-    hopper.check("norm_and_route", x.dtype, fallback="XLA")
+    mosaic_gpu_common.check("norm_and_route", x.dtype, fallback="XLA")
     if tokens > MOST_TOKENS or experts not in (8, 16, 32) or width % 256 or width * experts > MOST_NUMBERS:
         raise NotImplementedError(
             f"norm_and_route serves {MOST_TOKENS} tokens at most, 8, 16 or 32 experts, widths that are multiples of "

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper, tuning
+from pallas_kernels import block_sizes, mosaic_gpu_common
 from pallas_kernels.grouped_matmul import row_tiles, swiglu
 from pallas_kernels.platform import platform
 
@@ -39,7 +39,7 @@ MOST_CHOICES, MOST_CHOSEN_GROUPS = 128, 32
 
 def check(lhs, rhs):
     """Raises NotImplementedError where the kernels cannot serve."""
-    hopper.check("grouped_matmul", lhs.dtype, fallback="tiled_xla")
+    mosaic_gpu_common.check("grouped_matmul", lhs.dtype, fallback="tiled_xla")
     if lhs.shape[-1] % DEPTH or rhs.shape[-1] % DEPTH:
         raise NotImplementedError(
             f"mosaic_gpu serves widths that are multiples of {DEPTH}, got {lhs.shape[-1]} and {rhs.shape[-1]}; "
@@ -129,21 +129,23 @@ def _tiling(kernel, shape, workers, tiles_of, *, matrices=1):
     """The measured tile, or the widest that leaves no multiprocessor without one: 128 x 256 needs the fewest bytes.
 
     Args:
-      kernel, shape: for `tuning.choose`; the shape has the columns of the result.
+      kernel, shape: for `block_sizes.choose`; the shape has the columns of the result.
       tiles_of: from (rows, columns) of a tile to the number of tiles.
       matrices: how many products a tile is of, side by side in the registers of a worker.
     """
     widths = [width for width in (256, 128, 64) if width * matrices <= 256 and shape["columns"] % width == 0]
-    width = tuning.choose(
+
+    def fills_the_card(width):
+        return tiles_of(workers * ROWS, width) >= mosaic_gpu_common.MULTIPROCESSORS
+
+    width = block_sizes.choose(
         "grouped_matmul", "mosaic_gpu", kernel, shape,
         candidates=lambda: [dict(columns=width) for width in widths],
-        heuristic=lambda: dict(
-            columns=next((w for w in widths if tiles_of(workers * ROWS, w) >= hopper.MULTIPROCESSORS), widths[-1])
-        ),
+        heuristic=lambda: dict(columns=next(filter(fills_the_card, widths), widths[-1])),
     )["columns"]  # fmt: skip
     stage = (workers * ROWS + matrices * width) * DEPTH * 2
     spared = workers * 2 * ROWS * PIECE * 2 + 2048  # outputs on their way, barriers
-    return _Tiling(workers, width, min(8, (hopper.SHARED_MEMORY - spared) // stage))
+    return _Tiling(workers, width, min(8, (mosaic_gpu_common.SHARED_MEMORY - spared) // stage))
 
 
 class _RowTile(NamedTuple):
@@ -421,7 +423,7 @@ def _multiply_columns(lhs, rhs, group_sizes, *, interpreted):
 
 def _shared(tiles, interpreted):
     """Whether programs share the tiles by a counter. To make it 0 is a kernel of its own, too much for few tiles."""
-    return tiles > 2 * hopper.MULTIPROCESSORS and not interpreted  # the interpreter has no such instruction
+    return tiles > 2 * mosaic_gpu_common.MULTIPROCESSORS and not interpreted  # the interpreter has no such instruction
 
 
 def _whole_blocks(rows):
@@ -487,7 +489,7 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
             plgpu.barrier_wait(seen.at[slot])
 
         if shared:
-            hopper.fetch_and_add_one(counter, claims.at[pl.ds(slot, 1)])
+            mosaic_gpu_common.fetch_and_add_one(counter, claims.at[pl.ds(slot, 1)])
         else:
             claims[slot] = lax.axis_index("program") + number * lax.axis_size("program")
         plgpu.barrier_arrive(claimed.at[slot])
@@ -509,7 +511,7 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
         lax.while_loop(lambda carry: carry[1] < tiles, body, (zero, take(zero), zero))
 
     def fill():
-        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(mosaic_gpu_common.LOADER_REGISTERS, action="decrease")
 
         def take(number):
             claim(number)
@@ -533,7 +535,7 @@ def _walk(tiling, tiles, scratch, locate, load, multiply, destination, finish, *
         for_each(take, one_tile)
 
     def work():
-        plgpu.set_max_registers(hopper.worker_registers(tiling.workers), action="increase")
+        plgpu.set_max_registers(mosaic_gpu_common.worker_registers(tiling.workers), action="increase")
 
         def take(number):
             tile = claimed_tile(number)
@@ -631,11 +633,11 @@ def _call(kernel, operands, outputs, tiling, *, lhs_block, rhs_block, matrices=1
     dtype = outputs[0].dtype
 
     def ring(block):
-        return plgpu.SMEM((tiling.stages, *block), dtype, transforms=hopper.swizzled())
+        return plgpu.SMEM((tiling.stages, *block), dtype, transforms=mosaic_gpu_common.swizzled())
 
     leaving = (tiling.workers, 2, ROWS, PIECE)
     # A piece of fewer rows than 8 cannot be cut out of a swizzled block.
-    leaving = plgpu.SMEM(leaving, dtype, transforms=hopper.swizzled()), plgpu.SMEM(leaving, dtype)
+    leaving = plgpu.SMEM(leaving, dtype, transforms=mosaic_gpu_common.swizzled()), plgpu.SMEM(leaving, dtype)
     call = plgpu.kernel(
         kernel,
         out_type=outputs,
@@ -646,7 +648,7 @@ def _call(kernel, operands, outputs, tiling, *, lhs_block, rhs_block, matrices=1
             plgpu.SMEM((CLAIMS,), jnp.int32), plgpu.Barrier(num_arrivals=1, num_barriers=CLAIMS),
             plgpu.Barrier(num_arrivals=tiling.workers, num_barriers=CLAIMS),
         ],
-        grid=(INTERPRETED_PROGRAMS if interpreted else hopper.MULTIPROCESSORS,), grid_names=("program",),
+        grid=(INTERPRETED_PROGRAMS if interpreted else mosaic_gpu_common.MULTIPROCESSORS,), grid_names=("program",),
         num_threads=tiling.workers + 1, thread_name="thread",
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip

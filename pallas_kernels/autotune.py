@@ -1,11 +1,11 @@
 """Measures the block sizes of kernels for one shape on this device, and enters the best into the tuning table.
 
-    python -m pallas_kernels.tune --op=grouped_matmul --shape=rows=8192,depth=6144,columns=9216,groups=32
-    python -m pallas_kernels.tune --op=lightning_attention --shape=length=8192,heads=64 --dry_run
+    python -m pallas_kernels.autotune --op=grouped_matmul --shape=rows=8192,depth=6144,columns=9216,groups=32
+    python -m pallas_kernels.autotune --op=lightning_attention --shape=length=8192,heads=64 --dry_run
 
-A program of the operation and its gradients asks `tuning.choose` for every kernel in it. Each candidate is first held
-against the definition on a short shape, then timed on the whole one; one kernel after the other, with the best found
-for those before.
+A program of the operation and its gradients asks `block_sizes.choose` for every kernel in it. Each candidate is first
+held against the definition on a short shape, then timed on the whole one; one kernel after the other, with the best
+found for those before.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import platform, tuning
+from pallas_kernels import block_sizes, platform
 from pallas_kernels.grouped_matmul import api as grouped
 from pallas_kernels.lightning_attention import api as lightning
 
@@ -93,7 +93,7 @@ class Refusal(Exception):
 
 
 class _Measured(NamedTuple):
-    parameters: tuning.Parameters
+    parameters: block_sizes.Parameters
     error: float
     ms: float | None  # None: it was not timed
     failure: str = ""
@@ -141,7 +141,7 @@ def _choices(op, implementation, shape, *, backward):
     """The choices of the implementation in a program, in the order in which it asks; repeated where it does."""
     inputs = jax.eval_shape(lambda: OPS[op].inputs(shape))
     jax.clear_caches()  # what is cached does not ask
-    with tuning.recorded() as record:
+    with block_sizes.recorded() as record:
         _program(op, implementation, backward=backward).trace(*inputs)
     return [choice for choice in record if choice.kernel.implementation == implementation]
 
@@ -174,7 +174,7 @@ class _Job(NamedTuple):
 
     op: str
     implementation: str
-    shape: tuning.Shape
+    shape: block_sizes.Shape
     rounds: int
     want: list[np.ndarray]  # output and all gradients by the definition, on a short shape
 
@@ -200,15 +200,15 @@ def measure(job, kernel, parameters, found, *, backward):
         return _program(job.op, job.implementation, backward=backward)
 
     try:
-        with tuning.forced(found | {kernel: parameters}):
-            with tuning.recorded() as asked:
+        with block_sizes.forced(found | {kernel: parameters}):
+            with block_sizes.recorded() as asked:
                 short = program(backward=True)(*op.inputs(op.shorten(job.shape)))
             error = _error(_leaves(short), job.want)
             run = program().lower(*inputs).compile()
         results = run(*inputs)
         if not all(choice.offers(parameters) for choice in asked if choice.kernel == kernel):
             # The short shape has no room for these parameters: they are held against what is chosen without them.
-            with tuning.forced(found):
+            with block_sizes.forced(found):
                 error = max(error, float(_difference(results, program()(*inputs))))
         if not error <= _LIMITS[job.shape["dtype"]]:
             return _Measured(parameters, error, None, f"wrong: error {error:.1e}")
@@ -282,7 +282,7 @@ def _text(parameters):
 def _check_writable(path: Path):
     """That a table cannot be written is known before minutes of measuring."""
     try:
-        tuning.check_writable(path)
+        block_sizes.check_writable(path)
     except OSError as error:
         raise Refusal(f"cannot write {path} ({error.strerror}): name another file with --table") from error
 
@@ -292,7 +292,7 @@ def _plan(op, implementation, shape, *, forward_alone):
     in_forward = collections.Counter(choice.kernel for choice in _choices(op, implementation, shape, backward=False))
     asked = _choices(op, implementation, shape, backward=not forward_alone)
     if not asked:
-        raise Refusal(f"{implementation} of {op} has nothing to tune on this device, {tuning.device()}")
+        raise Refusal(f"{implementation} of {op} has nothing to tune on this device, {block_sizes.device()}")
     in_all = collections.Counter(choice.kernel for choice in asked)
     # A kernel of the forward alone is timed in it, where it counts for most.
     return [(c, in_all[c.kernel] > in_forward[c.kernel]) for c in {c.kernel: c for c in asked}.values()]
@@ -304,7 +304,7 @@ def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, r
     Args:
       op: a key of `OPS`.
       shape: text, as `parse_shape` takes it.
-      table: a path instead of `tuning.table_path()`.
+      table: a path instead of `block_sizes.table_path()`.
       forward_alone: tune what the forward uses, as in decoding.
       rounds: a time is the median of so many.
       dry_run: say what there is to tune, and stop.
@@ -316,12 +316,12 @@ def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, r
     if op not in OPS:
         raise Refusal(f"--op is one of {', '.join(OPS)}; got {op!r}")
     shape = parse_shape(op, shape)
-    table = Path(table) if table else tuning.table_path()
+    table = Path(table) if table else block_sizes.table_path()
     if not dry_run:
         _check_writable(table)
     implementation = resolve(op, implementation, shape)
     plan = _plan(op, implementation, shape, forward_alone=forward_alone)
-    print(f"{tuning.device()}, jax {jax.__version__}, {implementation}, table {table}", flush=True)
+    print(f"{block_sizes.device()}, jax {jax.__version__}, {implementation}, table {table}", flush=True)
     if dry_run:
         for choice, _ in plan:
             note = f"and {len(choice.candidates)} candidates"
@@ -336,25 +336,25 @@ def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, r
             raise Refusal(f"no candidate of {choice.kernel.name} is right and runs: nothing is entered for it")
         best = min(timed, key=lambda m: m.ms)
         found[choice.kernel] = best.parameters
-        tuning.store(table, choice.kernel, choice.shape, best.parameters, round(best.ms, 5))
+        block_sizes.store(table, choice.kernel, choice.shape, best.parameters, round(best.ms, 5))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.tune", description=__doc__,
+        prog="python -m pallas_kernels.autotune", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--op", required=True, help=" or ".join(OPS))
     parser.add_argument("--shape", required=True, help="fields and sizes, as above")
     parser.add_argument("--implementation", default="auto", help="instead of the default of this device")
-    parser.add_argument("--table", help=f"instead of the one in the package, or that ${tuning.VARIABLE} names")
+    parser.add_argument("--table", help=f"instead of the one in the package, or that ${block_sizes.VARIABLE} names")
     parser.add_argument("--forward_alone", action="store_true", help="tune what the forward uses, as in decoding")
     parser.add_argument("--rounds", type=int, default=7, help="a time is the median of so many")
     parser.add_argument("--dry_run", action="store_true", help="say what there is to tune, and stop")
     try:
         tune(**vars(parser.parse_args(argv)))
-    except (Refusal, tuning.TableError) as refusal:
-        sys.exit(f"python -m pallas_kernels.tune: {refusal}")
+    except (Refusal, block_sizes.TableError) as refusal:
+        sys.exit(f"python -m pallas_kernels.autotune: {refusal}")
 
 
 if __name__ == "__main__":
