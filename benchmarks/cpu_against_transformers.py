@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import transformers
 
-from mmx_jax import config_io
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mmx_jax.config import io as config_io
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.models.decoder import Decoder, init_params
 from mmx_jax.models.state import init_state

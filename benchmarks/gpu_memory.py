@@ -57,7 +57,7 @@ INFERENCE = {
 
 
 def load(overrides):
-    from mmx_jax import config_io
+    from mmx_jax.config import io as config_io
 
     return config_io.apply_overrides(config_io.load_config(CONFIG), overrides)
 

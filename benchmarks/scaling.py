@@ -70,7 +70,8 @@ def measure(name, keep):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
-    from mmx_jax import compiled, config_io, links, sharding
+    from mmx_jax import compiled, links, sharding
+    from mmx_jax.config import io as config_io
     from mmx_jax.training import dry_run, flops, schedule
 
     _, topology, settings = PROGRAMS[name]

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx_jax import config_io
 from mmx_jax.config import MeshConfig
+from mmx_jax.config import io as config_io
 from mmx_jax.models.decoder import Decoder, init_params
 from mmx_jax.models.state import init_state
 from mmx_jax.sharding import make_mesh

@@ -9,8 +9,7 @@ value of the released config.json.
 import dataclasses
 from pathlib import Path
 
-from mmx_jax.config import Config, LearningRatePhase
-from mmx_jax.config_io import load_config
+from mmx_jax.config import Config, LearningRatePhase, load_config
 
 BILLION = 10**9
 

@@ -17,8 +17,9 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax import compiled, config_io, generate_dry_run, plan
+from mmx_jax import compiled, generate_dry_run, plan
 from mmx_jax.config import ConfigError, MeshConfig
+from mmx_jax.config import io as config_io
 from mmx_jax.models.decoder import count_parameters
 from mmx_jax.sharding import make_mesh
 from mmx_jax.training import flops

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmx_jax import config as config_lib
-from mmx_jax import config_base
 from mmx_jax.config import (
     BatchRampStep,
     CheckpointConfig,
@@ -29,7 +28,8 @@ from mmx_jax.config import (
     StageConfig,
     TrainingConfig,
 )
-from mmx_jax.config_io import apply_overrides, config_from_json, config_to_json, format_config, load_config
+from mmx_jax.config import base as config_base
+from mmx_jax.config.io import apply_overrides, config_from_json, config_to_json, format_config, load_config
 from mmx_jax.training import schedule
 
 REPOSITORY = Path(__file__).parent.parent
@@ -581,6 +581,6 @@ def config_io_rows(value):
 
 
 def test_a_config_costs_no_jax_import():
-    code = "import sys, mmx_jax.config_io; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
+    code = "import sys, mmx_jax.config.io; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmx_jax.config import Config, ConfigError, ModelConfig, shortest_period
-from mmx_jax.config_io import config_to_json
+from mmx_jax.config.io import config_to_json
 from mmx_jax.convert import __main__ as cli
 from mmx_jax.convert import commands, job, params_io, rules, safetensors_io
 from mmx_jax.convert.difference import difference

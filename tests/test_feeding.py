@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.topologies import CONFIGURATIONS
-from mmx_jax import compiled, config_io, sharding
+from mmx_jax import compiled, sharding
 from mmx_jax.config import Config, ConfigError, TrainingConfig
+from mmx_jax.config import io as config_io
 from mmx_jax.training import feeding, loop
 from tests import ahead_of_time
 

@@ -14,8 +14,9 @@ import pytest
 import rich.console
 
 import mmx_jax
-from mmx_jax import config_io, metrics, sharding
+from mmx_jax import metrics, sharding
 from mmx_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
+from mmx_jax.config import io as config_io
 from mmx_jax.convert import weights
 from mmx_jax.convert.commands import import_checkpoint
 from mmx_jax.convert.errors import ConversionError

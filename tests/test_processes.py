@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmx_jax import metrics
-from mmx_jax.config_io import config_from_json
+from mmx_jax.config.io import config_from_json
 from mmx_jax.training import loop, processes
 from tests import fake_devices
 from tests.patience import HANG_SECONDS, wait_until

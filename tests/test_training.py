@@ -19,7 +19,7 @@ import pytest
 import rich.console
 from safetensors.numpy import load_file
 
-from mmx_jax import config_io, metrics, sharding
+from mmx_jax import metrics, sharding
 from mmx_jax.checkpoint import Checkpointer
 from mmx_jax.config import (
     BatchRampStep,
@@ -33,6 +33,7 @@ from mmx_jax.config import (
     StageConfig,
     TrainingConfig,
 )
+from mmx_jax.config import io as config_io
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder
 from mmx_jax.training import dry_run, flops, loop, loss, optimizer, schedule
@@ -649,7 +650,7 @@ def test_a_kill_in_mid_save_leaves_the_older_step_and_the_run_goes_on_as_before(
 def config_file(config, folder):
     path = folder / "config.py"
     path.write_text(
-        "from mmx_jax.config_io import config_from_json\n"
+        "from mmx_jax.config.io import config_from_json\n"
         f"def get_config():\n    return config_from_json({config_io.config_to_json(config)!r})\n"
     )
     return path

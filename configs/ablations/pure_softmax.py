@@ -3,8 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from mmx_jax.config import Config
-from mmx_jax.config_io import load_config
+from mmx_jax.config import Config, load_config
 
 
 def get_config() -> Config:

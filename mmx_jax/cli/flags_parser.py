@@ -188,7 +188,7 @@ def _unknown_flag(name: str, own: Sequence[flags.Flag]) -> str:
 
 def _config_paths(name: str) -> list[str]:
     """Overrides of the config's fields that are called `name`, by their whole path or its last part."""
-    from mmx_jax import config_io
+    from mmx_jax.config import io as config_io
 
     name = name.replace("-", "_")
     return [f"{path}=VALUE" for path in config_io.field_paths() if name in (path, path.rpartition(".")[2])]

@@ -196,7 +196,8 @@ def score(model, text):
 
 
 def foretell():
-    from mmx_jax import config_io, generate_dry_run, plan
+    from mmx_jax import generate_dry_run, plan
+    from mmx_jax.config import io as config_io
 
     config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
     lines_of = plan.inference_lines if FLAGS.plan else generate_dry_run.dry_run

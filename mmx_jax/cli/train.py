@@ -160,8 +160,8 @@ def main(argv):
 
 def read_config():
     """The config of the flags. Where the checkpoint says what the model is, --set comes after it."""
-    from mmx_jax import config_io
     from mmx_jax.config import SourceConfig
+    from mmx_jax.config import io as config_io
 
     config = config_io.load_config(FLAGS.config)
     if FLAGS.model_from_checkpoint:
@@ -178,7 +178,8 @@ def read_config():
 
 def foretell(config):
     """Prints what --plan or --dry_run knows."""
-    from mmx_jax import config_io, plan
+    from mmx_jax import plan
+    from mmx_jax.config import io as config_io
     from mmx_jax.training import dry_run
 
     if FLAGS.plan:

@@ -12,7 +12,7 @@ from absl import logging
 
 from mmx_jax import files
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
-from mmx_jax.config_io import config_to_json
+from mmx_jax.config.io import config_to_json
 from mmx_jax.convert import generation_config, json_files, model_code, rules
 from mmx_jax.convert.difference import difference
 from mmx_jax.convert.errors import ConversionError

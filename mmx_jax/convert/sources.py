@@ -8,7 +8,7 @@ import numpy as np
 
 from mmx_jax import files, hub
 from mmx_jax.config import Config, ConfigError, ModelConfig
-from mmx_jax.config_io import config_from_json
+from mmx_jax.config.io import config_from_json
 from mmx_jax.convert import json_files, rules
 from mmx_jax.convert.errors import ConversionError, shown
 from mmx_jax.convert.hf_config import model_config_from_hf

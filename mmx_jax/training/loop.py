@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import rich.console
 
-from mmx_jax import config_io, files, metrics, sharding
+from mmx_jax import files, metrics, sharding
 from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import Config, ConfigError
+from mmx_jax.config import io as config_io
 from mmx_jax.models import decoder
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline

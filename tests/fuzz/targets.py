@@ -93,7 +93,7 @@ def _checkpoint(folder: Path):
 
 def _config(folder: Path):
     from mmx_jax.config import Config, ConfigError
-    from mmx_jax.config_io import config_from_json, config_to_json, format_config
+    from mmx_jax.config.io import config_from_json, config_to_json, format_config
 
     def read(data):
         format_config(config_from_json(data.decode(errors="replace")))
@@ -121,7 +121,7 @@ data.sources.0.path=x
 
 def _overrides(folder: Path):
     from mmx_jax.config import Config, ConfigError
-    from mmx_jax.config_io import apply_overrides
+    from mmx_jax.config.io import apply_overrides
 
     def read(data):
         apply_overrides(Config(), data.decode(errors="surrogateescape").split("\n"))

@@ -14,8 +14,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmx_jax import json_io
-from mmx_jax.config import Config, ConfigError
-from mmx_jax.config_base import checked, entry_kind, field_kinds, kind_name, optional_kind, shown, wrong_type
+from mmx_jax.config.base import (
+    ConfigError,
+    checked,
+    entry_kind,
+    field_kinds,
+    kind_name,
+    optional_kind,
+    shown,
+    wrong_type,
+)
+from mmx_jax.config.run import Config
 
 _MAX_HINTS = 8  # unknown fields that a message names
 _COMPARED = 100  # letters of a name, which in a file may be of any length: comparing takes its square

@@ -7,6 +7,10 @@ import types
 import typing
 from typing import Any
 
+# The largest size of a dimension, which indices of 32 bits reach, and the smallest positive number of float32.
+MAX_SIZE = 2**31 - 1
+FLOAT32_TINY = 2.0**-126
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be; the message names the field and the remedy."""
@@ -123,3 +127,35 @@ def shown(value: Any) -> str:
     except ValueError:  # more digits than Python converts
         return "an integer of thousands of digits"
     return shown if len(shown) < 80 else shown[:77] + "..."
+
+
+def require(ok: bool, message: str):
+    if not ok:
+        raise ConfigError(message)
+
+
+def require_positive(config, *names: str):
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name}={value!r} must be positive")
+        require(value >= FLOAT32_TINY, f"{name}={value!r} is zero in float32, the smallest is {FLOAT32_TINY:.2e}")
+
+
+def require_not_negative(config, *names: str):
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{name}={value!r} must not be negative")
+
+
+def require_sizes(config, *names: str):
+    """Of dimensions of arrays."""
+    require_positive(config, *names)
+    for name in names:
+        value = getattr(config, name)
+        require(value <= MAX_SIZE, f"{name}={value!r} is larger than any array, at most {MAX_SIZE:,}")
+
+
+def require_choice(config, **choices: tuple[str, ...]):
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        require(value in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
