@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmx_jax import files, json_io
-from mmx_jax.array_files import ArrayFolder, region_checksum
+from mmx_jax.storage import filesystem, json_io
+from mmx_jax.storage.array_files import ArrayFolder, region_checksum
 
 _CHUNK_BYTES = 1 << 27
 _DISCARDED = "discarded"  # folder of steps that are being deleted
@@ -57,7 +57,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory, *, keep: int = 3, keep_best: bool = True, asynchronous: bool = True):
-        self.directory = files.destination(directory, arrays=True).absolute()
+        self.directory = filesystem.destination(directory, arrays=True).absolute()
         self._keep, self._keep_best = keep, keep_best
         self._unread: _Saved | None = None
         self._losses: dict[int, float] = {}
@@ -225,7 +225,7 @@ class Checkpointer:
         """Files the loss of a step that is on disk, and deletes the steps that need not be kept."""
         if step in self._losses and step in self.steps() and jax.process_index() == 0:
             self._loss_file(step).parent.mkdir(exist_ok=True)
-            files.write_text(self._loss_file(step), json.dumps({"loss": self._losses[step]}))
+            filesystem.write_text(self._loss_file(step), json.dumps({"loss": self._losses[step]}))
         self._evict()
 
     def _loss_file(self, step):
@@ -326,7 +326,7 @@ class Checkpointer:
 
     def _save_error(self, error):
         older = f"older steps are untouched: {_listed(self.steps_on_disk())}"
-        if files.is_disk_full(error):
+        if filesystem.is_disk_full(error):
             return CheckpointError(
                 f"{self.directory}: disk full: a checkpoint could not be written; {older}; free some space and start "
                 "the run again: it continues from the newest step"

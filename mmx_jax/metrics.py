@@ -9,7 +9,7 @@ import pathlib
 import sys
 import uuid
 
-from mmx_jax import files
+from mmx_jax.storage import filesystem
 
 
 class MetricsWriter:
@@ -131,7 +131,7 @@ def truncate_rows(path, step: int):
     """Removes the rows after `step`; the file is replaced in one rename."""
     path = pathlib.Path(path)
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    filesystem.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _append(file, data):

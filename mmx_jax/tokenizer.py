@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mmx_jax import file_kinds, json_io
 from mmx_jax.chat import TEMPLATES, ChatError, render_chat
+from mmx_jax.storage import file_kinds, json_io
 
 __all__ = ["SPECIAL_TOKENS", "TEMPLATES", "ChatError", "StreamDecoder", "Tokenizer", "TokenizerError"]
 

@@ -13,20 +13,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mmx_jax import array_files, checkpoint, files, locking
+from mmx_jax import checkpoint
+from mmx_jax.storage import array_files, filesystem, locking
 
 
 def test_a_home_folder_is_found_and_an_unknown_one_is_a_name(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    assert str(files.expand("~/run")) == "/somewhere/run"
-    assert str(files.expand("~no_such_user_here/run")) == "~no_such_user_here/run"
-    assert str(files.destination("~/a [b]")) == "/somewhere/a [b]"
+    assert str(filesystem.expand("~/run")) == "/somewhere/run"
+    assert str(filesystem.expand("~no_such_user_here/run")) == "~no_such_user_here/run"
+    assert str(filesystem.destination("~/a [b]")) == "/somewhere/a [b]"
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run", os.fsdecode(b"run\xff"), "a[0]/run", "a\\b"])
 def test_a_folder_that_could_not_be_read_back_is_refused_by_name(name, tmp_path):
-    with pytest.raises(files.PathError) as error:
-        files.destination(name if "://" in name else tmp_path / name, arrays=True)
+    with pytest.raises(filesystem.PathError) as error:
+        filesystem.destination(name if "://" in name else tmp_path / name, arrays=True)
     str(error.value).encode()  # can be printed
     assert os.listdir(tmp_path) == []
 
@@ -36,23 +37,23 @@ def test_a_full_disk_is_known_by_number_by_text_and_by_cause():
     caused = RuntimeError("cannot save")
     caused.__cause__ = full
     for error in (full, caused, ValueError("Error: No space left on device [OS error 28]"), OSError(errno.EDQUOT, "q")):
-        assert files.is_disk_full(error)
-    assert not files.is_disk_full(OSError(errno.EACCES, "Permission denied")) and not files.is_disk_full(None)
+        assert filesystem.is_disk_full(error)
+    assert not filesystem.is_disk_full(OSError(errno.EACCES, "Permission denied")) and not filesystem.is_disk_full(None)
     with pytest.raises(ValueError, match="^/run/x: disk full; make room"):
-        with files.full_disk("/run", ValueError, "make room"):
+        with filesystem.full_disk("/run", ValueError, "make room"):
             raise full
 
 
 def test_text_is_replaced_whole_and_a_failure_names_the_file(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    files.write_text(path, "old")
+    filesystem.write_text(path, "old")
 
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError) as error:
-        files.write_text(path, "new")
+        filesystem.write_text(path, "new")
     assert error.value.filename == str(path) and path.read_text() == "old" and os.listdir(tmp_path) == ["config.json"]
 
 

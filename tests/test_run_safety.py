@@ -17,8 +17,7 @@ import pytest
 import rich.console
 import tensorstore as ts
 
-from mmx_jax import files, locking, metrics
-from mmx_jax.array_files import ArrayFolder
+from mmx_jax import metrics
 from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import (
     CheckpointConfig,
@@ -32,6 +31,8 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import commands, weights
 from mmx_jax.convert.errors import ConversionError
+from mmx_jax.storage import filesystem, locking
+from mmx_jax.storage.array_files import ArrayFolder
 from mmx_jax.training import loop, optimizer
 from mmx_jax.training import step as train_step
 from tests import plain_steps
@@ -186,7 +187,7 @@ def test_a_run_in_use_is_refused_by_the_name_of_its_holder_and_untouched(run, co
 
 @pytest.mark.parametrize("name", ["run [x]", "a\\b", "gs://bucket/run"])
 def test_a_folder_that_could_not_be_read_back_is_refused_before_anything_is_made(name, config, tmp_path):
-    with pytest.raises(files.PathError):
+    with pytest.raises(filesystem.PathError):
         train(config, name if "://" in name else str(tmp_path / name), steps=1)
     assert list(tmp_path.iterdir()) == []
 

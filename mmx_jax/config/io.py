@@ -13,7 +13,6 @@ import runpy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mmx_jax import json_io
 from mmx_jax.config.base import (
     ConfigError,
     checked,
@@ -25,6 +24,7 @@ from mmx_jax.config.base import (
     wrong_type,
 )
 from mmx_jax.config.run import Config
+from mmx_jax.storage import json_io
 
 _MAX_HINTS = 8  # unknown fields that a message names
 _COMPARED = 100  # letters of a name, which in a file may be of any length: comparing takes its square

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx_jax import json_io
-from mmx_jax.array_files import region_checksum
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.safetensors_io import summarize
+from mmx_jax.storage import json_io
+from mmx_jax.storage.array_files import region_checksum
 
 Path_ = tuple[str, ...]  # of a leaf in the tree
 

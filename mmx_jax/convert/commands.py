@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from mmx_jax import files
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config.io import config_to_json
 from mmx_jax.convert import generation_config, json_files, model_code, rules
@@ -37,6 +36,7 @@ from mmx_jax.convert.safetensors_io import (
 )
 from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, carried_files, open_tensors, resolve
 from mmx_jax.models.decoder import abstract_params
+from mmx_jax.storage import filesystem
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the journal and the manifest
@@ -56,8 +56,8 @@ def sha256_file(path: Path) -> str:
 
 def _destination(path, *, arrays=False) -> Path:
     try:
-        return files.destination(path, arrays=arrays)
-    except files.PathError as error:
+        return filesystem.destination(path, arrays=arrays)
+    except filesystem.PathError as error:
         raise ConversionError(str(error)) from None
 
 

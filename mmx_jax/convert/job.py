@@ -12,10 +12,10 @@ import os
 import shutil
 from pathlib import Path
 
-from mmx_jax import files, json_io
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.safetensors_io import fsync_folder
-from mmx_jax.locking import FolderLock, LockedError
+from mmx_jax.storage import filesystem, json_io
+from mmx_jax.storage.locking import FolderLock, LockedError
 
 JOURNAL = "journal.jsonl"
 # The last line of a journal whose parts are whole, by how DST makes way for them.
@@ -104,7 +104,7 @@ class Job:
 
     def discard(self):
         """Removes the unfinished folder: what is in it cannot be made good."""
-        files.remove(self.folder)
+        filesystem.remove(self.folder)
 
     def close(self):
         """Lets others convert into the destination."""
@@ -116,9 +116,9 @@ class Job:
         """Does what is left of a commit, this one or one that was killed."""
         if way := _commit_of(self.destination / JOURNAL):
             # The new one is in its place. What it replaced has no journal, or lost it in an earlier commit.
-            files.remove(self.folder)
+            filesystem.remove(self.folder)
             if way == _BY_REPLACED:
-                files.remove(self.replaced)
+                filesystem.remove(self.replaced)
             # Last: until here, a kill leaves something that the same command finishes.
             (self.destination / JOURNAL).unlink()
             fsync_folder(self.destination.parent)
@@ -149,7 +149,7 @@ class Job:
     def _clear(self):
         for entry in self.folder.iterdir():
             if entry.name != JOURNAL:
-                files.remove(entry)
+                filesystem.remove(entry)
         self._file.truncate(0)
 
 
@@ -203,7 +203,7 @@ def disk_errors(folder: Path):
     """Turns errors of the file system into ConversionError, a full disk with its remedy."""
     remedy = "free some space and run the same command again: it continues where it stopped"
     try:
-        with files.full_disk(folder, ConversionError, remedy):
+        with filesystem.full_disk(folder, ConversionError, remedy):
             yield
     except OSError as error:
         raise ConversionError(f"{error.filename or folder}: {error.strerror or error}") from None

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmx_jax import file_kinds, json_io
 from mmx_jax.convert.errors import ConversionError
+from mmx_jax.storage import file_kinds, json_io
 
 MAX_JSON_BYTES = 100_000_000
 # An answer of a server that was saved under the name of the file consists of some of these.

@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
-from mmx_jax.array_files import ArrayFolder
 from mmx_jax.convert.checksums import RunningChecksums, stored_checksums
 from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.rules import Mapping, copy_strips
 from mmx_jax.convert.safetensors_io import atomic_file, raw_bytes
+from mmx_jax.storage.array_files import ArrayFolder
 
 MAX_CHUNK_BYTES = 128 * 2**20
 CACHE_BYTES = 256 * 2**20  # of decoded chunks, where a chunk holds more than one tensor

@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from mmx_jax import file_kinds, json_io
 from mmx_jax.convert import json_files
 from mmx_jax.convert.errors import ConversionError, shown
+from mmx_jax.storage import file_kinds, json_io
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

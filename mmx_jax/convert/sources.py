@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx_jax import files, hub
+from mmx_jax import hub
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config.io import config_from_json
 from mmx_jax.convert import json_files, rules
@@ -14,6 +14,7 @@ from mmx_jax.convert.errors import ConversionError, shown
 from mmx_jax.convert.hf_config import model_config_from_hf
 from mmx_jax.convert.params_io import ParamsReader
 from mmx_jax.convert.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsFolder, TensorSpec, open_folder
+from mmx_jax.storage import filesystem as files
 
 # Files that travel with the weights. The remote code is what `auto_map` of a released config points to.
 CARRIED = (

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmx_jax import checkpoint, files
+from mmx_jax import checkpoint
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert import checksums, rules
 from mmx_jax.convert.commands import export_tensors
@@ -20,6 +20,7 @@ from mmx_jax.convert.params_io import ParamsReader, flatten, unflatten
 from mmx_jax.convert.safetensors_io import TensorSpec
 from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, resolve
 from mmx_jax.models.decoder import param_shardings
+from mmx_jax.storage import filesystem
 
 __all__ = ["WeightsSource", "load_params", "resolve", "save_huggingface"]
 
@@ -199,8 +200,8 @@ def save_huggingface(
       ConversionError: the tree does not fit `config`, `path` exists, or the disk is full.
     """
     try:
-        destination = files.destination(path)
-    except files.PathError as error:
+        destination = filesystem.destination(path)
+    except filesystem.PathError as error:
         raise ConversionError(str(error)) from None
     return export_tensors(
         _ArrayTensors(params, config), destination, naming=naming, shard_size=shard_size, dtype=dtype,

@@ -13,9 +13,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from mmx_jax import json_io
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.convert import weights
+from mmx_jax.storage import json_io
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import optimizer, processes
 from mmx_jax.training import step as train_step

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import rich.console
 
-from mmx_jax import files, metrics, sharding
+from mmx_jax import metrics, sharding
 from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.config import io as config_io
 from mmx_jax.models import decoder
+from mmx_jax.storage import filesystem
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
 from mmx_jax.training import data_identity, feeding, flops, initialize, processes, schedule, start
@@ -112,7 +113,7 @@ def train(
       TrainingError, CheckpointError, ConfigError, processes.LostProcessError: with one clear message.
     """
     config.training.check_schedule()
-    workdir = files.destination(workdir, arrays=True)
+    workdir = filesystem.destination(workdir, arrays=True)
     if console is None:
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
 
@@ -120,7 +121,7 @@ def train(
         console.print(line, markup=False)
 
     remedy = "free some space and start the run again: it continues from its newest checkpoint"
-    with files.full_disk(workdir, TrainingError, remedy):
+    with filesystem.full_disk(workdir, TrainingError, remedy):
         workdir.mkdir(parents=True, exist_ok=True)
         mesh = sharding.make_mesh(config.mesh)
         decoder.check_sharded(config.model, mesh.shape)
@@ -233,7 +234,7 @@ class _Run:
         self.begins_from_weights = bool(begin.init_from)
         self.writer = None
         if processes.is_first():
-            files.write_text(workdir / "config.json", config_io.config_to_json(config))
+            filesystem.write_text(workdir / "config.json", config_io.config_to_json(config))
             self.writer = metrics.MetricsWriter(workdir, resume_step=begin.step)
 
     def _restore(self, begin):
@@ -710,7 +711,7 @@ def _save_tokenizer(tokenizer, folder):
     try:
         tokenizer.save(folder)
     except Exception as error:  # the library raises bare Exceptions
-        if not files.is_disk_full(error):
+        if not filesystem.is_disk_full(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import tensorstore as ts
 
-from mmx_jax import json_io
+from mmx_jax.storage import json_io
 
 _SLICE_ELEMENTS = 1 << 22  # that the sum of a region holds at a time
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
