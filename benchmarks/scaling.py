@@ -72,7 +72,8 @@ def measure(name, keep):
 
     from mmx_jax import compiled, links, sharding
     from mmx_jax.config import io as config_io
-    from mmx_jax.training import dry_run, flops, schedule
+    from mmx_jax.training import dry_run, schedule
+    from mmx_jax.models import flops
 
     _, topology, settings = PROGRAMS[name]
     config = config_io.load_config(REPOSITORY / "configs/minimax_text_01.py")
@@ -226,7 +227,7 @@ pass. Written by `python benchmarks/scaling.py`. Nothing here ran on a TPU.
   torus that they run over (groups of devices in the optimized program).
 - **From formulas**: bytes over the busiest link in one direction (`mmx_jax/links.py`: by the algorithms that need the
   fewest, on a torus that is closed and not twisted, experts chosen evenly, no latency), and FLOPs
-  (`mmx_jax/training/flops.py`; a third more for what is computed again).
+  (`mmx_jax/models/flops.py`; a third more for what is computed again).
 - **From the [data sheet](https://docs.cloud.google.com/tpu/docs/v5p)**: 459 TFLOP/s a chip; 1200 GB/s over six links
   in both directions, so 100 GB/s over a link in one; 50 Gbit/s a chip between slices. All times are the least that
   these allow, for computing as for sending. Chips that compute at half of their peak have twice the time to send.

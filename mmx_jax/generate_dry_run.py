@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmx_jax import compiled, generate, sampling, sharding
 from mmx_jax.config import Config, ModelConfig
 from mmx_jax.models import decoder
-from mmx_jax.models.state import LAYER_AXES, init_state
+from mmx_jax.models.cache import LAYER_AXES, init_state
 
 
 def dry_run(

@@ -35,7 +35,8 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
-from mmx_jax.training import feeding, loop, processes
+from mmx_jax.training import feeding, loop
+from mmx_jax import distributed
 from mmx_jax.training import step as train_step
 from tests.patience import HANG_SECONDS
 
@@ -224,15 +225,15 @@ def rows(folder, index, count, **mesh_sizes):
 
 
 def wait(address, *, fails):
-    processes._LOST_SECONDS = 15
-    processes.join(address)
-    with processes.together(lambda: "do this"):
-        processes.largest(0)
+    distributed._LOST_SECONDS = 15
+    distributed.join(address)
+    with distributed.together(lambda: "do this"):
+        distributed.largest(0)
         if fails and jax.process_index() == 1:
-            processes.leave("my own failure", lost=False)
+            distributed.leave("my own failure", lost=False)
         print("waits", flush=True)
         while True:
-            processes.largest(0)
+            distributed.largest(0)
 
 
 TASKS = {"steps": steps, "load": load, "rows": rows, "train": train}

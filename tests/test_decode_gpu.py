@@ -12,7 +12,7 @@ import pytest
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.models import decoder
-from mmx_jax.models.state import init_state
+from mmx_jax.models.cache import init_state
 from pallas_kernels import platform
 from pallas_kernels.grouped_matmul import norm_and_route
 from pallas_kernels.lightning_attention import gated_step

@@ -26,7 +26,7 @@ from mmx_jax.models.decoder import (
     init_params,
     logical_axes,
 )
-from mmx_jax.models.state import init_state
+from mmx_jax.models.cache import init_state
 from mmx_jax.training.loss import chunked_cross_entropy, load_balancing_loss
 from tests import oracles
 

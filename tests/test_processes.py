@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 from mmx_jax import metrics
 from mmx_jax.config.io import config_from_json
-from mmx_jax.training import loop, processes
+from mmx_jax.training import loop
+from mmx_jax import distributed
 from tests import fake_devices
 from tests.patience import HANG_SECONDS, wait_until
 from tests.processes_worker import TINY
@@ -405,9 +406,9 @@ def test_a_process_that_is_silent_or_fails_stops_the_other():
 
 
 def test_a_process_that_waits_in_vain_says_for_whom(monkeypatch):
-    monkeypatch.setattr(processes, "_JOIN_SECONDS", 0)
+    monkeypatch.setattr(distributed, "_JOIN_SECONDS", 0)
     with pytest.raises(RuntimeError, match=r"process 0 does not answer at 127\.0\.0\.1:1 after 0 s"):
-        processes.join("127.0.0.1:1,2,1")
+        distributed.join("127.0.0.1:1,2,1")
 
 
 @pytest.mark.parametrize("value", ["host", "host:1,2", "host:1,2,2", "host:x,2,1"])

@@ -36,7 +36,8 @@ from mmx_jax.config import (
 from mmx_jax.config import io as config_io
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder
-from mmx_jax.training import dry_run, flops, loop, loss, optimizer, schedule
+from mmx_jax.training import dry_run, loop, loss, optimizer, schedule
+from mmx_jax.models import flops
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 from tests import fake_devices

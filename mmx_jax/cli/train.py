@@ -122,14 +122,15 @@ def main(argv):
         logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of what it also raises
     # Imported late, so that --help and a mistyped flag answer at once.
     from mmx_jax import metrics
-    from mmx_jax.training import loop, processes
+    from mmx_jax.training import loop
+    from mmx_jax import distributed
 
     name = flags_parser.program_name()
     if not FLAGS["verbosity"].present:
-        processes.report_threads_in_one_line(name)
+        distributed.report_threads_in_one_line(name)
     try:
         if FLAGS.distributed is not None:
-            processes.join(FLAGS.distributed)
+            distributed.join(FLAGS.distributed)
         config = read_config()
         if FLAGS.plan or FLAGS.dry_run:
             foretell(config)
@@ -148,8 +149,8 @@ def main(argv):
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
         if FLAGS["verbosity"].present:
             raise
-        lost = isinstance(error, processes.LostProcessError)
-        processes.leave(f"{name}: {type(error).__name__}: {error}", lost=lost)
+        lost = isinstance(error, distributed.LostProcessError)
+        distributed.leave(f"{name}: {type(error).__name__}: {error}", lost=lost)
     loss = "none" if result.loss is None else f"{result.loss:.4f}"
     held_out = "none" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     print(

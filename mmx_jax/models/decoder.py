@@ -12,13 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmx_jax import sharding
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.documents import at_positions, document_positions, document_runs
+from mmx_jax.layers.segments import at_positions, document_positions, document_runs
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
 from mmx_jax.layers.moe import MixtureOfExperts, RouterStats, takes_norm
 from mmx_jax.layers.norm import RMSNorm
-from mmx_jax.layers.projection import product
+from mmx_jax.layers.linear import product
 from mmx_jax.layers.softmax_attention import CacheView, SoftmaxAttention
-from mmx_jax.models.state import DecodeState
+from mmx_jax.models.cache import DecodeState
 from mmx_jax.sharding import constrain, shardings_of
 
 

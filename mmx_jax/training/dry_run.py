@@ -7,7 +7,8 @@ import numpy as np
 from mmx_jax import compiled, sharding
 from mmx_jax.config import Config
 from mmx_jax.models import decoder
-from mmx_jax.training import feeding, flops, loop, schedule
+from mmx_jax.training import feeding, loop, schedule
+from mmx_jax.models import flops
 from mmx_jax.training import step as train_step
 
 

@@ -17,7 +17,8 @@ from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.convert import weights
 from mmx_jax.storage import json_io
 from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import optimizer, processes
+from mmx_jax.training import optimizer
+from mmx_jax import distributed
 from mmx_jax.training import step as train_step
 
 # How the function is computed, and how weights begin that are not loaded.
@@ -111,7 +112,7 @@ def check(config: Config, path, workdir, start: int) -> list[str]:
     source = weights.resolve(path)
     notes = check_model(config.model, source.config, path)
     tokenizer_of(config, path)
-    if processes.is_first():
+    if distributed.is_first():
         write_origin(workdir, path, source.config)
     return [f"begins from the weights in {source.params_dir}, with a fresh optimizer", *notes]
 

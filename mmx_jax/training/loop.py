@@ -23,7 +23,9 @@ from mmx_jax.models import decoder
 from mmx_jax.storage import filesystem
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import data_identity, feeding, flops, initialize, processes, schedule, start
+from mmx_jax.training import data_identity, feeding, initialize, schedule, start
+from mmx_jax.models import flops
+from mmx_jax import distributed
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -115,7 +117,7 @@ def train(
     config.training.check_schedule()
     workdir = filesystem.destination(workdir, arrays=True)
     if console is None:
-        console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
+        console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_first())
 
     def say(line):
         console.print(line, markup=False)
@@ -133,7 +135,7 @@ def train(
                 keep_best=config.checkpoint.keep_best,
                 asynchronous=config.checkpoint.asynchronous,
             )
-            with processes.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
+            with distributed.together(lambda: how_to_continue(checkpointer)), _closing(checkpointer):
                 begin, notes = _find_start(config, workdir, checkpointer, resume)
                 notes += initialize.check(config, init_from, workdir, begin.step)
                 if not begin.step:
@@ -209,7 +211,7 @@ class _Run:
     def __init__(self, config, workdir, mesh, checkpointer, begin, check_lock):
         self.config, self.workdir, self.mesh, self.checkpointer = config, workdir, mesh, checkpointer
         self.check_lock = check_lock  # raises where another run has taken the folder over
-        with processes.first_before_others("tokenizer"):
+        with distributed.first_before_others("tokenizer"):
             self.tokenizer, tokenizer_notes = prepare_tokenizer(config, workdir, begin.init_from)
         self.corpus = data_pipeline.open_corpus(config.data, self.tokenizer)
         for stage in config.training.resolved_stages:
@@ -233,7 +235,7 @@ class _Run:
             self.state = train_step.init_state(config, mesh)
         self.begins_from_weights = bool(begin.init_from)
         self.writer = None
-        if processes.is_first():
+        if distributed.is_first():
             filesystem.write_text(workdir / "config.json", config_io.config_to_json(config))
             self.writer = metrics.MetricsWriter(workdir, resume_step=begin.step)
 
@@ -286,7 +288,7 @@ class _Run:
         plan = schedule.plan_step(self.config.training, self.tokens_seen)
         if self.step and self._evaluation_is_due() and plan is not None:
             self._evaluate(progress)  # a run that ended between the two
-        profiled = profile_steps and processes.is_first()
+        profiled = profile_steps and distributed.is_first()
         if self.begins_from_weights:
             self._evaluate(progress)  # how good the weights are before they change
         while plan is not None and not (steps and self.step >= steps) and not signals.agreed():
@@ -331,7 +333,7 @@ class _Run:
 
     def _draw(self, progress):
         """Draws loss.png, where that can be done; the run does not depend on it."""
-        if not processes.is_first() or metrics.missing_lines():
+        if not distributed.is_first() or metrics.missing_lines():
             return
         path = self.workdir / "loss.png"
         try:
@@ -384,7 +386,7 @@ class _Run:
 
     def _data_state(self):
         """The position of all shards of the data, from the processes that read them; None before the first stage."""
-        states = processes.gather(None if self.iterator is None else self.iterator.get_state())
+        states = distributed.gather(None if self.iterator is None else self.iterator.get_state())
         return None if self.iterator is None else data_pipeline.merge_states(states)
 
     def _global_batch(self, plan):
@@ -572,7 +574,7 @@ class StopSignals:
 
     def agreed(self) -> str:
         """The name of a signal that some process received, or ""; every process gets the same answer."""
-        number = processes.largest(signal.Signals[self.received] if self.received else 0)
+        number = distributed.largest(signal.Signals[self.received] if self.received else 0)
         return signal.Signals(number).name if number else ""
 
     def _handle(self, number, frame):

@@ -9,7 +9,8 @@ from mmx_jax import metrics
 from mmx_jax.checkpoint import Checkpointer
 from mmx_jax.config import Config
 from mmx_jax.storage import locking
-from mmx_jax.training import processes, schedule
+from mmx_jax import distributed
+from mmx_jax.training import schedule
 
 LOCK = "run.lock"
 
@@ -52,13 +53,13 @@ def alone_in(workdir: pathlib.Path, message: Callable[[str], None]) -> Iterator[
       locking.LockedError: in all processes, where another run has it.
     """
     lock, error = None, None
-    if processes.is_first():
+    if distributed.is_first():
         try:
             lock = locking.FolderLock(workdir / LOCK, message)
         except (locking.LockedError, OSError) as failure:
             error = failure
     try:
-        refusal = processes.gather(None if error is None else str(error))[0]
+        refusal = distributed.gather(None if error is None else str(error))[0]
         if refusal is not None:
             raise error or locking.LockedError(refusal)
         yield lock.check if lock is not None else _nothing
@@ -73,8 +74,8 @@ def _nothing():
 
 def look_at(checkpointer: Checkpointer, step: int, workdir: pathlib.Path, *, data_begins_anew: bool) -> Start:
     """What is known of the step of a run, the same in every process."""
-    rows = metrics.read_rows(workdir / "metrics.jsonl") if processes.is_first() else []
-    rows = processes.gather([row for row in rows if row.get("step") == step])[0]
+    rows = metrics.read_rows(workdir / "metrics.jsonl") if distributed.is_first() else []
+    rows = distributed.gather([row for row in rows if row.get("step") == step])[0]
     return Start(
         step=step,
         tokens_seen=checkpointer.read_position(step)["tokens_seen"],
