@@ -122,7 +122,7 @@ def inference_child(name, compile_only):
     import jax
 
     from mmx_jax import generate, generate_dry_run, plan, sharding
-    from mmx_jax.models import decoder
+    from mmx_jax.models import params as model_params
 
     batch, prompt, context, chunk = INFERENCE[name]
     config = load(())
@@ -130,9 +130,9 @@ def inference_child(name, compile_only):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     slots = generate.slots_for(prompt, context, chunk)
     bucket = max(bucket for _, _, bucket in generate.pieces(prompt, chunk))
-    shardings = decoder.param_shardings(model, mesh)
+    shardings = model_params.param_shardings(model, mesh)
     params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(model), shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model_params.abstract_params(model), shardings
     )
     state = generate_dry_run.abstract_state(model, mesh, batch, slots)
     with jax.set_mesh(mesh):

@@ -72,8 +72,8 @@ def measure(name, keep):
 
     from mmx_jax import compiled, links, sharding
     from mmx_jax.config import io as config_io
-    from mmx_jax.training import dry_run, schedule
     from mmx_jax.models import flops
+    from mmx_jax.training import dry_run, schedule
 
     _, topology, settings = PROGRAMS[name]
     config = config_io.load_config(REPOSITORY / "configs/minimax_text_01.py")

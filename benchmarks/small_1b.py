@@ -21,10 +21,11 @@ import numpy as np
 
 from mmx_jax.config import MeshConfig
 from mmx_jax.config import io as config_io
-from mmx_jax.models.decoder import Decoder, init_params
-from mmx_jax.models.cache import init_state
-from mmx_jax.sharding import make_mesh
 from mmx_jax.models import flops
+from mmx_jax.models.cache import init_state
+from mmx_jax.models.decoder import Decoder
+from mmx_jax.models.params import init_params
+from mmx_jax.sharding import make_mesh
 from mmx_jax.training import step as training_step
 from pallas_kernels import platform
 

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmx_jax import sampling
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.softmax_attention import KeyValueCache
-from mmx_jax.models.decoder import Decoder, head_logits
 from mmx_jax.models.cache import LAYER_AXES, DecodeState, init_state
+from mmx_jax.models.decoder import Decoder, head_logits
 from mmx_jax.sharding import constrain
 
 DECODE_STEPS = 32  # most tokens of one dispatch

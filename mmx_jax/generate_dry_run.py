@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax import compiled, generate, sampling, sharding
 from mmx_jax.config import Config, ModelConfig
-from mmx_jax.models import decoder
+from mmx_jax.models import params as model_params
 from mmx_jax.models.cache import LAYER_AXES, init_state
 
 
@@ -39,17 +39,17 @@ def dry_run(
     model = generate.inference_config(config.model, dtype)
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
-    decoder.check_sharded(model, mesh.shape)
-    shardings = decoder.param_shardings(model, mesh)
+    model_params.check_sharded(model, mesh.shape)
+    shardings = model_params.param_shardings(model, mesh)
     params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(model), shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model_params.abstract_params(model), shardings
     )
     pieces = list(generate.pieces(prompt_length, chunk))
     slots = generate.slots_for(prompt_length, context, chunk)
     state = abstract_state(model, mesh, batch, slots)
     caches, lightning = cache_bytes(state)
     lines = [
-        f"parameters {decoder.count_parameters(model):,} in {dtype}",
+        f"parameters {model_params.count_parameters(model):,} in {dtype}",
         f"{batch} sequences of {slots} slots; mesh {dict(mesh.shape)}"
         + (f" of {topology}, {devices[0].device_kind}" if topology else ""),
         f"state of one device: parameters {compiled.gib(compiled.bytes_per_device(params))}, "

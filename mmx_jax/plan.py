@@ -22,7 +22,7 @@ import jax
 from mmx_jax import compiled, generate, sharding
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.layers.moe import expert_capacity
-from mmx_jax.models import decoder
+from mmx_jax.models import params as model_params
 from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors, token_axes
 from mmx_jax.training import loop, schedule
 from pallas_kernels.platform import cdiv
@@ -394,7 +394,7 @@ def training(config: Config, sizes: Mapping[str, int], room: int | None = None, 
     """
     model, step = config.model, schedule.plan_step(config.training, 0)
     share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length)
-    parameters = decoder.bytes_of_share(model, sizes)
+    parameters = model_params.bytes_of_share(model, sizes)
     gradients = {name: size * 4 // ITEM_BYTES[model.param_dtype] for name, size in parameters.items()}
     if platform == "gpu":
         activations, temporaries = _worst_moment_gpu(share, gradients, accumulated=step.microbatches > 1)
@@ -510,7 +510,7 @@ def inference(
     else:
         work = max(attention, expert_work(share) + cache_taken_out(share, slots))
     memory = {
-        "parameters": sum(decoder.bytes_of_share(model, sizes).values()),
+        "parameters": sum(model_params.bytes_of_share(model, sizes).values()),
         "key-value caches": caches,
         "lightning states": lightning,
         "temporaries": work,
@@ -629,8 +629,8 @@ def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str
     target = target_of(topology)
     sizes = sharding.mesh_sizes(config.mesh, target.count)
     mesh = sharding.abstract_mesh(sizes)
-    decoder.check_sharded(config.model, sizes)
-    decoder.param_shardings(config.model, mesh)
+    model_params.check_sharded(config.model, sizes)
+    model_params.param_shardings(config.model, mesh)
     loop.check_batches(config, mesh)
     return training(config, sizes, target.room, platform=target.platform), sizes, target.room
 
@@ -640,7 +640,7 @@ def training_lines(config: Config, topology: str = "") -> list[str]:
     plan, sizes, room = training_plan(config, topology)
     step = schedule.plan_step(config.training, 0)
     return [
-        f"parameters {decoder.count_parameters(config.model):,}; batch {step.rows} rows of "
+        f"parameters {model_params.count_parameters(config.model):,}; batch {step.rows} rows of "
         f"{step.stage.sequence_length} tokens in {step.microbatches} micro-batches; mesh {dict(sizes)}"
         + (f" of {topology}" if topology else ""),
         *plan.lines("step", room),
@@ -664,12 +664,12 @@ def inference_lines(
     model = generate.inference_config(config.model, dtype)
     target = target_of(topology)
     sizes = sharding.mesh_sizes(config.mesh, target.count)
-    decoder.check_sharded(model, sizes)
-    decoder.param_shardings(model, sharding.abstract_mesh(sizes))
+    model_params.check_sharded(model, sizes)
+    model_params.param_shardings(model, sharding.abstract_mesh(sizes))
     slots = generate.slots_for(prompt_length, context, chunk)
     pieces = [bucket for _, _, bucket in generate.pieces(prompt_length, chunk)]
     lines = [
-        f"parameters {decoder.count_parameters(model):,} in {dtype}; {batch} sequences of {slots} slots; mesh "
+        f"parameters {model_params.count_parameters(model):,} in {dtype}; {batch} sequences of {slots} slots; mesh "
         f"{dict(sizes)}" + (f" of {topology}" if topology else "")
     ]
     peaks = []

@@ -22,7 +22,7 @@ import numpy as np
 import rich.console
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmx_jax import sharding
+from mmx_jax import distributed, sharding
 from mmx_jax.config import (
     CheckpointConfig,
     Config,
@@ -36,7 +36,6 @@ from mmx_jax.config import (
 from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
 from mmx_jax.training import feeding, loop
-from mmx_jax import distributed
 from mmx_jax.training import step as train_step
 from tests.patience import HANG_SECONDS
 

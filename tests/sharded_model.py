@@ -14,7 +14,8 @@ import numpy as np
 
 from mmx_jax.compiled import bytes_per_device
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
-from mmx_jax.models.decoder import Decoder, init_params
+from mmx_jax.models.decoder import Decoder
+from mmx_jax.models.params import init_params
 from mmx_jax.sharding import MESH_AXES, make_mesh
 from mmx_jax.training.optimizer import init_optimizer
 from mmx_jax.training.step import abstract_state, batch_sharding, make_train_step, state_shardings

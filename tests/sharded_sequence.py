@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from mmx_jax import generate
 from mmx_jax.config import MeshConfig
 from mmx_jax.layers.attention_ops import causal_attention
-from mmx_jax.models.decoder import Decoder, abstract_params, init_params, param_shardings
+from mmx_jax.models.decoder import Decoder
+from mmx_jax.models.params import abstract_params, init_params, param_shardings
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from mmx_jax.training.loss import chunked_cross_entropy

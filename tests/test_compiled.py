@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 from mmx_jax import compiled, generate_dry_run, plan
 from mmx_jax.config import ConfigError, MeshConfig
 from mmx_jax.config import io as config_io
-from mmx_jax.models.decoder import count_parameters
-from mmx_jax.sharding import make_mesh
 from mmx_jax.models import flops
+from mmx_jax.models.params import count_parameters
+from mmx_jax.sharding import make_mesh
 from mmx_jax.training.dry_run import dry_run
 from tests import ahead_of_time, fake_devices
 

@@ -34,7 +34,7 @@ from mmx_jax.convert.model_code import SHIPPED_KEYS
 from mmx_jax.convert.pipeline import bounded_map
 from mmx_jax.convert.sources import open_tensors
 from mmx_jax.convert.weights import load_params, resolve, save_huggingface
-from mmx_jax.models.decoder import abstract_params
+from mmx_jax.models.params import abstract_params
 from tests import fake_devices
 
 REPOSITORY = Path(__file__).parent.parent

@@ -12,6 +12,7 @@ import pytest
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.models import decoder
+from mmx_jax.models import params as model_params
 from mmx_jax.models.cache import init_state
 from pallas_kernels import platform
 from pallas_kernels.grouped_matmul import norm_and_route
@@ -81,7 +82,7 @@ def layer_output(batch, **changes):
     rng = np.random.default_rng(batch)
     x = jnp.asarray(rng.normal(size=(6 // batch, batch, 1, MODEL.hidden_size)), jnp.bfloat16)
     states = rng.normal(size=(6 // batch, batch, 2, 64, 64)).astype(np.float32)
-    params = decoder.init_params(MODEL, jax.random.key(0))["blocks"]["layer_0"]
+    params = model_params.init_params(MODEL, jax.random.key(0))["blocks"]["layer_0"]
     params = jax.tree.map(lambda w: w[0], params)
     shared = decoder.LayerInputs(jnp.zeros((batch, 1), jnp.int32), None, None)
     layer = decoder.DecoderLayer(dataclasses.replace(MODEL, **changes), "lightning")
@@ -197,7 +198,7 @@ def test_a_step_of_a_layer_errs_as_much_as_through_xla(computed, batch):
 
 @interpreter.needed
 def test_a_step_of_a_model_is_few_kernels_unless_differentiated():
-    params = decoder.abstract_params(MODEL)
+    params = model_params.abstract_params(MODEL)
     state = jax.eval_shape(lambda: init_state(MODEL, 3, 16))
 
     def calls(compute, length=1, **changes):

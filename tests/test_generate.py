@@ -26,7 +26,7 @@ from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket
 from mmx_jax.layers.softmax_attention import KeyValueCache
-from mmx_jax.models.decoder import abstract_params
+from mmx_jax.models.params import abstract_params
 from mmx_jax.sampling import SamplingError, SamplingParams
 from mmx_jax.text_generation import Conversation, TextStream, encode_prompts, special_stops, stream_text
 from mmx_jax.tokenizer import Tokenizer

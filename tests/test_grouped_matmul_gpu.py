@@ -14,6 +14,7 @@ import pytest
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers import moe
 from mmx_jax.models import decoder
+from mmx_jax.models import params as model_params
 from pallas_kernels import mosaic_gpu_common, platform
 from pallas_kernels.grouped_matmul import few_tokens_swiglu, grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.mosaic_gpu import api as mosaic_gpu
@@ -222,7 +223,7 @@ def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
             return jnp.sum(decoder.Decoder(variant).apply({"params": params}, tokens).logits)
 
         with platform.target("gpu"):
-            arguments = decoder.abstract_params(variant), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+            arguments = model_params.abstract_params(variant), jax.ShapeDtypeStruct((1, 512), jnp.int32)
             text = jax.jit(jax.grad(loss)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         calls = collections.Counter(re.findall(r"call @(_multiply_rows|_multiply_columns|_jitted_scan)", text))
         return calls, text.count("custom_call @mosaic_gpu")
@@ -246,7 +247,7 @@ def test_few_tokens_of_a_layer_are_not_sorted_unless_differentiated():
         return jnp.sum(moe.MixtureOfExperts(config).apply({"params": params}, x, None)[0])
 
     def calls(compute, tokens):
-        stacked = decoder.abstract_params(config)["blocks"]["layer_0"]["mlp"]
+        stacked = model_params.abstract_params(config)["blocks"]["layer_0"]["mlp"]
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
         with platform.target("gpu"):
             traced = jax.jit(compute).trace(params, jax.ShapeDtypeStruct((1, tokens, 128), jnp.bfloat16))

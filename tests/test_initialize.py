@@ -20,7 +20,7 @@ from mmx_jax.config import io as config_io
 from mmx_jax.convert import weights
 from mmx_jax.convert.commands import import_checkpoint
 from mmx_jax.convert.errors import ConversionError
-from mmx_jax.models import decoder
+from mmx_jax.models import params as model_params
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
 from mmx_jax.training import initialize, loop
@@ -58,7 +58,7 @@ def save_model(folder, tokenizer, edit=None, **changes):
     model = dataclasses.replace(MODEL, **changes)
     draw = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: (0.2 * draw.standard_normal(leaf.shape)).astype(np.float32), decoder.abstract_params(model)
+        lambda leaf: (0.2 * draw.standard_normal(leaf.shape)).astype(np.float32), model_params.abstract_params(model)
     )
     if edit:
         edit(params)

@@ -17,16 +17,9 @@ from mmx_jax.layers.lightning_attention import decay_slopes
 from mmx_jax.layers.moe import route
 from mmx_jax.layers.norm import RMSNorm, rms_norm
 from mmx_jax.layers.rotary import apply_rotary
-from mmx_jax.models.decoder import (
-    Decoder,
-    DecoderLayer,
-    LayerInputs,
-    abstract_params,
-    head_logits,
-    init_params,
-    logical_axes,
-)
 from mmx_jax.models.cache import init_state
+from mmx_jax.models.decoder import Decoder, DecoderLayer, LayerInputs, head_logits
+from mmx_jax.models.params import abstract_params, init_params, logical_axes
 from mmx_jax.training.loss import chunked_cross_entropy, load_balancing_loss
 from tests import oracles
 

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mmx_jax import metrics
+from mmx_jax import distributed, metrics
 from mmx_jax.config.io import config_from_json
 from mmx_jax.training import loop
-from mmx_jax import distributed
 from tests import fake_devices
 from tests.patience import HANG_SECONDS, wait_until
 from tests.processes_worker import TINY

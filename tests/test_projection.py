@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx_jax.layers.norm import gated_rms_norm, rms_norm
 from mmx_jax.layers.linear import einsum, silu
+from mmx_jax.layers.norm import gated_rms_norm, rms_norm
 from pallas_kernels import platform
 
 SIZES = dict(b=2, t=5, m=6, c=3, f=4)

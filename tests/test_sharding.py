@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
-from mmx_jax.models.decoder import param_shardings
+from mmx_jax.models.params import param_shardings
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from tests import fake_devices
 from tests.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SCANNED, SEGMENTS, STEPS, config

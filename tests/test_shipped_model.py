@@ -18,7 +18,8 @@ import pytest
 import mmx_jax
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.weights import _ArrayTensors, load_params, resolve, save_huggingface
-from mmx_jax.models.decoder import Decoder, abstract_params
+from mmx_jax.models.decoder import Decoder
+from mmx_jax.models.params import abstract_params
 from mmx_jax.training.loss import chunked_cross_entropy, load_balancing_loss
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`: make parity")

@@ -35,9 +35,9 @@ from mmx_jax.config import (
 )
 from mmx_jax.config import io as config_io
 from mmx_jax.layers.moe import RouterStats
-from mmx_jax.models import decoder
+from mmx_jax.models import decoder, flops
+from mmx_jax.models import params as model_params
 from mmx_jax.training import dry_run, loop, loss, optimizer, schedule
-from mmx_jax.models import flops
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 from tests import fake_devices
@@ -275,7 +275,7 @@ def test_adamw_matches_numpy():
 
 
 def test_weight_decay_spares_the_norms_of_the_real_tree_and_nothing_else():
-    mask = optimizer.decay_mask(decoder.abstract_params(MODEL))
+    mask = optimizer.decay_mask(model_params.abstract_params(MODEL))
     spared = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, decays in jax.tree_util.tree_leaves_with_path(mask)
@@ -307,7 +307,7 @@ def test_accumulation_equals_one_big_batch():
     # The load-balancing loss is that of a micro-batch, so it is left out here.
     model = dataclasses.replace(MODEL, router_aux_loss_coef=0.0, num_layers=1, layer_pattern=("lightning",))
     config = Config(model=model, training=dataclasses.replace(TRAINING, z_loss_coef=1e-3))
-    params = jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(0))
+    params = jax.jit(model_params.init_params, static_argnums=0)(model, jax.random.key(0))
     accumulate = jax.jit(train_step.accumulate_gradients, static_argnums=(0, 3))
     whole, sums = accumulate(config, params, random_batch(rows=4), 1)
     parts, part_sums = accumulate(config, params, random_batch(rows=4), 2)
@@ -392,7 +392,7 @@ def test_analytic_flops_equal_a_count_from_the_shapes(pattern):
     sizes = dict(mlp_dim=48, num_experts=3, softmax_block=64, moe_implementation="reference")
     model = dataclasses.replace(MODEL, layer_pattern=pattern, **sizes)
     tokens = jnp.zeros((1, 64), jnp.int32)
-    params = decoder.abstract_params(model)
+    params = model_params.abstract_params(model)
     jaxpr = jax.make_jaxpr(lambda p: decoder.Decoder(model).apply({"params": p}, tokens).logits)(params)
     want = 64 * sum(flops.forward_flops(model, 64, causal="full").values())
     assert counted_flops(jaxpr.jaxpr) == want
@@ -882,7 +882,7 @@ def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
 def test_dry_run_prints_memory_and_reads_no_data(config, tmp_path):
     nowhere = dataclasses.replace(config, data=DataConfig(sources=(SourceConfig(path="/nonexistent"),)))
     lines = "\n".join(dry_run.dry_run(nowhere))
-    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract_params(MODEL)))
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model_params.abstract_params(MODEL)))
     assert f"parameters {count:,}" in lines and "HLO operations" in lines and "temporaries" in lines
 
 

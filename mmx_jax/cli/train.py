@@ -121,9 +121,8 @@ def main(argv):
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of what it also raises
     # Imported late, so that --help and a mistyped flag answer at once.
-    from mmx_jax import metrics
+    from mmx_jax import distributed, metrics
     from mmx_jax.training import loop
-    from mmx_jax import distributed
 
     name = flags_parser.program_name()
     if not FLAGS["verbosity"].present:

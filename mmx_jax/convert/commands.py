@@ -35,7 +35,7 @@ from mmx_jax.convert.safetensors_io import (
     write_shard,
 )
 from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, carried_files, open_tensors, resolve
-from mmx_jax.models.decoder import abstract_params
+from mmx_jax.models.params import abstract_params
 from mmx_jax.storage import filesystem
 
 MANIFEST = "manifest.json"

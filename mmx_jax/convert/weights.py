@@ -19,7 +19,7 @@ from mmx_jax.convert.errors import ConversionError
 from mmx_jax.convert.params_io import ParamsReader, flatten, unflatten
 from mmx_jax.convert.safetensors_io import TensorSpec
 from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, resolve
-from mmx_jax.models.decoder import param_shardings
+from mmx_jax.models.params import param_shardings
 from mmx_jax.storage import filesystem
 
 __all__ = ["WeightsSource", "load_params", "resolve", "save_huggingface"]

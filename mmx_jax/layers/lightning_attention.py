@@ -8,9 +8,9 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.segments import at_positions
-from mmx_jax.layers.norm import gated_rms_norm
 from mmx_jax.layers.linear import deepnorm_gain, einsum, product, silu, weight
+from mmx_jax.layers.norm import gated_rms_norm
+from mmx_jax.layers.segments import at_positions
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import constrain, over_mesh, row_axis
 from pallas_kernels.lightning_attention import gated_step, recurrent_step, serves_gated_step

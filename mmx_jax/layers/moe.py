@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.norm import rms_norm
 from mmx_jax.layers.linear import deepnorm_gain, product, weight
+from mmx_jax.layers.norm import rms_norm
 from mmx_jax.parallel import expert
 from pallas_kernels.grouped_matmul import (
     few_tokens_swiglu,

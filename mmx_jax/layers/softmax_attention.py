@@ -9,9 +9,9 @@ from jax import lax
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.layers.attention_ops import cached_attention, causal_attention
-from mmx_jax.layers.segments import at_positions
 from mmx_jax.layers.linear import deepnorm_gain, einsum, weight
 from mmx_jax.layers.rotary import apply_rotary
+from mmx_jax.layers.segments import at_positions
 from mmx_jax.sharding import constrain, over_mesh, row_axis
 
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from mmx_jax import compiled, sharding
 from mmx_jax.config import Config
-from mmx_jax.models import decoder
-from mmx_jax.training import feeding, loop, schedule
 from mmx_jax.models import flops
+from mmx_jax.models import params as model_params
+from mmx_jax.training import feeding, loop, schedule
 from mmx_jax.training import step as train_step
 
 
@@ -26,13 +26,13 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     """
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
-    decoder.check_sharded(config.model, mesh.shape)
+    model_params.check_sharded(config.model, mesh.shape)
     loop.check_batches(config, mesh)
     plan = schedule.plan_step(config.training, 0)
     state = train_step.abstract_state(config, mesh)
     per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)
     lines = [
-        f"parameters {decoder.count_parameters(config.model):,}; {per_token:.3e} training FLOPs per token",
+        f"parameters {model_params.count_parameters(config.model):,}; {per_token:.3e} training FLOPs per token",
         f"batch {plan.rows} rows of {plan.stage.sequence_length} tokens in {plan.microbatches} micro-batches; "
         f"mesh {dict(mesh.shape)}" + (f" of {topology}, {devices[0].device_kind}" if topology else ""),
         f"state of one device: parameters {compiled.gib(compiled.bytes_per_device(state['params']))}, "

@@ -13,12 +13,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from mmx_jax import distributed
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.convert import weights
 from mmx_jax.storage import json_io
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import optimizer
-from mmx_jax import distributed
 from mmx_jax.training import step as train_step
 
 # How the function is computed, and how weights begin that are not loaded.

@@ -15,17 +15,16 @@ import jax
 import numpy as np
 import rich.console
 
-from mmx_jax import metrics, sharding
+from mmx_jax import distributed, metrics, sharding
 from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.config import io as config_io
-from mmx_jax.models import decoder
+from mmx_jax.models import flops
+from mmx_jax.models import params as model_params
 from mmx_jax.storage import filesystem
 from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import data as data_pipeline
 from mmx_jax.training import data_identity, feeding, initialize, schedule, start
-from mmx_jax.models import flops
-from mmx_jax import distributed
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -126,7 +125,7 @@ def train(
     with filesystem.full_disk(workdir, TrainingError, remedy):
         workdir.mkdir(parents=True, exist_ok=True)
         mesh = sharding.make_mesh(config.mesh)
-        decoder.check_sharded(config.model, mesh.shape)
+        model_params.check_sharded(config.model, mesh.shape)
         check_batches(config, mesh)
         with start.alone_in(workdir, say) as check_lock:
             checkpointer = Checkpointer(
@@ -273,7 +272,7 @@ class _Run:
         has_tensorboard = self.writer is not None and self.writer.has_tensorboard
         return [
             config_io.format_config(self.config),
-            f"parameters {decoder.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length "
+            f"parameters {model_params.count_parameters(model):,}; {per_token:.3e} training FLOPs per token at length "
             f"{length}; {devices.size} x {devices.flat[0].device_kind}",
             f"unigram entropy of the training data: {self.unigram_entropy:.4f} nats per token",
             *metrics.missing_lines(),

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmx_jax import sharding
 from mmx_jax.config import Config
 from mmx_jax.models import decoder
+from mmx_jax.models import params as model_params
 from mmx_jax.training import loss as losses
 from mmx_jax.training import optimizer
 from pallas_kernels import platform
@@ -23,7 +24,7 @@ BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
 
 def state_shardings(config: Config, mesh):
     """Shardings of the training state: a moment lies where its parameter lies."""
-    params = decoder.param_shardings(config.model, mesh)
+    params = model_params.param_shardings(config.model, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     return {
         "step": replicated,
@@ -44,7 +45,7 @@ def batch_shards(mesh) -> int:
 
 def abstract_state(config: Config, mesh):
     """The training state as jax.ShapeDtypeStruct with shardings; nothing is allocated."""
-    params = decoder.abstract_params(config.model)
+    params = model_params.abstract_params(config.model)
     state = {
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "params": params,
@@ -59,7 +60,7 @@ def init_state(config: Config, mesh):
     """A new training state, every shard made where it stays."""
 
     def init(key):
-        params = decoder.init_params(config.model, key)
+        params = model_params.init_params(config.model, key)
         opt_state = optimizer.init_optimizer(config.training, params)
         return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
 
