@@ -8,9 +8,9 @@ import numpy as np
 from mmx_jax import generate, text_generation
 from mmx_jax.config import FLOAT_DTYPES, ModelConfig
 from mmx_jax.convert import generation_config, hf_config, weights
+from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.generate import PREFILL_CHUNK, GenerationError, Session
 from mmx_jax.sampling import SamplingParams
-from mmx_jax.tokenizer import Tokenizer
 
 
 def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "Model":
@@ -47,7 +47,7 @@ class Model:
       eos_ids: tokens that end a text, besides those of the config and the tokenizer.
 
     Attributes:
-      tokenizer: `mmx_jax.tokenizer.Tokenizer`, or None where the checkpoint has none.
+      tokenizer: `mmx_jax.data.tokenizer.Tokenizer`, or None where the checkpoint has none.
 
     `tokens` are integers [B, T] below; [T] is one row, B = 1 in the result. Rows of different lengths are padded at the
     left, to the longest T. `mask`, of the same shape, is 1 at real tokens and 0 at padding, which may stand at either

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mmx_jax.chat import ChatError
+from mmx_jax.data.chat_template import ChatError
+from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.generate import GenerationError, Session, ragged
-from mmx_jax.tokenizer import Tokenizer
 
 
 class TextModel(Protocol):
@@ -232,7 +232,7 @@ class Conversation:
 
     Args:
       model: with a tokenizer.
-      template: a key of `mmx_jax.tokenizer.TEMPLATES`; None takes the tokenizer's own.
+      template: a key of `mmx_jax.data.tokenizer.TEMPLATES`; None takes the tokenizer's own.
       system: the system message, if any.
       stop_tokens: end a reply, as the special tokens do that stop strings begin with.
       settings: of `Model.session`.

@@ -35,7 +35,8 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import rules, safetensors_io, weights
 from mmx_jax.convert.params_io import flatten
-from mmx_jax.training import feeding, loop
+from mmx_jax.data import device_batch
+from mmx_jax.training import loop
 from mmx_jax.training import step as train_step
 from tests.patience import HANG_SECONDS
 
@@ -110,9 +111,9 @@ def steps(folder, index, count, *, layers=MODEL.layer_pattern, **mesh_sizes):
                 "tokens": tokens, "targets": targets, "segment_ids": 1 + (np.arange(32) >= 20) + 0 * tokens,
                 "positions": np.arange(32) % 20 + 0 * tokens,
             }  # fmt: skip
-            own = feeding.own_rows(mesh, len(tokens))
+            own = device_batch.own_rows(mesh, len(tokens))
             batch = {key: value[own].astype(np.int32) for key, value in batch.items()}
-            batch = feeding.to_devices(batch, mesh, len(tokens))
+            batch = device_batch.to_devices(batch, mesh, len(tokens))
             assert batch["tokens"].shape == tokens.shape
             state, row = step(state, batch, np.float32(1e-2))
             losses.append(float(row["loss"]))
@@ -184,7 +185,7 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     out = io.StringIO()
     console = rich.console.Console(file=out, width=200) if index == 0 else None
     batches, read = [], []  # of each, the digests of the rows that lie on all devices, and of those that were read here
-    to_devices, run_loop = feeding.to_devices, loop._Run.loop
+    to_devices, run_loop = device_batch.to_devices, loop._Run.loop
 
     def note(batch, mesh, rows):
         arrays = to_devices(batch, mesh, rows)
@@ -199,13 +200,13 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
             np.savez(folder / f"{name}.npz", **params)
         return result
 
-    feeding.to_devices, loop._Run.loop = note, loop_and_keep
+    device_batch.to_devices, loop._Run.loop = note, loop_and_keep
     try:
         result = loop.train(config, folder / name, steps=steps, console=console)
     except (ConfigError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        feeding.to_devices, loop._Run.loop = to_devices, run_loop
+        device_batch.to_devices, loop._Run.loop = to_devices, run_loop
     return dataclasses.asdict(result) | {"batches": batches, "read": read, "out": out.getvalue()}
 
 
@@ -218,8 +219,8 @@ def digests(batch):
 def rows(folder, index, count, **mesh_sizes):
     """Of a batch of eight rows, those of each process, and of this one."""
     mesh = sharding.make_mesh(MeshConfig(**mesh_sizes))
-    held = {process: own.tolist() for process, own in feeding.rows_by_process(mesh, 8).items()}
-    assert held[index] == feeding.own_rows(mesh, 8).tolist()
+    held = {process: own.tolist() for process, own in device_batch.rows_by_process(mesh, 8).items()}
+    assert held[index] == device_batch.own_rows(mesh, 8).tolist()
     return held
 
 

@@ -4,8 +4,8 @@ import resource
 
 import pytest
 
-from mmx_jax import chat
-from mmx_jax.chat import ChatError, render_chat
+from mmx_jax.data import chat_template
+from mmx_jax.data.chat_template import ChatError, render_chat
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -39,7 +39,7 @@ def test_whatever_a_template_does_is_a_chat_error(template, message):
     with pytest.raises(ChatError, match=message) as caught:
         render_chat(MESSAGES, template)
     assert len(str(caught.value)) < 1000
-    assert children_cpu_seconds() - before < 2 * chat.CPU_SECONDS + 2
+    assert children_cpu_seconds() - before < 2 * chat_template.CPU_SECONDS + 2
 
 
 def test_a_template_without_end_is_ended():
@@ -52,7 +52,7 @@ def test_a_template_without_end_is_ended():
     )
     with pytest.raises(ChatError, match="takes more than 3 s of CPU time|MemoryError"):
         render_chat(MESSAGES, doubling)
-    assert children_cpu_seconds() - before < 4 * chat.CPU_SECONDS + 4
+    assert children_cpu_seconds() - before < 4 * chat_template.CPU_SECONDS + 4
 
 
 def test_a_template_gets_what_it_was_given():

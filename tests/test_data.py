@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmx_jax.config import DataConfig, SourceConfig
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training.data import (
+from mmx_jax.data.packing import batches_of, pack, split_document
+from mmx_jax.data.pipeline import (
     content_hash,
     corpus_statistics,
     groups_of_rows,
@@ -32,8 +32,8 @@ from mmx_jax.training.data import (
     open_corpus,
     open_sources,
 )
-from mmx_jax.training.packing import batches_of, pack, split_document
-from mmx_jax.training.sources import DataError, cut_text, open_source, standard_library
+from mmx_jax.data.sources import DataError, cut_text, open_source, standard_library
+from mmx_jax.data.tokenizer import Tokenizer
 
 TEXTS = [f"document {i} says " + "abc " * (i % 17) + f"end {i}" for i in range(60)]
 TOKENIZER = Tokenizer.train(TEXTS, 300)
@@ -635,7 +635,7 @@ def test_grain_is_imported_only_when_used():
     script = (
         "import sys\n"
         "for name in ('grain', 'array_record', 'pyarrow'): sys.modules[name] = None\n"
-        "import mmx_jax.training.data as data\n"
+        "import mmx_jax.data.pipeline as data\n"
         "from mmx_jax.config import DataConfig\n"
         "try: data.make_train_iterator(DataConfig(), None, sequence_length=8, rows=1)\n"
         "except ImportError as error: print(error)\n"

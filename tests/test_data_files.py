@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmx_jax.config import SourceConfig
-from mmx_jax.training import files, row_index
-from mmx_jax.training.sources import DataError, open_source
+from mmx_jax.data import file_bytes, row_index
+from mmx_jax.data.sources import DataError, open_source
 
 TEXTS = [f"document {i} says " + "abc " * (i % 7) for i in range(12)]
 
@@ -190,7 +190,7 @@ def test_row_index_finds_the_lines_that_a_split_finds(tmp_path_factory, parts, m
     path = tmp_path_factory.getbasetemp() / "index.jsonl"
     path.write_bytes(mark + body)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_BLOCK_BYTES", block)
+        patch.setattr(file_bytes, "_BLOCK_BYTES", block)
         index = row_index.index_rows(path)
     expected = [(n + 1, line.strip()) for n, line in enumerate(body.split(b"\n")) if line.strip()]
     found = [
@@ -209,7 +209,7 @@ def test_every_row_with_half_a_surrogate_pair_is_suspected(tmp_path_factory, par
     path = tmp_path_factory.getbasetemp() / "surrogates.jsonl"
     path.write_text("\n".join(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_BLOCK_BYTES", block)
+        patch.setattr(file_bytes, "_BLOCK_BYTES", block)
         suspects = set(row_index.index_rows(path).suspects)
 
     def is_text(row):
@@ -262,7 +262,7 @@ def test_a_bad_row_is_named_when_opened_or_left_out(tmp_path, message):
 
 
 def test_half_a_surrogate_pair_is_found_when_a_large_file_is_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmx_jax.training.sources._READ_THROUGH_DOCUMENTS", 5)
+    monkeypatch.setattr("mmx_jax.data.sources._READ_THROUGH_DOCUMENTS", 5)
     rows = lines_of(TEXTS) + rb'{"text": "literal \\ud83d and \ud83d\ude00"}' + b"\n"
     (tmp_path / "a.jsonl").write_bytes(rows)
     assert read(tmp_path / "a.jsonl")[0][-1] == "literal \\ud83d and 😀"
@@ -320,7 +320,7 @@ def test_a_file_cut_off_while_it_is_read_is_an_error(tmp_path, suffix):
 
 
 def test_large_token_files_are_cut_at_eos_across_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmx_jax.training.sources._TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr("mmx_jax.data.sources._TOKENS_AT_ONCE", 4)
     tokens = np.random.default_rng(0).integers(0, 3, 101).astype(">i2")
     np.save(tmp_path / "t.npy", tokens)
     documents = [document.tolist() for document in read(tmp_path / "t.npy")[0]]

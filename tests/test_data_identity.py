@@ -6,9 +6,10 @@ import os
 import pytest
 
 from mmx_jax.config import ConfigError, SourceConfig
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import data_identity, files
-from mmx_jax.training.sources import open_source
+from mmx_jax.data import file_bytes
+from mmx_jax.data import identity as data_identity
+from mmx_jax.data.sources import open_source
+from mmx_jax.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["some text to learn from"] * 3, 300)
 
@@ -61,12 +62,12 @@ def test_many_and_large_files_cost_a_bounded_number_of_reads(tmp_path, monkeypat
     monkeypatch.setattr(data_identity, "_BLOCKS", 40)
     monkeypatch.setattr(data_identity, "_FILES", 10)
     monkeypatch.setattr(data_identity, "_GROUPS", 4)
-    monkeypatch.setattr(files, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(file_bytes, "_SAMPLE_BYTES", 16)
     for i in range(30):
         (tmp_path / f"{i:02d}.txt").write_text(f"{i:02d} " * 400)
     source, reads = open_source(SourceConfig(path=str(tmp_path))), []
-    read_at = files.read_at
-    monkeypatch.setattr(files, "read_at", lambda *args: reads.append(args) or read_at(*args))
+    read_at = file_bytes.read_at
+    monkeypatch.setattr(file_bytes, "read_at", lambda *args: reads.append(args) or read_at(*args))
     before = data_identity.source_identity(source)
     assert len(reads) == 10 * 3 and len(before["files"]) == 4
     (tmp_path / "29.txt").write_text("29 " * 399 + "28 ")  # the end of a file is always read
@@ -80,7 +81,7 @@ def test_rows_are_the_same_data_only_if_every_byte_is(tmp_path, monkeypatch):
     """A file of rows is read whole when it is opened, and so its checksum is of all of it."""
     monkeypatch.setattr(data_identity, "_WHOLE_BYTES", 0)
     monkeypatch.setattr(data_identity, "_BLOCKS", 3)
-    monkeypatch.setattr(files, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(file_bytes, "_SAMPLE_BYTES", 16)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(500)))
     before = identity_of(path)

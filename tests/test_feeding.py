@@ -11,16 +11,17 @@ from benchmarks.topologies import CONFIGURATIONS
 from mmx_jax import compiled, sharding
 from mmx_jax.config import Config, ConfigError, TrainingConfig
 from mmx_jax.config import io as config_io
-from mmx_jax.training import feeding, loop
+from mmx_jax.data import device_batch
+from mmx_jax.training import loop
 from tests import ahead_of_time
 
 
 def test_parts_of_a_batch_are_joined_alike_by_any_number_of_processes():
     parts = [np.arange(16).reshape(8, 2) + 100 * part for part in range(3)]
-    whole = feeding.join_parts(parts)
+    whole = device_batch.join_parts(parts)
     assert sorted(whole.ravel()) == sorted(np.ravel(parts))
     for count in (2, 4):
-        own = [feeding.join_parts([np.split(part, count)[index] for part in parts]) for index in range(count)]
+        own = [device_batch.join_parts([np.split(part, count)[index] for part in parts]) for index in range(count)]
         np.testing.assert_array_equal(np.concatenate(own), whole)
 
 
@@ -29,25 +30,25 @@ def test_a_part_is_cut_from_rows_that_need_not_be_neighbours(rows, length):
     whole = np.arange(120).reshape(12, 10)
     numbers = np.array([0, 4, 5, 10, 11])
     index = slice(*rows), slice(None) if length is None else slice(*length)
-    np.testing.assert_array_equal(feeding.part_of(whole[numbers], numbers, index), whole[index])
+    np.testing.assert_array_equal(device_batch.part_of(whole[numbers], numbers, index), whole[index])
 
 
 def test_a_part_may_be_all():
     whole = np.arange(12).reshape(4, 3)
-    np.testing.assert_array_equal(feeding.part_of(whole, np.arange(4), (slice(None), slice(1, 3))), whole[:, 1:])
+    np.testing.assert_array_equal(device_batch.part_of(whole, np.arange(4), (slice(None), slice(1, 3))), whole[:, 1:])
 
 
 def test_rows_that_others_feed_are_told_with_the_shards_that_spare_them():
     thirds = [np.arange(4 * process, 4 * process + 4) for process in range(3)]
-    assert feeding.reading_of(thirds, 12, 9) == "each packs up to 4, and its devices hold 4 or parts of them"
-    assert feeding.reading_of(thirds, 12, 8).endswith(
+    assert device_batch.reading_of(thirds, 12, 9) == "each packs up to 4, and its devices hold 4 or parts of them"
+    assert device_batch.reading_of(thirds, 12, 8).endswith(
         "up to 6, and its devices hold 4 or parts of them; a new run with data.shards=3 would pack no others"
     )
     shared = [np.arange(8), np.arange(8), np.arange(8, 16), np.arange(8, 16)]
-    assert feeding.reading_of(shared, 16, 8) == "each packs up to 8, and its devices hold 8 or parts of them"
+    assert device_batch.reading_of(shared, 16, 8) == "each packs up to 8, and its devices hold 8 or parts of them"
     scattered = [np.array([0, 1, 4, 5]), np.array([2, 3, 6, 7])]
-    assert feeding.reading_of(scattered, 8, 4) == "each packs up to 4, and its devices hold 4 or parts of them"
-    assert feeding.reading_of(scattered, 8, 2).endswith(
+    assert device_batch.reading_of(scattered, 8, 4) == "each packs up to 4, and its devices hold 4 or parts of them"
+    assert device_batch.reading_of(scattered, 8, 2).endswith(
         "up to 8, and its devices hold 4 or parts of them; a new run with data.shards=4 would pack no others"
     )
 
@@ -85,7 +86,7 @@ def lines_of(topology):
             (config,) = [word.partition("=")[2] for word in words if word.startswith("--config=")]
             overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
             config = config_io.apply_overrides(config_io.load_config(config), overrides)
-            lines[name] = feeding.reading_lines(config, sharding.make_mesh(config.mesh, devices))
+            lines[name] = device_batch.reading_lines(config, sharding.make_mesh(config.mesh, devices))
     return lines
 
 

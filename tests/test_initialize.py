@@ -20,9 +20,9 @@ from mmx_jax.config import io as config_io
 from mmx_jax.convert import weights
 from mmx_jax.convert.commands import import_checkpoint
 from mmx_jax.convert.errors import ConversionError
+from mmx_jax.data import pipeline as data_pipeline
+from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import params as model_params
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import data as data_pipeline
 from mmx_jax.training import initialize, loop
 from tests.fake_devices import environment
 

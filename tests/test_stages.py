@@ -24,8 +24,9 @@ from mmx_jax.config import (
 )
 from mmx_jax.convert import weights
 from mmx_jax.convert.errors import ConversionError
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import data, loop, schedule
+from mmx_jax.data import pipeline
+from mmx_jax.data.tokenizer import Tokenizer
+from mmx_jax.training import loop, schedule
 from mmx_jax.training import step as train_step
 from tests import plain_steps
 
@@ -112,7 +113,7 @@ def expected_batches(config, tokenizer):
     units = [2, 1, 2]  # rows that every batch of the ramp is a multiple of, by stage
     for stage, rows, length, _ in STEPS:
         if stage not in iterators:
-            iterators[stage] = data.make_train_iterator(
+            iterators[stage] = pipeline.make_train_iterator(
                 config.data, tokenizer, sequence_length=length, rows=units[stage],
                 source_weights=TRAINING.stages[stage].source_weights, seed=17 + stage,
             )  # fmt: skip

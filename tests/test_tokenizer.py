@@ -9,8 +9,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmx_jax.chat import ChatError, render_chat
-from mmx_jax.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError
+from mmx_jax.data.chat_template import ChatError, render_chat
+from mmx_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "naïve café, 你好 😀\n" * 20]
 TOKENIZER = Tokenizer.train(TEXTS, 330)
@@ -51,7 +51,7 @@ def test_stream_gives_out_an_unfinished_character_at_the_end():
 
 def test_training_is_deterministic_across_processes():
     script = (
-        "import sys, hashlib; from mmx_jax.tokenizer import Tokenizer\n"
+        "import sys, hashlib; from mmx_jax.data.tokenizer import Tokenizer\n"
         "texts = ['def f(x):\\n    return x + 1\\n' * 20, 'na\u00efve caf\u00e9, \u4f60\u597d \U0001f600\\n' * 20]\n"
         "sys.stdout.buffer.write(Tokenizer.train(texts, 330).backend.to_str().encode())"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert import json_files
 from mmx_jax.convert.errors import ConversionError, shown
-from mmx_jax.tokenizer import Tokenizer, TokenizerError
+from mmx_jax.data.tokenizer import Tokenizer, TokenizerError
 
 FILE = "generation_config.json"
 

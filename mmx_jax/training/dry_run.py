@@ -6,9 +6,10 @@ import numpy as np
 
 from mmx_jax import compiled, sharding
 from mmx_jax.config import Config
+from mmx_jax.data import device_batch
 from mmx_jax.models import flops
 from mmx_jax.models import params as model_params
-from mmx_jax.training import feeding, loop, schedule
+from mmx_jax.training import loop, schedule
 from mmx_jax.training import step as train_step
 
 
@@ -37,7 +38,7 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
         f"mesh {dict(mesh.shape)}" + (f" of {topology}, {devices[0].device_kind}" if topology else ""),
         f"state of one device: parameters {compiled.gib(compiled.bytes_per_device(state['params']))}, "
         f"optimizer {compiled.gib(compiled.bytes_per_device(state['opt_state']))}",
-        *feeding.reading_lines(config, mesh),
+        *device_batch.reading_lines(config, mesh),
     ]
     return lines + compiled.report(lambda: lower_step(config, mesh), mesh, topology, of="step")
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from mmx_jax import distributed
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.convert import weights
+from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.storage import json_io
-from mmx_jax.tokenizer import Tokenizer
 from mmx_jax.training import optimizer
 from mmx_jax.training import step as train_step
 

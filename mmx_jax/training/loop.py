@@ -19,12 +19,13 @@ from mmx_jax import distributed, metrics, sharding
 from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.config import io as config_io
+from mmx_jax.data import device_batch, identity
+from mmx_jax.data import pipeline as data_pipeline
+from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import flops
 from mmx_jax.models import params as model_params
 from mmx_jax.storage import filesystem
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import data as data_pipeline
-from mmx_jax.training import data_identity, feeding, initialize, schedule, start
+from mmx_jax.training import initialize, schedule, start
 from mmx_jax.training import step as train_step
 from mmx_jax.training.progress import Progress
 
@@ -278,7 +279,7 @@ class _Run:
             *metrics.missing_lines(),
             f"TensorBoard: {'on' if has_tensorboard else 'off (pip install tensorboardX)'}; run folder: {self.workdir} "
             "(config.json there holds every field)",
-            *feeding.reading_lines(self.config, self.mesh),
+            *device_batch.reading_lines(self.config, self.mesh),
             *([f"RESUMED from step {self.step} ({self.tokens_seen:,} tokens seen)"] if self.step else []),
         ]
 
@@ -376,7 +377,7 @@ class _Run:
             self.tokenizer,
             sequence_length=stage.sequence_length,
             rows=unit,
-            own_rows=feeding.own_rows(self.mesh, unit),
+            own_rows=device_batch.own_rows(self.mesh, unit),
             source_weights=stage.source_weights,
             seed=self.config.data.seed + index,
         )
@@ -391,8 +392,8 @@ class _Run:
     def _global_batch(self, plan):
         unit = schedule.row_unit(self.config.training, plan.stage)
         parts = [next(self.iterator) for _ in range(plan.rows // unit)]
-        batch = {key: feeding.join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS}
-        return feeding.to_devices(batch, self.mesh, plan.rows)
+        batch = {key: device_batch.join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS}
+        return device_batch.to_devices(batch, self.mesh, plan.rows)
 
     def _step_function(self):
         if (base := self.stage_config.model.rope_theta) not in self.train_steps:
@@ -415,7 +416,7 @@ class _Run:
             sequence_length=stage.sequence_length,
             rows=rows,
             batches=training.eval_batches,
-            own_rows=feeding.own_rows(self.mesh, rows),
+            own_rows=device_batch.own_rows(self.mesh, rows),
             source_weights=stage.source_weights,
         )
         return rows, batches
@@ -426,7 +427,7 @@ class _Run:
             return
         rows, batches = self.eval_batches
         eval_step = self._eval_step()
-        batches = (feeding.to_devices(batch, self.mesh, rows) for batch in batches)
+        batches = (device_batch.to_devices(batch, self.mesh, rows) for batch in batches)
         sums = [jax.device_get(eval_step(self.state["params"], batch)) for batch in batches]
         self.eval_at = self.step
         count = sum(float(part["count"]) for part in sums)
@@ -647,7 +648,7 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
             "the run in this folder was saved by a version whose data position belongs to its processes, and "
             "which this one does not read: continue with that version, or start in a new --workdir"
         )
-    old, new = (_flatten(data_identity.with_numbered_sources(config_io.resolved(plain))) for plain in (stored, current))
+    old, new = (_flatten(identity.with_numbered_sources(config_io.resolved(plain))) for plain in (stored, current))
     allowed = HARMLESS_FIELDS
     if _same_rates_so_far(old, new):
         allowed += ("training.total_tokens", "training.learning_rate_phases")
@@ -659,7 +660,7 @@ def check_same_run(stored: dict, current: dict, *, branch: bool = False) -> list
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     allowed += start.BRANCH_FIELDS if branch else ()
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differing}
-    harmful = [line for key, line in lines.items() if not (key.startswith(allowed) or data_identity.is_place(key))]
+    harmful = [line for key, line in lines.items() if not (key.startswith(allowed) or identity.is_place(key))]
     if harmful:
         could_branch = any(line.startswith(start.BRANCH_FIELDS) for line in harmful) and not branch
         fields = ", ".join(field.rstrip("_") for field in start.BRANCH_FIELDS)
@@ -688,7 +689,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path, init_from: str = ""
             initialize.check_vocabulary(Tokenizer.load(folder), loaded, str(folder), "choose another --workdir")
     elif folder.exists():
         loaded = Tokenizer.load(folder)
-        notes = data_identity.check_named_tokenizer(config.data.tokenizer, loaded, folder)
+        notes = identity.check_named_tokenizer(config.data.tokenizer, loaded, folder)
     elif config.data.tokenizer:
         loaded = Tokenizer.load(config.data.tokenizer)
     else:

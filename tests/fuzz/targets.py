@@ -130,7 +130,7 @@ def _overrides(folder: Path):
 
 
 def _tokenizer_reader(folder: Path, name: str):
-    from mmx_jax.tokenizer import ChatError, Tokenizer, TokenizerError
+    from mmx_jax.data.tokenizer import ChatError, Tokenizer, TokenizerError
 
     tokenizer = Tokenizer.train([WORDS] * 5, 300)
     tokenizer.save(folder)
@@ -165,7 +165,7 @@ def _tokenizer_config(folder: Path):
 
 
 def _template(folder: Path):
-    from mmx_jax.chat import TEMPLATES, ChatError, render_chat
+    from mmx_jax.data.chat_template import TEMPLATES, ChatError, render_chat
 
     messages = [{"role": role, "content": WORDS} for role in ("system", "user", "assistant")]
     tools = [{"name": "f", "parameters": {"a": [1, 2.5, None]}}]
@@ -180,7 +180,7 @@ def _template(folder: Path):
 
 def _source_reader(folder: Path, name: str, form: str):
     from mmx_jax.config import SourceConfig
-    from mmx_jax.training.sources import DataError, open_source
+    from mmx_jax.data.sources import DataError, open_source
 
     def read(data):
         (folder / name).write_bytes(data)

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from mmx_jax.config import SourceConfig
-from mmx_jax.training.files import COMPRESSED_SUFFIXES, DataError, compression, evenly, read_at, read_head
+from mmx_jax.data.file_bytes import COMPRESSED_SUFFIXES, DataError, compression, evenly, read_at, read_head
 
 SUFFIXES = {
     ".jsonl": "jsonl",

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import tokenizers
 
 from mmx_jax.config import ConfigError
-from mmx_jax.tokenizer import Tokenizer, TokenizerError
-from mmx_jax.training.files import content_digest, evenly, reading
-from mmx_jax.training.sources import CheckedSource
+from mmx_jax.data.file_bytes import content_digest, evenly, reading
+from mmx_jax.data.sources import CheckedSource
+from mmx_jax.data.tokenizer import Tokenizer, TokenizerError
 
 # A source is digested whole up to so many bytes and files. Of a larger one blocks of 64 KiB are read, about so many in
 # all, of at most so many files; the sizes of all files count in any case.

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mmx_jax.chat import TEMPLATES, ChatError, render_chat
+from mmx_jax.data.chat_template import TEMPLATES, ChatError, render_chat
 from mmx_jax.storage import file_kinds, json_io
 
 __all__ = ["SPECIAL_TOKENS", "TEMPLATES", "ChatError", "StreamDecoder", "Tokenizer", "TokenizerError"]
@@ -359,7 +359,7 @@ class Tokenizer:
         tools: Sequence[Mapping] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The text of a conversation, see `mmx_jax.chat.render_chat`.
+        """The text of a conversation, see `mmx_jax.data.chat_template.render_chat`.
 
         Args:
           template: a key of `TEMPLATES` or Jinja source; None takes the tokenizer's own.

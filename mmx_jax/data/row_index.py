@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from mmx_jax.training.files import DataError, blocks_of, read_at, reading
+from mmx_jax.data.file_bytes import DataError, blocks_of, read_at, reading
 
 _NEWLINE = ord("\n")
 _WHITESPACE = b" \t\n\r\x0b\x0c"

@@ -19,10 +19,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mmx_jax.config import DataConfig
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training import data_identity
-from mmx_jax.training.packing import batches_of, pack, split_document
-from mmx_jax.training.sources import (
+from mmx_jax.data import identity as data_identity
+from mmx_jax.data.packing import batches_of, pack, split_document
+from mmx_jax.data.sources import (
     BadRowError,
     CheckedSource,
     DataError,
@@ -32,6 +31,7 @@ from mmx_jax.training.sources import (
     open_source,
     open_standard_library,
 )
+from mmx_jax.data.tokenizer import Tokenizer
 
 # So many documents of every source are read when it is opened: what is smaller is known exactly.
 _SCANNED_DOCUMENTS = 2000

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from mmx_jax.config import SourceConfig
-from mmx_jax.training.files import BadRowError, DataError, plain_copy, read_at, read_plain
-from mmx_jax.training.row_index import index_rows
-from mmx_jax.training.source_files import SUFFIXES, SourceFiles, container, find_files
+from mmx_jax.data.file_bytes import BadRowError, DataError, plain_copy, read_at, read_plain
+from mmx_jax.data.row_index import index_rows
+from mmx_jax.data.source_files import SUFFIXES, SourceFiles, container, find_files
 
 __all__ = ["BadRowError", "CheckedSource", "DataError", "Document", "Source", "import_extra", "open_source"]
 
