@@ -22,10 +22,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mmx_jax.checkpoints import hf_mapping  # noqa: E402
+from mmx_jax.checkpoints.hf_config import model_config_to_hf  # noqa: E402
+from mmx_jax.checkpoints.safetensors import TensorSpec, file_order, plan_shards, write_index, write_shard  # noqa: E402
 from mmx_jax.config import ModelConfig  # noqa: E402
-from mmx_jax.convert import rules  # noqa: E402
-from mmx_jax.convert.hf_config import model_config_to_hf  # noqa: E402
-from mmx_jax.convert.safetensors_io import TensorSpec, file_order, plan_shards, write_index, write_shard  # noqa: E402
 
 
 def synthetic_config(total_bytes: int, largest_bytes: int) -> ModelConfig:
@@ -38,7 +38,7 @@ def synthetic_config(total_bytes: int, largest_bytes: int) -> ModelConfig:
     )  # fmt: skip
 
     def size(layers):
-        mappings = rules.expand(ModelConfig(num_layers=layers, **shapes))
+        mappings = hf_mapping.expand(ModelConfig(num_layers=layers, **shapes))
         return sum(2 * int(np.prod(mapping.hf_shape)) for mapping in mappings)
 
     block = size(4) - size(2)
@@ -50,7 +50,7 @@ def make(folder: Path, config: ModelConfig, shard_size: int) -> list[TensorSpec]
     """Writes the checkpoint; bytes repeat within a tensor, but no two tensors are the same."""
     folder.mkdir()
     bf16, f32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-    specs = [TensorSpec(m.hf, f32 if m.float32 else bf16, m.hf_shape) for m in rules.expand(config)]
+    specs = [TensorSpec(m.hf, f32 if m.float32 else bf16, m.hf_shape) for m in hf_mapping.expand(config)]
     noise = np.random.default_rng(0).integers(0, 256, 2**20 + 1, np.uint8)
 
     def tensor(spec, number):

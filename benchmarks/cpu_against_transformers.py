@@ -27,9 +27,9 @@ import numpy as np
 import torch
 import transformers
 
+from mmx_jax.checkpoints.load import save_huggingface
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mmx_jax.config import io as config_io
-from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.models.cache import init_state
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from mmx_jax import generate, text_generation
+from mmx_jax.checkpoints import generation_config, hf_config, load
 from mmx_jax.config import FLOAT_DTYPES, ModelConfig
-from mmx_jax.convert import generation_config, hf_config, weights
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.generate import PREFILL_CHUNK, GenerationError, Session
 from mmx_jax.sampling import SamplingParams
@@ -28,9 +28,9 @@ def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None
     """
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
-    source = weights.resolve(path)
+    source = load.resolve(path)
     eos_ids = generation_config.eos_ids(source.config, source.folder)
-    config, params = weights.load_params(path, param_dtype=dtype, mesh=mesh)
+    config, params = load.load_params(path, param_dtype=dtype, mesh=mesh)
     config = generate.inference_config(config, dtype)
     has_tokenizer = source.tokenizer_dir is not None and (source.tokenizer_dir / "tokenizer.json").is_file()
     return Model(config, params, source.tokenizer_dir if has_tokenizer else None, mesh, eos_ids=eos_ids)
@@ -231,4 +231,4 @@ class Model:
         Raises:
           ConversionError: `path` exists, or the disk is full.
         """
-        return weights.save_huggingface(self.params, self.config, path, naming, tokenizer_dir=self._tokenizer_dir)
+        return load.save_huggingface(self.params, self.config, path, naming, tokenizer_dir=self._tokenizer_dir)

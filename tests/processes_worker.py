@@ -23,6 +23,9 @@ import rich.console
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax import distributed, sharding
+from mmx_jax.checkpoints import hf_mapping, safetensors
+from mmx_jax.checkpoints import load as weights
+from mmx_jax.checkpoints.orbax_slices import flatten
 from mmx_jax.config import (
     CheckpointConfig,
     Config,
@@ -33,8 +36,6 @@ from mmx_jax.config import (
     SourceConfig,
     TrainingConfig,
 )
-from mmx_jax.convert import rules, safetensors_io, weights
-from mmx_jax.convert.params_io import flatten
 from mmx_jax.data import device_batch
 from mmx_jax.training import loop
 from mmx_jax.training import step as train_step
@@ -129,7 +130,7 @@ def steps(folder, index, count, *, layers=MODEL.layer_pattern, **mesh_sizes):
 def load(folder, index, count, **mesh_sizes):
     """The import of a safetensors folder onto a mesh; records which bytes of which tensor are looked at."""
     maps, touched = [], {}
-    map_whole, copy = safetensors_io.TensorEntry.map, rules.copy_strips
+    map_whole, copy = safetensors.TensorEntry.map, hf_mapping.copy_strips
 
     def map_and_note(entry):
         array = map_whole(entry)
@@ -146,19 +147,19 @@ def load(folder, index, count, **mesh_sizes):
             touched[name][at.ravel() + byte] = True
         return copy(destination, source)
 
-    safetensors_io.TensorEntry.map, rules.copy_strips = map_and_note, copy_and_note
+    safetensors.TensorEntry.map, hf_mapping.copy_strips = map_and_note, copy_and_note
     try:
         mesh = sharding.make_mesh(MeshConfig(**mesh_sizes))
         config, params = weights.load_params(TINY, mesh=mesh)
     finally:
-        safetensors_io.TensorEntry.map, rules.copy_strips = map_whole, copy
+        safetensors.TensorEntry.map, hf_mapping.copy_strips = map_whole, copy
     leaves = flatten(params)
     arrays = whole(leaves, mesh)
-    tensors = {m.hf: m.to_hf(arrays[m.leaf][m.index]) for m in rules.expand(config)}
+    tensors = {m.hf: m.to_hf(arrays[m.leaf][m.index]) for m in hf_mapping.expand(config)}
     stem = folder / f"load_{'_'.join(mesh_sizes)}_{index}"
     np.savez(f"{stem}_values.npz", **tensors)
     np.savez(f"{stem}_touched.npz", **touched)
-    sharded = {m.hf: not leaves[m.leaf].is_fully_replicated for m in rules.expand(config)}
+    sharded = {m.hf: not leaves[m.leaf].is_fully_replicated for m in hf_mapping.expand(config)}
     return {"values": f"{stem}_values.npz", "touched": f"{stem}_touched.npz", "sharded": sharded}
 
 

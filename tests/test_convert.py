@@ -23,17 +23,19 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmx_jax.checkpoints import hf_mapping, journal, orbax_slices
+from mmx_jax.checkpoints import safetensors as safetensors_io
+from mmx_jax.checkpoints.bounded_map import bounded_map
+from mmx_jax.checkpoints.difference import difference
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
+from mmx_jax.checkpoints.load import load_params, resolve, save_huggingface
+from mmx_jax.checkpoints.model_code import SHIPPED_KEYS
+from mmx_jax.checkpoints.open import open_tensors
 from mmx_jax.config import Config, ConfigError, ModelConfig, shortest_period
 from mmx_jax.config.io import config_to_json
 from mmx_jax.convert import __main__ as cli
-from mmx_jax.convert import commands, job, params_io, rules, safetensors_io
-from mmx_jax.convert.difference import difference
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.hf_config import NAMINGS, detect_naming, model_config_from_hf, model_config_to_hf
-from mmx_jax.convert.model_code import SHIPPED_KEYS
-from mmx_jax.convert.pipeline import bounded_map
-from mmx_jax.convert.sources import open_tensors
-from mmx_jax.convert.weights import load_params, resolve, save_huggingface
+from mmx_jax.convert import commands
 from mmx_jax.models.params import abstract_params
 from tests import fake_devices
 
@@ -96,8 +98,8 @@ def test_claims_are_compared_with_the_weights_before_work_grows_with_them(source
 
 def test_claims_of_our_own_config_are_compared_with_the_parameters():
     config = model_config_from_hf(hf_config())
-    shapes = rules.leaf_shapes(config, rules.expand(config))
-    assert rules.match_parameters(config, shapes) == rules.expand(config)
+    shapes = hf_mapping.leaf_shapes(config, hf_mapping.expand(config))
+    assert hf_mapping.match_parameters(config, shapes) == hf_mapping.expand(config)
     for change in (
         {"num_experts": 10**9},
         {"num_layers": 8 * 10**9},
@@ -107,10 +109,10 @@ def test_claims_of_our_own_config_are_compared_with_the_parameters():
         # Some no longer make a config.
         refused = "has shape|far more|64 bits|larger than any array|is more than 100,000"
         with pytest.raises((ConversionError, ConfigError), match=refused) as caught:
-            rules.match_parameters(dataclasses.replace(config, **change), shapes)
+            hf_mapping.match_parameters(dataclasses.replace(config, **change), shapes)
         assert len(str(caught.value)) < 10_000
     with pytest.raises(ConversionError, match="more than 1,000,000 tensors"):
-        rules.expand(dataclasses.replace(config, num_experts=10**9))
+        hf_mapping.expand(dataclasses.replace(config, num_experts=10**9))
 
 
 @pytest.mark.parametrize(
@@ -490,10 +492,10 @@ def test_shards_are_planned_by_size_and_named_by_naming():
 
 def test_rules_map_every_tensor_of_the_released_model_once():
     config = ModelConfig()
-    mappings = rules.expand(config)
+    mappings = hf_mapping.expand(config)
     assert len({mapping.hf for mapping in mappings}) == len(mappings) == 8243
     assert sum(int(np.prod(mapping.hf_shape)) for mapping in mappings) == 456_089_655_296
-    assert sum(int(np.prod(shape)) for shape in rules.leaf_shapes(config, mappings).values()) == 456_089_655_296
+    assert sum(int(np.prod(shape)) for shape in hf_mapping.leaf_shapes(config, mappings).values()) == 456_089_655_296
 
 
 @pytest.mark.parametrize(
@@ -507,9 +509,9 @@ def test_rules_map_every_tensor_of_the_released_model_once():
 )
 def test_rules_fill_exactly_the_parameters_of_the_decoder(changes):
     config = ModelConfig(**changes)
-    parameters = params_io.flatten(abstract_params(config))
-    mappings = rules.expand(config)
-    rules.check_parameters(config, mappings, {path: leaf.shape for path, leaf in parameters.items()})
+    parameters = orbax_slices.flatten(abstract_params(config))
+    mappings = hf_mapping.expand(config)
+    hf_mapping.check_parameters(config, mappings, {path: leaf.shape for path, leaf in parameters.items()})
     float32 = {mapping.leaf for mapping in mappings if mapping.float32}
     for path, leaf in parameters.items():
         assert leaf.dtype == (np.float32 if path in float32 else config.param_dtype), path
@@ -517,16 +519,16 @@ def test_rules_fill_exactly_the_parameters_of_the_decoder(changes):
 
 def test_parameters_and_rules_that_differ_are_listed_on_both_sides():
     config = model_config_from_hf(hf_config())
-    mappings = rules.expand(config)
-    shapes = rules.leaf_shapes(config, mappings)
-    rules.check_parameters(config, mappings, shapes)
+    mappings = hf_mapping.expand(config)
+    shapes = hf_mapping.leaf_shapes(config, mappings)
+    hf_mapping.check_parameters(config, mappings, shapes)
     renamed = {path: shape for path, shape in shapes.items() if path != ("lm_head", "kernel")} | {("head", "w"): (1,)}
     with pytest.raises(ConversionError, match=r"no rule fills \['head/w'\].*'lm_head/kernel'"):
-        rules.check_parameters(config, mappings, renamed)
+        hf_mapping.check_parameters(config, mappings, renamed)
     with pytest.raises(ConversionError, match="final_norm/scale has shape"):
-        rules.check_parameters(config, mappings, shapes | {("final_norm", "scale"): (65,)})
+        hf_mapping.check_parameters(config, mappings, shapes | {("final_norm", "scale"): (65,)})
     with pytest.raises(ConversionError, match="filled twice"):
-        rules.check_parameters(config, [*mappings, mappings[0]], shapes)
+        hf_mapping.check_parameters(config, [*mappings, mappings[0]], shapes)
 
 
 @settings(max_examples=40, deadline=None)
@@ -539,7 +541,7 @@ def test_strip_copy_equals_assignment(shape, data):
             out = np.empty(source.shape, source.dtype)
         else:
             out = np.empty([shape[axis] for axis in permutation], source.dtype).transpose(np.argsort(permutation))
-        rules.copy_strips(out, source)
+        hf_mapping.copy_strips(out, source)
         assert np.array_equal(out.view(np.uint16), source.view(np.uint16))
 
 
@@ -580,7 +582,7 @@ def expected_parameters(tensors, config):
 
 
 def flat(tree):
-    return {"/".join(path): np.asarray(leaf) for path, leaf in params_io.flatten(tree).items()}
+    return {"/".join(path): np.asarray(leaf) for path, leaf in orbax_slices.flatten(tree).items()}
 
 
 def assert_same(got, expected):
@@ -798,12 +800,12 @@ def test_shard_names_that_are_no_file_names(source, name):
 @pytest.mark.parametrize("layer", ["9" * 5000, "²", "-1", "10" * 8])
 def test_derived_buffers_of_odd_layers_are_surplus(layer):
     config = model_config_from_hf(hf_config())
-    mappings = rules.expand(config)
+    mappings = hf_mapping.expand(config)
     tensors = {m.hf: safetensors_io.TensorSpec(m.hf, np.dtype(np.float32), m.hf_shape) for m in mappings}
     name = f"model.layers.{layer}.self_attn.slope_rate"
     tensors[name] = safetensors_io.TensorSpec(name, np.dtype(np.float32), (1,))
     with pytest.raises(ConversionError, match=r"surplus \['model\.layers"):
-        rules.check_tensors(config, mappings, tensors, "x")
+        hf_mapping.check_tensors(config, mappings, tensors, "x")
 
 
 def test_damaged_journal_and_manifest_are_one_error(imported, tmp_path):
@@ -812,7 +814,7 @@ def test_damaged_journal_and_manifest_are_one_error(imported, tmp_path):
     for line in (b"5", b'{"part": 1}', b"[" * 10**5, b'{"part": "a"}', b'{"part": "a", "sha256": "", "tensors": []}'):
         (partial / "journal.jsonl").write_bytes(b"{}\n" + line + b"\n")
         with pytest.raises(ConversionError, match=r"journal\.jsonl: damaged.*begin anew"):
-            job.Job(tmp_path / "out", {}, overwrite=False)
+            journal.Job(tmp_path / "out", {}, overwrite=False)
     weights = tmp_path / "weights"
     shutil.copytree(imported, weights)
     good = json.loads((weights / "manifest.json").read_text())
@@ -991,10 +993,10 @@ def killed_at(monkeypatch, number):
 
         return wrapper
 
-    monkeypatch.setattr(job, "fsync_folder", counted(job.fsync_folder))
-    monkeypatch.setattr(job.os, "rename", counted(job.os.rename))
-    monkeypatch.setattr(job.files, "remove", counted(job.files.remove))
-    monkeypatch.setattr(job, "_exchange", counted(job._exchange))
+    monkeypatch.setattr(journal, "fsync_folder", counted(journal.fsync_folder))
+    monkeypatch.setattr(journal.os, "rename", counted(journal.os.rename))
+    monkeypatch.setattr(journal.files, "remove", counted(journal.files.remove))
+    monkeypatch.setattr(journal, "_exchange", counted(journal._exchange))
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -1006,8 +1008,8 @@ def test_a_commit_killed_at_any_point_keeps_a_checkpoint_and_the_same_command_le
 
     def convert(text):
         if not exchange:
-            monkeypatch.setattr(job, "_exchange", lambda first, second: False)
-        work = job.Job(destination, new, overwrite=True)
+            monkeypatch.setattr(journal, "_exchange", lambda first, second: False)
+        work = journal.Job(destination, new, overwrite=True)
         try:
             work.begin()
             (work.folder / "weights").write_text(text)
@@ -1038,18 +1040,18 @@ def test_a_commit_killed_at_any_point_keeps_a_checkpoint_and_the_same_command_le
 
 
 def test_two_conversions_into_one_folder_are_kept_apart(tmp_path):
-    first = job.Job(tmp_path / "out", {}, overwrite=False)
+    first = journal.Job(tmp_path / "out", {}, overwrite=False)
     with pytest.raises(ConversionError, match="out: another process is converting into it: process .* on "):
-        job.Job(tmp_path / "out", {}, overwrite=False)
+        journal.Job(tmp_path / "out", {}, overwrite=False)
     first.close()
-    job.Job(tmp_path / "out", {}, overwrite=False).close()
+    journal.Job(tmp_path / "out", {}, overwrite=False).close()
 
 
 def test_a_folder_that_happens_to_be_called_replaced_is_nobodys_to_remove(tmp_path):
     (tmp_path / "out.replaced").mkdir()
     (tmp_path / "out.replaced/mine").write_text("precious")
     for text in ("first", "second"):
-        work = job.Job(tmp_path / "out", {"text": text}, overwrite=True)
+        work = journal.Job(tmp_path / "out", {"text": text}, overwrite=True)
         work.begin()
         (work.folder / "weights").write_text(text)
         work.commit()

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mmx_jax import checkpoint
+from mmx_jax.checkpoints import manager
 from mmx_jax.storage import array_files, filesystem, locking
 
 
@@ -178,4 +178,4 @@ def test_checksums_of_regions_add_up_to_that_of_the_array_on_devices(shape, dtyp
     for corner in itertools.product(*[range(len(cut) - 1) for cut in cuts]):
         region = tuple(slice(cut[i], cut[i + 1]) for cut, i in zip(cuts, corner, strict=True))
         total += array_files.region_checksum(np.asarray(x[region]), tuple(part.start for part in region), shape)
-    assert total % 2**32 == oracle(x) == int(checkpoint.array_checksums({"x": jnp.asarray(x)})["x"])
+    assert total % 2**32 == oracle(x) == int(manager.array_checksums({"x": jnp.asarray(x)})["x"])

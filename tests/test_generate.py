@@ -18,11 +18,11 @@ import tokenizers
 
 import mmx_jax
 from mmx_jax import generate, sampling
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.load import save_huggingface
 from mmx_jax.cli import arguments, text_input
 from mmx_jax.config import ModelConfig
 from mmx_jax.convert.commands import export_checkpoint, import_checkpoint
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.weights import save_huggingface
 from mmx_jax.data.chat_template import ChatError
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket

@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from mmx_jax import hub
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.sources import CARRIED, resolve
-from mmx_jax.hub import HubError, Repository
+from mmx_jax.checkpoints import hub
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.hub import HubError, Repository
+from mmx_jax.checkpoints.open import CARRIED, resolve
 
 SIZES = {
     "config.json": 10, "model-00000-of-00002.safetensors": 600, "model-00001-of-00002.safetensors": 400,

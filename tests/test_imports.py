@@ -118,7 +118,7 @@ OPTIONAL = {
 FORBIDDEN = {"torch", "transformers", "safetensors", "tensorflow", "clu", "ml_collections", "einops", "chex"}
 
 # Written beside exported weights, for transformers to load there. Nothing here imports these files.
-SHIPPED = sorted((REPOSITORY / "mmx_jax/convert/shipped").glob("*.py"))
+SHIPPED = sorted((REPOSITORY / "mmx_jax/checkpoints/shipped").glob("*.py"))
 
 
 def source_files() -> list[Path]:

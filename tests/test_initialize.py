@@ -15,11 +15,11 @@ import rich.console
 
 import mmx_jax
 from mmx_jax import metrics, sharding
+from mmx_jax.checkpoints import load
+from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
 from mmx_jax.config import io as config_io
-from mmx_jax.convert import weights
 from mmx_jax.convert.commands import import_checkpoint
-from mmx_jax.convert.errors import ConversionError
 from mmx_jax.data import pipeline as data_pipeline
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import params as model_params
@@ -65,7 +65,7 @@ def save_model(folder, tokenizer, edit=None, **changes):
     if tokenizer is not None:
         tokenizer.save(folder.with_name("tokenizer"))
     tokenizer_dir = None if tokenizer is None else folder.with_name("tokenizer")
-    weights.save_huggingface(params, model, folder, tokenizer_dir=tokenizer_dir)
+    load.save_huggingface(params, model, folder, tokenizer_dir=tokenizer_dir)
     return folder
 
 
@@ -133,7 +133,7 @@ def test_every_kind_of_checkpoint_gives_the_same_parameters_and_a_fresh_optimize
         step = jax.device_get(initialize.load_state(config, mesh, begun[0] / "checkpoints/2"))
     jax.tree.map(np.testing.assert_array_equal, *states)
     jax.tree.map(np.testing.assert_array_equal, trained, step)
-    _, stored = weights.load_params(begun[0])
+    _, stored = load.load_params(begun[0])
     jax.tree.map(np.testing.assert_array_equal, trained["params"], jax.device_get(stored))
     assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, trained["params"], states[0]["params"]))))
     for state in (trained, *states):
@@ -149,7 +149,7 @@ def test_a_run_goes_on_from_a_step_of_another_with_another_recipe(begun, config,
 
 
 def test_the_master_weights_are_float32_and_the_released_layout_is_read_as_inference_reads_it(tmp_path):
-    stored = weights.resolve(FIXTURE).config
+    stored = load.resolve(FIXTURE).config
     model = dataclasses.replace(stored, param_dtype="float32", remat="full", dtype="bfloat16")
     config = Config(model=model, training=TrainingConfig(sequence_length=64, batch_tokens=256))
     with jax.set_mesh(mesh := one_device_mesh()):
@@ -198,7 +198,7 @@ def test_the_model_can_be_taken_from_the_checkpoint(config, pretrained, tmp_path
     other = dataclasses.replace(
         config, model=ModelConfig(dtype="float32", lightning_chunk=16, softmax_block=32, router_aux_loss_coef=0.001)
     )
-    of_tokenizer = weights.resolve(pretrained).config
+    of_tokenizer = load.resolve(pretrained).config
     ids = {name: getattr(of_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     published = dataclasses.replace(MODEL, **ids).resolved()
     assert initialize.with_model_of(other, pretrained, tmp_path).model.resolved() == published

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx_jax.checkpoints import hf_mapping
+from mmx_jax.checkpoints.load import load_params
 from mmx_jax.config import REMAT_POLICIES, ModelConfig
-from mmx_jax.convert import rules
-from mmx_jax.convert.weights import load_params
 from mmx_jax.layers.lightning_attention import decay_slopes
 from mmx_jax.layers.moe import route
 from mmx_jax.layers.norm import RMSNorm, rms_norm
@@ -155,7 +155,7 @@ def next_token_loss(config, params, tokens):
 def hugging_face_gradients(config, gradients):
     """{name: array} in the transformers port's module names, its fused experts included."""
     leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
-    named = {m.hf: m.to_hf(np.asarray(leaves[m.leaf][m.index])) for m in rules.expand(config)}
+    named = {m.hf: m.to_hf(np.asarray(leaves[m.leaf][m.index])) for m in hf_mapping.expand(config)}
     named |= {name.replace("block_sparse_moe.gate", "mlp.gate"): gradient for name, gradient in named.items()}
     for layer in range(config.num_layers):
         experts = [f"model.layers.{layer}.block_sparse_moe.experts.{e}" for e in range(config.num_experts)]

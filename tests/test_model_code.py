@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mmx_jax.checkpoints import model_code
+from mmx_jax.checkpoints.hf_config import model_config_from_hf, model_config_to_hf
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert import commands, model_code
-from mmx_jax.convert.hf_config import model_config_from_hf, model_config_to_hf
+from mmx_jax.convert import commands
 
 TEXT = Path(__file__).parent / "fixtures" / "text"
 ORIGINAL, HF = TEXT / "tiny" / "orig", TEXT / "tiny" / "hf"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx_jax.checkpoints.load import load_params, save_huggingface
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.weights import load_params, save_huggingface
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params
 from mmx_jax.training.loss import chunked_cross_entropy, load_balancing_loss

@@ -18,7 +18,9 @@ import rich.console
 import tensorstore as ts
 
 from mmx_jax import metrics
-from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
+from mmx_jax.checkpoints import load
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.manager import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import (
     CheckpointConfig,
     Config,
@@ -29,8 +31,7 @@ from mmx_jax.config import (
     SourceConfig,
     TrainingConfig,
 )
-from mmx_jax.convert import commands, weights
-from mmx_jax.convert.errors import ConversionError
+from mmx_jax.convert import commands
 from mmx_jax.storage import filesystem, locking
 from mmx_jax.storage.array_files import ArrayFolder
 from mmx_jax.training import loop, optimizer
@@ -181,7 +182,7 @@ def test_a_run_in_use_is_refused_by_the_name_of_its_holder_and_untouched(run, co
         with pytest.raises(locking.LockedError, match="in use by another process: process"):
             train(config, run, steps=5)
         # Reading it is allowed.
-        weights.load_params(run)
+        load.load_params(run)
     assert contents(run) == before
 
 
@@ -329,12 +330,12 @@ def test_a_save_that_cannot_be_read_back_is_an_error_and_deletes_nothing(tmp_pat
 
 
 def test_a_state_on_disk_that_is_not_finite_is_not_continued(tmp_path, monkeypatch):
-    from mmx_jax import checkpoint
+    from mmx_jax.checkpoints import manager
 
     checkpointer = Checkpointer(tmp_path, asynchronous=False)
     save(checkpointer, 1)
-    sums = checkpoint._checksums
-    monkeypatch.setattr(checkpoint, "_checksums", lambda *arguments: (sums(*arguments)[0], []))  # as once
+    sums = manager._checksums
+    monkeypatch.setattr(manager, "_checksums", lambda *arguments: (sums(*arguments)[0], []))  # as once
     checkpointer.save(2, a_state(np.inf), position={}, data={}, config={})
     monkeypatch.undo()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), a_state())
@@ -345,8 +346,8 @@ def test_a_state_on_disk_that_is_not_finite_is_not_continued(tmp_path, monkeypat
 
 def test_a_damaged_step_is_neither_exported_nor_loaded(run, tmp_path, capsys):
     commands.export_checkpoint(run, tmp_path / "good")
-    _, kept = weights.load_params(run, param_dtype="float32")
-    _, cast = weights.load_params(run, param_dtype="bfloat16")
+    _, kept = load.load_params(run, param_dtype="float32")
+    _, cast = load.load_params(run, param_dtype="bfloat16")
     assert cast["lm_head"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(cast["lm_head"]["kernel"], kept["lm_head"]["kernel"].astype(jnp.bfloat16))
     damage(run, 4)
@@ -354,8 +355,8 @@ def test_a_damaged_step_is_neither_exported_nor_loaded(run, tmp_path, capsys):
     for read in (
         lambda: commands.export_checkpoint(run, tmp_path / "bad"),
         lambda: commands.verify_checkpoints(run, tmp_path / "good", print_line=lambda line: None),
-        lambda: weights.load_params(run, param_dtype="float32"),
-        lambda: weights.load_params(run, param_dtype="bfloat16"),
+        lambda: load.load_params(run, param_dtype="float32"),
+        lambda: load.load_params(run, param_dtype="bfloat16"),
     ):
         with pytest.raises(ConversionError, match=message):
             read()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import mmx_jax
+from mmx_jax.checkpoints.load import _ArrayTensors, load_params, resolve, save_huggingface
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.weights import _ArrayTensors, load_params, resolve, save_huggingface
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import abstract_params
 from mmx_jax.training.loss import chunked_cross_entropy, load_balancing_loss

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import rich.console
 
+from mmx_jax.checkpoints import load
+from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.config import (
     BatchRampStep,
     CheckpointConfig,
@@ -22,8 +24,6 @@ from mmx_jax.config import (
     StageConfig,
     TrainingConfig,
 )
-from mmx_jax.convert import weights
-from mmx_jax.convert.errors import ConversionError
 from mmx_jax.data import pipeline
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.training import loop, schedule
@@ -168,12 +168,12 @@ def test_a_run_resumed_in_any_stage_is_given_the_same(config, recorded, tmp_path
 def test_a_checkpoint_is_read_with_the_rope_base_of_its_stage(config, recorded, tmp_path):
     train(config, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert [weights.resolve(checkpoints / str(step + 1)).config.rope_theta for step in range(len(STEPS))] == BASES
-    assert weights.resolve(tmp_path / "run").config == MODEL
+    assert [load.resolve(checkpoints / str(step + 1)).config.rope_theta for step in range(len(STEPS))] == BASES
+    assert load.resolve(tmp_path / "run").config == MODEL
     position = checkpoints / "4" / "position" / "metadata"
     position.write_text('{"stage_index": 3, "tokens_seen": 0}')
     with pytest.raises(ConversionError, match=r"position/metadata: stage_index=3, and the run has 3 stages"):
-        weights.resolve(checkpoints / "4")
+        load.resolve(checkpoints / "4")
     position.unlink()
     with pytest.raises(ConversionError, match=r"position/metadata: no such file"):
-        weights.resolve(checkpoints / "4")
+        load.resolve(checkpoints / "4")

@@ -20,7 +20,7 @@ import rich.console
 from safetensors.numpy import load_file
 
 from mmx_jax import metrics, sharding
-from mmx_jax.checkpoint import Checkpointer
+from mmx_jax.checkpoints.manager import Checkpointer
 from mmx_jax.config import (
     BatchRampStep,
     CheckpointConfig,

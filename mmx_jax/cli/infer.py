@@ -217,7 +217,7 @@ def run():
     system = text_input.read_text(FLAGS.system_file) if FLAGS.system_file else FLAGS.system
     # Imported late, so that --help and a mistyped flag answer at once.
     import mmx_jax
-    from mmx_jax import hub
+    from mmx_jax.checkpoints import hub
 
     checkpoint = hub.download(FLAGS.checkpoint, say) if FLAGS.download else FLAGS.checkpoint
     model = mmx_jax.from_pretrained(checkpoint, dtype=FLAGS.dtype)

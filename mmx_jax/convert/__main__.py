@@ -5,8 +5,8 @@ import os
 import re
 import sys
 
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.hf_config import NAMINGS
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.hf_config import NAMINGS
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

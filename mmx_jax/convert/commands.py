@@ -10,17 +10,16 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from mmx_jax.config import Config, ModelConfig, TrainingConfig
-from mmx_jax.config.io import config_to_json
-from mmx_jax.convert import generation_config, json_files, model_code, rules
-from mmx_jax.convert.difference import difference
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.hf_config import TOKEN_IDS, describe, model_config_to_hf
-from mmx_jax.convert.job import Job, check_free_space, disk_errors
-from mmx_jax.convert.params_io import ParamsReader, ParamsWriter, flatten
-from mmx_jax.convert.pipeline import bounded_map
-from mmx_jax.convert.progress import Progress
-from mmx_jax.convert.safetensors_io import (
+from mmx_jax.checkpoints import generation_config, hf_mapping, json_files, model_code
+from mmx_jax.checkpoints.bounded_map import bounded_map
+from mmx_jax.checkpoints.difference import difference
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.hf_config import TOKEN_IDS, describe, model_config_to_hf
+from mmx_jax.checkpoints.journal import Job, check_free_space, disk_errors
+from mmx_jax.checkpoints.open import HuggingFaceTensors, WeightsSource, carried_files, open_tensors, resolve
+from mmx_jax.checkpoints.orbax_slices import ParamsReader, ParamsWriter, flatten
+from mmx_jax.checkpoints.progress import Progress
+from mmx_jax.checkpoints.safetensors import (
     INDEX_NAME,
     SINGLE_NAME,
     TensorSpec,
@@ -34,7 +33,8 @@ from mmx_jax.convert.safetensors_io import (
     write_index,
     write_shard,
 )
-from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, carried_files, open_tensors, resolve
+from mmx_jax.config import Config, ModelConfig, TrainingConfig
+from mmx_jax.config.io import config_to_json
 from mmx_jax.models.params import abstract_params
 from mmx_jax.storage import filesystem
 
@@ -110,8 +110,8 @@ def _import(source: WeightsSource, tensors: HuggingFaceTensors, destination: Pat
     }
     embedding = dtypes[("embed", "embedding")]
     config = dataclasses.replace(tensors.config, param_dtype=embedding.name)
-    shapes = rules.leaf_shapes(config, tensors.mappings)
-    rules.check_parameters(
+    shapes = hf_mapping.leaf_shapes(config, tensors.mappings)
+    hf_mapping.check_parameters(
         config, tensors.mappings, {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
     )
     leading = {mapping.leaf: len(mapping.index) for mapping in tensors.mappings}
@@ -330,7 +330,7 @@ def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity
     return "\n".join(lines)
 
 
-def export_spec(mapping: rules.Mapping, stored: np.dtype, dtype: str) -> TensorSpec:
+def export_spec(mapping: hf_mapping.Mapping, stored: np.dtype, dtype: str) -> TensorSpec:
     """What a parameter slice becomes on disk."""
     if dtype not in DTYPE_CHOICES:
         raise ConversionError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")

@@ -47,7 +47,7 @@ def region_checksum(values: np.ndarray, origin: tuple[int, ...], shape: tuple[in
     """What a region adds to the checksum of its array; the sums of all regions, modulo 2^32, are that checksum.
 
     It is the sum of the bits of each element times an odd number for its position, as
-    `mmx_jax.checkpoint.array_checksums` computes it on devices.
+    `mmx_jax.checkpoints.manager.array_checksums` computes it on devices.
 
     Args:
       values: the region, of any strides.

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mmx_jax import distributed
+from mmx_jax.checkpoints import load
 from mmx_jax.config import Config, ConfigError, ModelConfig
-from mmx_jax.convert import weights
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.storage import json_io
 from mmx_jax.training import optimizer
@@ -80,7 +80,7 @@ def with_model_of(config: Config, path, workdir) -> Config:
     if origin is not None and origin["path"] == _identity(path):
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in origin["model"].items()}
     else:
-        stored = dataclasses.asdict(weights.resolve(path).config)
+        stored = dataclasses.asdict(load.resolve(path).config)
     kept = RUN_FIELDS | (TOLD_FIELDS - PUBLISHED_FIELDS)
     taken = {name: value for name, value in stored.items() if name not in kept}
     try:
@@ -109,7 +109,7 @@ def check(config: Config, path, workdir, start: int) -> list[str]:
     if not path:
         _check_not_forgotten(workdir, origin)
         return []
-    source = weights.resolve(path)
+    source = load.resolve(path)
     notes = check_model(config.model, source.config, path)
     tokenizer_of(config, path)
     if distributed.is_first():
@@ -141,7 +141,7 @@ def tokenizer_of(config: Config, path) -> Tokenizer:
     Raises:
       InitializationError: the config names one whose vocabulary is another, or neither has one.
     """
-    folder = weights.resolve(path).tokenizer_dir
+    folder = load.resolve(path).tokenizer_dir
     if folder is None and not config.data.tokenizer:
         raise InitializationError(
             f"--init_from={path} holds no tokenizer.json, and a new tokenizer would not fit its weights: put the "
@@ -178,7 +178,7 @@ def load_state(config: Config, mesh, path):
       InitializationError: it holds numbers that are not finite.
     """
     shardings = train_step.state_shardings(config, mesh)
-    _, params = weights.load_params(path, param_dtype=config.model.param_dtype, shardings=shardings["params"])
+    _, params = load.load_params(path, param_dtype=config.model.param_dtype, shardings=shardings["params"])
     all_finite = jax.jit(
         lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree), out_shardings=shardings["step"]
     )

@@ -16,7 +16,7 @@ import numpy as np
 import rich.console
 
 from mmx_jax import distributed, metrics, sharding
-from mmx_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError
+from mmx_jax.checkpoints.manager import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.config import io as config_io
 from mmx_jax.data import device_batch, identity

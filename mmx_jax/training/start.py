@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from mmx_jax import distributed, metrics
-from mmx_jax.checkpoint import Checkpointer
+from mmx_jax.checkpoints.manager import Checkpointer
 from mmx_jax.config import Config
 from mmx_jax.storage import locking
 from mmx_jax.training import schedule

@@ -36,8 +36,8 @@ def small_file(names=("a", "b"), dtype="F32", shape=(2, 3)) -> bytes:
 
 
 def _header(folder: Path):
-    from mmx_jax.convert.errors import ConversionError
-    from mmx_jax.convert.safetensors_io import read_header
+    from mmx_jax.checkpoints.errors import ConversionError
+    from mmx_jax.checkpoints.safetensors import read_header
 
     def read(data):
         (folder / "x.safetensors").write_bytes(data)
@@ -56,8 +56,8 @@ def _header(folder: Path):
 def _index(folder: Path):
     from absl import logging
 
-    from mmx_jax.convert.errors import ConversionError
-    from mmx_jax.convert.safetensors_io import INDEX_NAME, open_folder
+    from mmx_jax.checkpoints.errors import ConversionError
+    from mmx_jax.checkpoints.safetensors import INDEX_NAME, open_folder
 
     logging.set_verbosity(logging.ERROR)
 
@@ -77,8 +77,8 @@ def _index(folder: Path):
 
 def _checkpoint(folder: Path):
     """config.json of a Hugging Face folder, up to the comparison with its tensors."""
-    from mmx_jax.convert.errors import ConversionError
-    from mmx_jax.convert.sources import open_tensors, resolve
+    from mmx_jax.checkpoints.errors import ConversionError
+    from mmx_jax.checkpoints.open import open_tensors, resolve
 
     for file in (TEXT / "tiny" / "orig").glob("model*"):
         (folder / file.name).symlink_to(file)
@@ -216,9 +216,9 @@ def _npy(folder: Path):
 
 
 def _manifest(folder: Path):
+    from mmx_jax.checkpoints.errors import ConversionError
+    from mmx_jax.checkpoints.open import WeightsSource
     from mmx_jax.convert import commands
-    from mmx_jax.convert.errors import ConversionError
-    from mmx_jax.convert.sources import WeightsSource
 
     source = WeightsSource("weights", folder / "params", None, None)
     specs = [commands.TensorSpec(name, np.dtype(np.float32), (2,)) for name in ("a", "b")]
@@ -234,8 +234,8 @@ def _manifest(folder: Path):
 
 
 def _journal(folder: Path):
-    from mmx_jax.convert.errors import ConversionError
-    from mmx_jax.convert.job import JOURNAL, Job
+    from mmx_jax.checkpoints.errors import ConversionError
+    from mmx_jax.checkpoints.journal import JOURNAL, Job
 
     plan = {"format": 1, "command": "import", "source": "/x", "shards": {"a": ["t"]}}
 

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from mmx_jax.convert import json_files
-from mmx_jax.convert.errors import ConversionError, shown
+from mmx_jax.checkpoints import json_files
+from mmx_jax.checkpoints.errors import ConversionError, shown
 from mmx_jax.storage import file_kinds, json_io
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -12,9 +12,9 @@ import re
 
 import numpy as np
 
+from mmx_jax.checkpoints.errors import ConversionError, shown
+from mmx_jax.checkpoints.safetensors import TensorSpec, summarize
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.errors import ConversionError, shown
-from mmx_jax.convert.safetensors_io import TensorSpec, summarize
 
 # Derived tensors that a transformers save adds; they are recomputed in float32 (spec/text01.md, B.2).
 DERIVED = re.compile(r"model\.layers\.(\d{1,9})\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)")
@@ -194,7 +194,7 @@ def check_parameters(config: ModelConfig, mappings: list[Mapping], parameters: d
     shapes = leaf_shapes(config, mappings)
     slices = collections.Counter((mapping.leaf, mapping.index) for mapping in mappings)
     if twice := sorted({"/".join(leaf) for (leaf, _), count in slices.items() if count > 1}):
-        raise ConversionError(f"parameters filled twice: {summarize(twice)}; see mmx_jax/convert/rules.py")
+        raise ConversionError(f"parameters filled twice: {summarize(twice)}; see mmx_jax/checkpoints/hf_mapping.py")
     unfilled = sorted("/".join(path) for path in set(parameters) - set(shapes))
     unknown = sorted("/".join(path) for path in set(shapes) - set(parameters))
     if unfilled or unknown:

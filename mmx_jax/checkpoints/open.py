@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx_jax import hub
+from mmx_jax.checkpoints import hf_mapping, hub, json_files
+from mmx_jax.checkpoints.errors import ConversionError, shown
+from mmx_jax.checkpoints.hf_config import model_config_from_hf
+from mmx_jax.checkpoints.orbax_slices import ParamsReader
+from mmx_jax.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsFolder, TensorSpec, open_folder
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.config.io import config_from_json
-from mmx_jax.convert import json_files, rules
-from mmx_jax.convert.errors import ConversionError, shown
-from mmx_jax.convert.hf_config import model_config_from_hf
-from mmx_jax.convert.params_io import ParamsReader
-from mmx_jax.convert.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsFolder, TensorSpec, open_folder
 from mmx_jax.storage import filesystem as files
 
 # Files that travel with the weights. The remote code is what `auto_map` of a released config points to.
@@ -142,12 +141,12 @@ class HuggingFaceTensors:
     def __init__(self, source: WeightsSource):
         self.config = source.config
         self.folder: SafetensorsFolder = open_folder(source.params_dir)
-        rules.check_count(self.config, len(self.folder.entries), str(source.params_dir))
-        self.mappings = rules.expand(self.config)
-        self.dropped = rules.check_tensors(self.config, self.mappings, self.folder.entries, str(source.params_dir))
+        hf_mapping.check_count(self.config, len(self.folder.entries), str(source.params_dir))
+        self.mappings = hf_mapping.expand(self.config)
+        self.dropped = hf_mapping.check_tensors(self.config, self.mappings, self.folder.entries, str(source.params_dir))
         self.specs: dict[str, TensorSpec] = {m.hf: self.folder.entries[m.hf] for m in self.mappings}
 
-    def read(self, mapping: rules.Mapping) -> np.ndarray:
+    def read(self, mapping: hf_mapping.Mapping) -> np.ndarray:
         return self.folder.entries[mapping.hf].read()
 
 
@@ -157,17 +156,17 @@ class ParamsTensors:
     def __init__(self, source: WeightsSource):
         self.config = source.config
         self._reader = ParamsReader(source.params_dir)
-        self.mappings = rules.match_parameters(self.config, self._reader.shapes)
+        self.mappings = hf_mapping.match_parameters(self.config, self._reader.shapes)
         for path, dtype in self._reader.dtypes.items():
-            if dtype.name not in rules.WEIGHT_DTYPES:
+            if dtype.name not in hf_mapping.WEIGHT_DTYPES:
                 raise ConversionError(
                     f"{source.params_dir}: {'/'.join(path)} has dtype {dtype.name}, expected one of "
-                    f"{', '.join(rules.WEIGHT_DTYPES)}; cast it first"
+                    f"{', '.join(hf_mapping.WEIGHT_DTYPES)}; cast it first"
                 )
         self.checksums = self._reader.checksums
         self.specs = {m.hf: TensorSpec(m.hf, self._reader.dtypes[m.leaf], m.hf_shape) for m in self.mappings}
 
-    def read(self, mapping: rules.Mapping) -> np.ndarray:
+    def read(self, mapping: hf_mapping.Mapping) -> np.ndarray:
         return self._reader.read_hf(mapping)
 
 

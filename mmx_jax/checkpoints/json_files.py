@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmx_jax.convert.errors import ConversionError
+from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.storage import file_kinds, json_io
 
 MAX_JSON_BYTES = 100_000_000

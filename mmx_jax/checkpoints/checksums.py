@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.safetensors_io import summarize
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.safetensors import summarize
 from mmx_jax.storage import json_io
 from mmx_jax.storage.array_files import region_checksum
 

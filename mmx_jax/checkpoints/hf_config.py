@@ -12,9 +12,9 @@ from typing import Any
 
 from absl import logging
 
+from mmx_jax.checkpoints import generation_config
+from mmx_jax.checkpoints.errors import ConversionError, shown
 from mmx_jax.config import ModelConfig, shortest_period
-from mmx_jax.convert import generation_config
-from mmx_jax.convert.errors import ConversionError, shown
 
 NAMINGS = ("original", "transformers")
 MAX_HINTS = 8  # unknown keys that a message names

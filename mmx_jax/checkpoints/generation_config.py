@@ -8,9 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mmx_jax.checkpoints import json_files
+from mmx_jax.checkpoints.errors import ConversionError, shown
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert import json_files
-from mmx_jax.convert.errors import ConversionError, shown
 from mmx_jax.data.tokenizer import Tokenizer, TokenizerError
 
 FILE = "generation_config.json"

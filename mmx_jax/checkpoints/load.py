@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmx_jax import checkpoint
+from mmx_jax.checkpoints import checksums, hf_mapping, manager
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.open import HuggingFaceTensors, WeightsSource, resolve
+from mmx_jax.checkpoints.orbax_slices import ParamsReader, flatten, unflatten
+from mmx_jax.checkpoints.safetensors import TensorSpec
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert import checksums, rules
 from mmx_jax.convert.commands import export_tensors
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.params_io import ParamsReader, flatten, unflatten
-from mmx_jax.convert.safetensors_io import TensorSpec
-from mmx_jax.convert.sources import HuggingFaceTensors, WeightsSource, resolve
 from mmx_jax.models.params import param_shardings
 from mmx_jax.storage import filesystem
 
@@ -45,8 +44,8 @@ def load_params(
       ConversionError: the checkpoint does not match its config, or is damaged.
     """
     source = resolve(path)
-    if param_dtype not in (None, *rules.WEIGHT_DTYPES):
-        raise ConversionError(f"param_dtype={param_dtype!r} is not one of {', '.join(rules.WEIGHT_DTYPES)}")
+    if param_dtype not in (None, *hf_mapping.WEIGHT_DTYPES):
+        raise ConversionError(f"param_dtype={param_dtype!r} is not one of {', '.join(hf_mapping.WEIGHT_DTYPES)}")
     huggingface = source.kind == "huggingface"
     tensors = HuggingFaceTensors(source) if huggingface else None
     if huggingface:
@@ -54,9 +53,9 @@ def load_params(
         stored = {mapping.leaf: tensors.specs[mapping.hf].dtype for mapping in mappings}
     else:
         reader = ParamsReader(source.params_dir)
-        mappings = rules.match_parameters(source.config, reader.shapes)
+        mappings = hf_mapping.match_parameters(source.config, reader.shapes)
         stored = reader.dtypes
-    shapes = rules.leaf_shapes(source.config, mappings)
+    shapes = hf_mapping.leaf_shapes(source.config, mappings)
     dtypes = {path: np.dtype(jax.numpy.dtype(param_dtype)) if param_dtype else dtype for path, dtype in stored.items()}
     dtypes |= {mapping.leaf: FLOAT32 for mapping in mappings if mapping.float32}
     config = dataclasses.replace(source.config, param_dtype=dtypes[("embed", "embedding")].name)
@@ -89,7 +88,7 @@ def _restore_checked(params_dir, abstract, dtypes):
         if not group:
             continue
         read = flatten(_restore(params_dir, unflatten({path: abstract[path] for path in group})))
-        sums |= flatten(jax.device_get(checkpoint.array_checksums(unflatten(read))))
+        sums |= flatten(jax.device_get(manager.array_checksums(unflatten(read))))
         leaves |= {path: _cast(leaf, dtypes[path]) for path, leaf in read.items()}
     checksums.check(params_dir, {path: int(value) for path, value in sums.items()}, expected)
     return leaves
@@ -130,7 +129,7 @@ def _placement(config, shapes, mesh, shardings):
     places = flatten(shardings)
     if set(places) != set(shapes):
         differing = sorted("/".join(path) for path in set(places) ^ set(shapes))
-        raise ConversionError(f"shardings and parameters differ in {rules.summarize(differing)}")
+        raise ConversionError(f"shardings and parameters differ in {hf_mapping.summarize(differing)}")
     return places
 
 
@@ -152,7 +151,7 @@ class _ShardReader:
             mapping = self._mappings[tuple(part[i] for part, i in zip(ranges[:leading], local, strict=True))]
             piece = mapping.to_mmx(self._entries[mapping.hf].map())[tuple(region[leading:])]
             if piece.dtype == self._dtype:
-                rules.copy_strips(out[local], piece)
+                hf_mapping.copy_strips(out[local], piece)
             else:
                 out[local] = piece.astype(self._dtype)
         self._cached = ranges, out
@@ -166,20 +165,22 @@ class _ArrayTensors:
 
     def __init__(self, params, config: ModelConfig):
         self.config = config
-        self.mappings = rules.expand(config)
+        self.mappings = hf_mapping.expand(config)
         self._leaves = flatten(params)
-        rules.check_parameters(config, self.mappings, {path: leaf.shape for path, leaf in self._leaves.items()})
+        hf_mapping.check_parameters(config, self.mappings, {path: leaf.shape for path, leaf in self._leaves.items()})
         for path, leaf in self._leaves.items():
             name = "/".join(path)
-            if np.dtype(leaf.dtype).name not in rules.WEIGHT_DTYPES:
-                raise ConversionError(f"{name} has dtype {leaf.dtype}, expected {' or '.join(rules.WEIGHT_DTYPES)}")
+            if np.dtype(leaf.dtype).name not in hf_mapping.WEIGHT_DTYPES:
+                raise ConversionError(
+                    f"{name} has dtype {leaf.dtype}, expected {' or '.join(hf_mapping.WEIGHT_DTYPES)}"
+                )
             if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
                 raise ConversionError(
                     f"{name} lies on several processes; save a checkpoint and export that (python -m mmx_jax.convert)"
                 )
         self.specs = {m.hf: TensorSpec(m.hf, np.dtype(self._leaves[m.leaf].dtype), m.hf_shape) for m in self.mappings}
 
-    def read(self, mapping: rules.Mapping) -> np.ndarray:
+    def read(self, mapping: hf_mapping.Mapping) -> np.ndarray:
         return mapping.to_hf(np.asarray(self._leaves[mapping.leaf][mapping.index]))
 
 

@@ -12,8 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.safetensors_io import fsync_folder
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.safetensors import fsync_folder
 from mmx_jax.storage import filesystem, json_io
 from mmx_jax.storage.locking import FolderLock, LockedError
 

@@ -20,10 +20,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
-from mmx_jax.convert.checksums import RunningChecksums, stored_checksums
-from mmx_jax.convert.errors import ConversionError
-from mmx_jax.convert.rules import Mapping, copy_strips
-from mmx_jax.convert.safetensors_io import atomic_file, raw_bytes
+from mmx_jax.checkpoints.checksums import RunningChecksums, stored_checksums
+from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.hf_mapping import Mapping, copy_strips
+from mmx_jax.checkpoints.safetensors import atomic_file, raw_bytes
 from mmx_jax.storage.array_files import ArrayFolder
 
 MAX_CHUNK_BYTES = 128 * 2**20
