@@ -34,7 +34,7 @@ from mmx_jax.models.cache import init_state
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params
 from mmx_jax.sharding import make_mesh
-from mmx_jax.training import step as training_step
+from mmx_jax.training import train_step as training_step
 from pallas_kernels import platform
 
 WIDE = ModelConfig(

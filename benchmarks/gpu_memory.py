@@ -82,8 +82,7 @@ def training_child(name, compile_only):
     import numpy as np
 
     from mmx_jax import plan, sharding
-    from mmx_jax.training import dry_run
-    from mmx_jax.training import step as train_step
+    from mmx_jax.training import dry_run, train_step
 
     config = load(TRAINING[name])
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])

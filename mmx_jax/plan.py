@@ -24,7 +24,7 @@ from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import params as model_params
 from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors, token_axes
-from mmx_jax.training import loop, schedule
+from mmx_jax.training import schedule, trainer
 from pallas_kernels.platform import cdiv
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -631,7 +631,7 @@ def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str
     mesh = sharding.abstract_mesh(sizes)
     model_params.check_sharded(config.model, sizes)
     model_params.param_shardings(config.model, mesh)
-    loop.check_batches(config, mesh)
+    trainer.check_batches(config, mesh)
     return training(config, sizes, target.room, platform=target.platform), sizes, target.room
 
 

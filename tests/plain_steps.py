@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from mmx_jax.training import step as train_step
+from mmx_jax.training import train_step
 
 
 def zeros(config, mesh):

@@ -37,8 +37,7 @@ from mmx_jax.config import (
     TrainingConfig,
 )
 from mmx_jax.data import device_batch
-from mmx_jax.training import loop
-from mmx_jax.training import step as train_step
+from mmx_jax.training import train_step, trainer
 from tests.patience import HANG_SECONDS
 
 TINY = pathlib.Path(__file__).parent / "fixtures/text/tiny/hf"
@@ -165,14 +164,14 @@ def load(folder, index, count, **mesh_sizes):
 
 def hang_before_step(number, index):
     """Process `index` waits for ever before the step of that number, in which the others wait for it."""
-    make_batch = loop._Run._global_batch
+    make_batch = trainer._Run._global_batch
 
     def global_batch(run, plan):
         while jax.process_index() == index and run.step + 1 == number:
             time.sleep(1)
         return make_batch(run, plan)
 
-    loop._Run._global_batch = global_batch
+    trainer._Run._global_batch = global_batch
 
 
 def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.total_tokens, save_every_steps=2):
@@ -186,7 +185,7 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     out = io.StringIO()
     console = rich.console.Console(file=out, width=200) if index == 0 else None
     batches, read = [], []  # of each, the digests of the rows that lie on all devices, and of those that were read here
-    to_devices, run_loop = device_batch.to_devices, loop._Run.loop
+    to_devices, run_loop = device_batch.to_devices, trainer._Run.loop
 
     def note(batch, mesh, rows):
         arrays = to_devices(batch, mesh, rows)
@@ -201,13 +200,13 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
             np.savez(folder / f"{name}.npz", **params)
         return result
 
-    device_batch.to_devices, loop._Run.loop = note, loop_and_keep
+    device_batch.to_devices, trainer._Run.loop = note, loop_and_keep
     try:
-        result = loop.train(config, folder / name, steps=steps, console=console)
+        result = trainer.train(config, folder / name, steps=steps, console=console)
     except (ConfigError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        device_batch.to_devices, loop._Run.loop = to_devices, run_loop
+        device_batch.to_devices, trainer._Run.loop = to_devices, run_loop
     return dataclasses.asdict(result) | {"batches": batches, "read": read, "out": out.getvalue()}
 
 

@@ -18,7 +18,7 @@ from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params
 from mmx_jax.sharding import MESH_AXES, make_mesh
 from mmx_jax.training.optimizer import init_optimizer
-from mmx_jax.training.step import abstract_state, batch_sharding, make_train_step, state_shardings
+from mmx_jax.training.train_step import abstract_state, batch_sharding, make_train_step, state_shardings
 from tests import sharded_experts
 
 ROWS, LENGTH, STEPS = 8, 16, 10

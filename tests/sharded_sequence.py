@@ -22,7 +22,7 @@ from mmx_jax.models.params import abstract_params, init_params, param_shardings
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from mmx_jax.training.loss import chunked_cross_entropy
-from mmx_jax.training.step import batch_sharding
+from mmx_jax.training.train_step import batch_sharding
 from pallas_kernels import blockwise_attention as blocks
 from pallas_kernels.lightning_attention import document_runs, lightning_attention
 from tests import oracles, sharded_experts, sharded_model

@@ -15,7 +15,7 @@ from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.layers.moe import MixtureOfExperts
 from mmx_jax.parallel import expert
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
-from mmx_jax.training.loop import check_tokens
+from mmx_jax.training.trainer import check_tokens
 from pallas_kernels import platform
 from tests import ahead_of_time, fake_devices
 from tests.sharded_experts import CASES, EMBED, EXPERTS, INNER, MESHES, collectives

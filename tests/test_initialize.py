@@ -23,7 +23,7 @@ from mmx_jax.convert.commands import import_checkpoint
 from mmx_jax.data import pipeline as data_pipeline
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import params as model_params
-from mmx_jax.training import initialize, loop
+from mmx_jax.training import initialize, trainer
 from tests.fake_devices import environment
 
 REPOSITORY = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def pretrained(tokenizer, tmp_path_factory):
 def train(config, workdir, **options):
     """(result, what was printed)."""
     out = io.StringIO()
-    result = loop.train(config, workdir, console=rich.console.Console(file=out, width=400), **options)
+    result = trainer.train(config, workdir, console=rich.console.Console(file=out, width=400), **options)
     return result, out.getvalue()
 
 

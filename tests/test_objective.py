@@ -17,8 +17,7 @@ import pytest
 from mmx_jax import sharding
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.layers.moe import RouterStats
-from mmx_jax.training import optimizer
-from mmx_jax.training import step as train_step
+from mmx_jax.training import optimizer, train_step
 
 ROWS, LENGTH, VOCABULARY, WIDTH, EXPERTS, TOP_K, LAYERS = 4, 8, 24, 8, 3, 2, 2
 # Coefficients so large that no term hides behind another, and an eps that keeps Adam smooth at zero.

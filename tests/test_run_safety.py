@@ -34,8 +34,7 @@ from mmx_jax.config import (
 from mmx_jax.convert import commands
 from mmx_jax.storage import filesystem, locking
 from mmx_jax.storage.array_files import ArrayFolder
-from mmx_jax.training import loop, optimizer
-from mmx_jax.training import step as train_step
+from mmx_jax.training import optimizer, train_step, trainer
 from tests import plain_steps
 
 MODEL = ModelConfig(
@@ -115,7 +114,7 @@ def config(tmp_path_factory):
 def train(config, workdir, **options):
     """(result, what was printed)"""
     out = io.StringIO()
-    result = loop.train(config, workdir, console=rich.console.Console(file=out, width=1000), **options)
+    result = trainer.train(config, workdir, console=rich.console.Console(file=out, width=1000), **options)
     return result, out.getvalue()
 
 
@@ -235,7 +234,7 @@ def test_a_failing_evaluation_and_a_failing_picture_find_the_last_step_saved(run
     monkeypatch.setattr(metrics, "plot_loss", fail)
     result, text = train(config, run, steps=5)
     assert result.step == 5 and "loss.png was not drawn: RuntimeError: this failed" in text
-    monkeypatch.setattr(loop._Run, "_evaluate", fail)
+    monkeypatch.setattr(trainer._Run, "_evaluate", fail)
     with pytest.raises(RuntimeError, match="this failed"):
         train(config, run)
     assert steps_of(run) == [2, 4, 5, 6]
@@ -245,7 +244,7 @@ def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config,
     phases = (LearningRatePhase(tokens=2 * 128), LearningRatePhase(start=1e43, end=1e43))
     wild = changed(config, learning_rate_phases=phases, eval_every_steps=1)
     wild = dataclasses.replace(wild, checkpoint=CheckpointConfig(save_every_steps=1, keep=1))
-    with pytest.raises(loop.NonFiniteError) as error:
+    with pytest.raises(trainer.NonFiniteError) as error:
         train(wild, tmp_path)
     assert "step 3 is not saved: not finite are params/" in str(error.value)
     assert "last good checkpoint: step 2 in " in str(error.value) and "--resume=2 --set training." in str(error.value)
@@ -262,7 +261,7 @@ def test_only_steps_in_a_row_use_up_the_steps_that_may_be_skipped(config, tmp_pa
     if stops_at is None:
         assert train(config, tmp_path)[0].step == 6
     else:
-        with pytest.raises(loop.NonFiniteError, match=rf"^step {stops_at} is not finite.*2 such steps in a row, 1"):
+        with pytest.raises(trainer.NonFiniteError, match=rf"^step {stops_at} is not finite.*2 such steps in a row, 1"):
             train(config, tmp_path)
 
 
@@ -274,7 +273,7 @@ def test_a_finite_step_on_which_the_next_one_fails_is_not_called_good(config, tm
     wild = changed(config, learning_rate_phases=tuple(rates), learning_rate=0.1)
     wild = dataclasses.replace(wild, checkpoint=CheckpointConfig(save_every_steps=1, keep=4))
     calm = changed(wild, learning_rate_phases=(LearningRatePhase(),), learning_rate=1e-3)
-    with pytest.raises(loop.NonFiniteError) as error:
+    with pytest.raises(trainer.NonFiniteError) as error:
         train(wild, tmp_path / "run")
     failed = int(str(error.value).split()[1])
     saved = steps_of(tmp_path / "run")

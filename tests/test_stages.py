@@ -26,8 +26,7 @@ from mmx_jax.config import (
 )
 from mmx_jax.data import pipeline
 from mmx_jax.data.tokenizer import Tokenizer
-from mmx_jax.training import loop, schedule
-from mmx_jax.training import step as train_step
+from mmx_jax.training import schedule, train_step, trainer
 from tests import plain_steps
 
 BASE, LONG_BASE = 1e4, 5e6
@@ -104,7 +103,7 @@ def recorded(monkeypatch):
 
 
 def train(config, workdir, **options):
-    return loop.train(config, workdir, console=rich.console.Console(file=io.StringIO()), **options)
+    return trainer.train(config, workdir, console=rich.console.Console(file=io.StringIO()), **options)
 
 
 def expected_batches(config, tokenizer):

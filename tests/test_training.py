@@ -37,8 +37,7 @@ from mmx_jax.config import io as config_io
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder, flops
 from mmx_jax.models import params as model_params
-from mmx_jax.training import dry_run, loop, loss, optimizer, schedule
-from mmx_jax.training import step as train_step
+from mmx_jax.training import dry_run, loss, optimizer, schedule, train_step, trainer
 from mmx_jax.training.progress import Progress
 from tests import fake_devices
 from tests.patience import HANG_SECONDS, wait_until
@@ -548,7 +547,7 @@ def quiet():
 
 
 def train(config, workdir, **options):
-    return loop.train(config, workdir, console=quiet(), **options)
+    return trainer.train(config, workdir, console=quiet(), **options)
 
 
 def state_files(workdir, config, step):
@@ -606,7 +605,7 @@ def test_going_back_to_a_step_repeats_the_run(straight, config, tmp_path):
     train(config, tmp_path, steps=4, resume="2")
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [2, 4]
     assert state_files(tmp_path, config, 4) == state_files(straight, config, 4)
-    with pytest.raises(loop.TrainingError, match="--resume=no"):
+    with pytest.raises(trainer.TrainingError, match="--resume=no"):
         train(config, tmp_path, resume="no")
     with pytest.raises(RuntimeError, match="one of the steps of .*: 2, 4"):
         train(config, tmp_path, resume="3")
@@ -755,7 +754,7 @@ def test_a_changed_config_is_refused_unless_harmless(straight, config, tmp_path)
     stored, harmless = (json.loads(config_io.config_to_json(c)) for c in (config, changed))
     harmless["training"]["learning_rate"] = stored["training"]["learning_rate"]
     harmless["training"]["total_tokens"] *= 2
-    assert loop.check_same_run(stored, harmless) == [
+    assert trainer.check_same_run(stored, harmless) == [
         "training.log_every_steps: 1 -> 2",
         f"training.total_tokens: {TRAINING.total_tokens} -> {2 * TRAINING.total_tokens}",
     ]
@@ -791,10 +790,10 @@ def test_a_run_of_an_earlier_version_that_means_the_same_goes_on(config):
     stored["model"] |= dict.fromkeys(("lightning_alpha", "softmax_alpha", "mlp_alpha"), 4**0.25)
     shares = LearningRatePhase(shape="linear", share=0.25, start=0.0), LearningRatePhase(shape="cosine", end=0.1)
     now = stored_as(with_phases(config, *shares))
-    assert loop.check_same_run(stored, now) == []
+    assert trainer.check_same_run(stored, now) == []
     stored["model"]["mlp_alpha"] = 1.5
     with pytest.raises(ConfigError, match=r"model.mlp_alpha: 1.5 -> 1.41"):
-        loop.check_same_run(stored, now)
+        trainer.check_same_run(stored, now)
 
 
 @pytest.mark.parametrize(
@@ -810,7 +809,7 @@ def test_a_run_of_an_earlier_version_that_means_the_same_goes_on(config):
 def test_a_run_may_become_longer_where_its_rates_so_far_stay(config, old, new, total):
     stored, current = with_phases(config, *old), with_phases(config, *new, total=total)
     current.training.check_schedule()
-    differing = loop.check_same_run(stored_as(stored), stored_as(current))
+    differing = trainer.check_same_run(stored_as(stored), stored_as(current))
     assert f"training.total_tokens: 2048 -> {total}" in differing
     for tokens in range(0, min(2048, total), 128):  # what the answer promises
         assert schedule.learning_rate(stored.training, tokens) == schedule.learning_rate(current.training, tokens)
@@ -830,7 +829,7 @@ def test_another_length_that_changes_rates_already_used_is_refused(config, old, 
     rates = [[schedule.learning_rate(c.training, at) for at in range(0, 2048, 128)] for c in (stored, current)]
     assert rates[0] != rates[1]
     with pytest.raises(ConfigError, match="learning_rate_phases: .* -> "):
-        loop.check_same_run(stored_as(stored), stored_as(current))
+        trainer.check_same_run(stored_as(stored), stored_as(current))
 
 
 def test_a_run_whose_schedule_does_not_fit_leaves_no_folder(config, tmp_path):
@@ -851,7 +850,7 @@ def test_where_data_lies_is_no_part_of_a_run(config):
 
     stored = form_of(sources, tokenizer="tok")
     del stored["data"]["on_bad_row"], stored["data"]["cache_dir"]  # as saved before there were such fields
-    assert loop.check_same_run(stored, form_of(moved, tokenizer="/other/tok", on_bad_row="skip")) == [
+    assert trainer.check_same_run(stored, form_of(moved, tokenizer="/other/tok", on_bad_row="skip")) == [
         "data.on_bad_row: 'error' -> 'skip'",
         "data.sources.0.path: 'data' -> './data'",
         "data.sources.1.path: 'more' -> '/elsewhere'",
@@ -859,14 +858,14 @@ def test_where_data_lies_is_no_part_of_a_run(config):
     ]
     for changed in (sources[:1], (sources[0], SourceConfig(path="more")), (*sources, SourceConfig(path="third"))):
         with pytest.raises(ConfigError, match=r"data\.sources\.[12]\.weight"):
-            loop.check_same_run(stored, form_of(changed, tokenizer="tok"))
+            trainer.check_same_run(stored, form_of(changed, tokenizer="tok"))
 
 
 def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
     wild = config_io.apply_overrides(
         config, ["training.learning_rate=1e16", "training.max_nonfinite_steps=1", "checkpoint.save_every_steps=1"]
     )
-    with pytest.raises(loop.NonFiniteError) as error:
+    with pytest.raises(trainer.NonFiniteError) as error:
         train(wild, tmp_path)
     text = str(error.value)
     assert text.startswith("step 3 is not finite")  # step 1 leaps, step 2 is skipped and not saved

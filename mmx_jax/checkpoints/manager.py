@@ -94,7 +94,7 @@ class Checkpointer:
         """Saves the training state of `step`.
 
         Args:
-          state: {"step", "params", "opt_state"} of `mmx_jax.training.step`.
+          state: {"step", "params", "opt_state"} of `mmx_jax.training.train_step`.
           position: what the host counts (JSON). data: state of the data pipeline (JSON). config: JSON form.
           eval_loss: held-out loss of this very step, where it is known; see `note_loss`.
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from mmx_jax.config import Config
-from mmx_jax.training import schedule
-from mmx_jax.training import step as train_step
+from mmx_jax.training import schedule, train_step
 
 
 def rows_by_process(mesh, rows: int) -> dict[int, np.ndarray]:

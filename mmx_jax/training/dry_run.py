@@ -9,8 +9,7 @@ from mmx_jax.config import Config
 from mmx_jax.data import device_batch
 from mmx_jax.models import flops
 from mmx_jax.models import params as model_params
-from mmx_jax.training import loop, schedule
-from mmx_jax.training import step as train_step
+from mmx_jax.training import schedule, train_step, trainer
 
 
 def dry_run(config: Config, topology: str = "") -> list[str]:
@@ -28,7 +27,7 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     devices = compiled.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     model_params.check_sharded(config.model, mesh.shape)
-    loop.check_batches(config, mesh)
+    trainer.check_batches(config, mesh)
     plan = schedule.plan_step(config.training, 0)
     state = train_step.abstract_state(config, mesh)
     per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)

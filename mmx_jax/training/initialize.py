@@ -18,8 +18,7 @@ from mmx_jax.checkpoints import load
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.storage import json_io
-from mmx_jax.training import optimizer
-from mmx_jax.training import step as train_step
+from mmx_jax.training import optimizer, train_step
 
 # How the function is computed, and how weights begin that are not loaded.
 RUN_FIELDS = frozenset(

@@ -25,8 +25,8 @@ from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import flops
 from mmx_jax.models import params as model_params
 from mmx_jax.storage import filesystem
-from mmx_jax.training import initialize, schedule, start
-from mmx_jax.training import step as train_step
+from mmx_jax.training import initialize, schedule, train_step
+from mmx_jax.training import resume as start
 from mmx_jax.training.progress import Progress
 
 # Fields that may differ between a run and its continuation: they change neither the data nor the function nor the
