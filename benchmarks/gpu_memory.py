@@ -120,7 +120,8 @@ def inference_child(name, compile_only):
     """Compiles the largest piece of a prompt and a decoding step; nothing is run."""
     import jax
 
-    from mmx_jax import generate, generate_dry_run, plan, sharding
+    from mmx_jax import generate_dry_run, plan, sharding
+    from mmx_jax.inference import generate
     from mmx_jax.models import params as model_params
 
     batch, prompt, context, chunk = INFERENCE[name]

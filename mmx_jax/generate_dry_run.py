@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmx_jax import compiled, generate, sampling, sharding
+from mmx_jax import compiled, sharding
 from mmx_jax.config import Config, ModelConfig
+from mmx_jax.inference import generate, sampling
 from mmx_jax.models import params as model_params
 from mmx_jax.models.cache import LAYER_AXES, init_state
 
@@ -17,7 +18,7 @@ from mmx_jax.models.cache import LAYER_AXES, init_state
 def dry_run(
     config: Config, *, dtype: str, batch: int, prompt_length: int, context: int, chunk: int, topology: str = ""
 ) -> list[str]:
-    """Lowers and compiles what `mmx_jax.generate` runs, without parameters; returns the lines to print.
+    """Lowers and compiles what `mmx_jax.inference.generate` runs, without parameters; returns the lines to print.
 
     That is the largest piece of a prompt, and the loop over decoding steps, of which one step is counted. Both hold the
     state of a whole context.

@@ -19,8 +19,9 @@ from collections.abc import Mapping
 
 import jax
 
-from mmx_jax import compiled, generate, sharding
+from mmx_jax import compiled, sharding
 from mmx_jax.config import Config, ConfigError, ModelConfig
+from mmx_jax.inference import generate
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import params as model_params
 from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors, token_axes

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax import generate
 from mmx_jax.config import MeshConfig
+from mmx_jax.inference import generate
 from mmx_jax.layers.attention_ops import causal_attention
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import abstract_params, init_params, param_shardings

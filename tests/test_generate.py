@@ -17,7 +17,6 @@ import pytest
 import tokenizers
 
 import mmx_jax
-from mmx_jax import generate, sampling
 from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.checkpoints.load import save_huggingface
 from mmx_jax.cli import arguments, text_input
@@ -25,11 +24,20 @@ from mmx_jax.config import ModelConfig
 from mmx_jax.convert.commands import export_checkpoint, import_checkpoint
 from mmx_jax.data.chat_template import ChatError
 from mmx_jax.data.tokenizer import Tokenizer
-from mmx_jax.generate import DECODE_STEPS, GenerationError, check_tokens, left_align, power_of_two, ragged, slot_bucket
+from mmx_jax.inference import generate, sampling
+from mmx_jax.inference.generate import (
+    DECODE_STEPS,
+    GenerationError,
+    check_tokens,
+    left_align,
+    power_of_two,
+    ragged,
+    slot_bucket,
+)
+from mmx_jax.inference.sampling import SamplingError, SamplingParams
+from mmx_jax.inference.text_generation import Conversation, TextStream, encode_prompts, special_stops, stream_text
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.params import abstract_params
-from mmx_jax.sampling import SamplingError, SamplingParams
-from mmx_jax.text_generation import Conversation, TextStream, encode_prompts, special_stops, stream_text
 from tests.patience import HANG_SECONDS
 
 REPOSITORY = Path(__file__).parent.parent

@@ -141,7 +141,7 @@ def stop_tokens(model):
 
 def complete(model, prompts):
     """Streams the one continuation there is, or prints several one after another."""
-    from mmx_jax import text_generation
+    from mmx_jax.inference import text_generation
 
     prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_samples)]
     speed, texts = text_generation.Speed(), [""] * len(prompts)
@@ -166,7 +166,7 @@ def complete(model, prompts):
 
 
 def chat(model, system):
-    from mmx_jax import text_generation
+    from mmx_jax.inference import text_generation
 
     conversation = text_generation.Conversation(
         model,

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmx_jax import sampling
 from mmx_jax.config import ModelConfig
+from mmx_jax.inference import sampling
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.cache import LAYER_AXES, DecodeState, init_state
 from mmx_jax.models.decoder import Decoder, head_logits
@@ -305,7 +305,7 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
 
     Args:
       keys: jax keys [B].
-      sampler: `mmx_jax.sampling.Sampler`.
+      sampler: `mmx_jax.inference.sampling.Sampler`.
       stop_ids: int32 [n]; the row is done behind one of these. -1 stands for none.
       steps: int32 (), at most `DECODE_STEPS`; the state needs as many free slots.
       vocab_size: ids from here on are never drawn.
@@ -396,7 +396,7 @@ class Session:
     Args:
       config, params: the model.
       sampling_params: how tokens are drawn.
-      seed: see `mmx_jax.sampling.row_keys`.
+      seed: see `mmx_jax.inference.sampling.row_keys`.
       stop_tokens: a row ends behind one of these.
       vocab_size: ids from here on are never drawn. None: the model's.
       prefill_chunk: tokens of a row in one pass of `extend`.

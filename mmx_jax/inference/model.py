@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from mmx_jax import generate, text_generation
 from mmx_jax.checkpoints import generation_config, hf_config, load
 from mmx_jax.config import FLOAT_DTYPES, ModelConfig
 from mmx_jax.data.tokenizer import Tokenizer
-from mmx_jax.generate import PREFILL_CHUNK, GenerationError, Session
-from mmx_jax.sampling import SamplingParams
+from mmx_jax.inference import generate, text_generation
+from mmx_jax.inference.generate import PREFILL_CHUNK, GenerationError, Session
+from mmx_jax.inference.sampling import SamplingParams
 
 
 def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "Model":
@@ -123,7 +123,7 @@ class Model:
         min_p: float | None = None, repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
         stop_tokens: Sequence[int] = (), prefill_chunk: int = PREFILL_CHUNK,
     ) -> Session:  # fmt: skip
-        """`batch` sequences to read and write turn by turn; see `mmx_jax.generate.Session`."""
+        """`batch` sequences to read and write turn by turn; see `mmx_jax.inference.generate.Session`."""
         params = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
@@ -151,8 +151,9 @@ class Model:
         """Continues every row.
 
         Args:
-          temperature: 0 is greedy; the other settings of the draw are those of `mmx_jax.sampling.SamplingParams`.
-          seed: row b draws with seed + b, or with its own if there is one for each row; the other rows of a batch
+          temperature: 0 is greedy; the other settings of the draw are those of
+          `mmx_jax.inference.sampling.SamplingParams`. seed: row b draws with seed + b, or with its own if there is one
+          for each row; the other rows of a batch
             and the padding do not matter to it.
           stop_tokens: a row ends with one of these, which is its last token. The model's eos is not implied.
           prefill_chunk: prompts longer than this are read in pieces.

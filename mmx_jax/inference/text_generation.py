@@ -8,11 +8,11 @@ import numpy as np
 
 from mmx_jax.data.chat_template import ChatError
 from mmx_jax.data.tokenizer import Tokenizer
-from mmx_jax.generate import GenerationError, Session, ragged
+from mmx_jax.inference.generate import GenerationError, Session, ragged
 
 
 class TextModel(Protocol):
-    """`mmx_jax.model.Model`, as far as text needs it."""
+    """`mmx_jax.inference.model.Model`, as far as text needs it."""
 
     tokenizer: Tokenizer | None
 
