@@ -63,11 +63,11 @@ def load(overrides):
 
 
 def compiled_bytes(program) -> dict:
-    from mmx_jax import compiled
+    from mmx_jax.analysis import aot
 
     memory = program.memory_analysis()
     return {
-        "compiled": compiled.peak_bytes(memory),
+        "compiled": aot.peak_bytes(memory),
         "arguments": memory.argument_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -81,15 +81,16 @@ def training_child(name, compile_only):
     import jax
     import numpy as np
 
-    from mmx_jax import plan, sharding
-    from mmx_jax.training import dry_run, train_step
+    from mmx_jax import sharding
+    from mmx_jax.analysis import aot_training, memory_model
+    from mmx_jax.training import train_step
 
     config = load(TRAINING[name])
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    planned = plan.training_plan(config)[0]
+    planned = memory_model.training_plan(config)[0]
     result = {"program": name, "planned": planned.peak, "planned parts": dict(planned.memory)}
     with jax.set_mesh(mesh):
-        step = dry_run.lower_step(config, mesh).compile()
+        step = aot_training.lower_step(config, mesh).compile()
         result |= compiled_bytes(step)
         if compile_only:
             print(RESULT + json.dumps(result), flush=True)
@@ -120,7 +121,8 @@ def inference_child(name, compile_only):
     """Compiles the largest piece of a prompt and a decoding step; nothing is run."""
     import jax
 
-    from mmx_jax import generate_dry_run, plan, sharding
+    from mmx_jax import sharding
+    from mmx_jax.analysis import aot_inference
     from mmx_jax.inference import generate
     from mmx_jax.models import params as model_params
 
@@ -134,12 +136,12 @@ def inference_child(name, compile_only):
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model_params.abstract_params(model), shardings
     )
-    state = generate_dry_run.abstract_state(model, mesh, batch, slots)
+    state = aot_inference.abstract_state(model, mesh, batch, slots)
     with jax.set_mesh(mesh):
-        piece = compiled_bytes(generate_dry_run._lower_prefill(model, mesh, params, state, bucket).compile())
-        step = compiled_bytes(generate_dry_run._lower_decode(model, mesh, params, state).compile())
+        piece = compiled_bytes(aot_inference._lower_prefill(model, mesh, params, state, bucket).compile())
+        step = compiled_bytes(aot_inference._lower_decode(model, mesh, params, state).compile())
     for of, length, found in (("a piece", bucket, piece), ("a decoding step", 1, step)):
-        planned = plan.inference(model, dict(mesh.shape), batch=batch, length=length, slots=slots)
+        planned = memory_model.inference(model, dict(mesh.shape), batch=batch, length=length, slots=slots)
         parts = {"planned": planned.peak, "planned parts": dict(planned.memory)}
         print(RESULT + json.dumps({"program": f"{name}: {of}"} | parts | found), flush=True)
 

@@ -70,28 +70,29 @@ def measure(name, keep):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
-    from mmx_jax import compiled, links, sharding
+    from mmx_jax import sharding
+    from mmx_jax.analysis import aot, aot_training, interconnect
     from mmx_jax.config import io as config_io
     from mmx_jax.models import flops
-    from mmx_jax.training import dry_run, schedule
+    from mmx_jax.training import schedule
 
     _, topology, settings = PROGRAMS[name]
     config = config_io.load_config(REPOSITORY / "configs/minimax_text_01.py")
     config = config_io.apply_overrides(config, [*TEXT_01, *settings.split()])
-    mesh = sharding.make_mesh(config.mesh, compiled.topology_devices(topology))
+    mesh = sharding.make_mesh(config.mesh, aot.topology_devices(topology))
     kept = Path(keep, name.replace(", ", "_").replace(" ", "_") + ".hlo") if keep else None
     if kept and kept.exists():
         peak, _, text = kept.read_text().partition("\n")
     else:
-        with compiled.compiling_for(mesh, topology):
-            program = dry_run.lower_step(config, mesh).compile()
-        peak, text = compiled.peak_bytes(program.memory_analysis()), program.as_text()
+        with aot.compiling_for(mesh, topology):
+            program = aot_training.lower_step(config, mesh).compile()
+        peak, text = aot.peak_bytes(program.memory_analysis()), program.as_text()
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(f"{peak}\n{text}")
 
-    one, slices = compiled.slices_of(topology)
-    torus = links.Torus.of_v5p([int(size) for size in one.split(":")[1].split("x")])
+    one, slices = aot.slices_of(topology)
+    torus = interconnect.Torus.of_v5p([int(size) for size in one.split(":")[1].split("x")])
     shape = dict(mesh.shape) | {"data": mesh.shape["data"] // slices}
     chips = math.prod(torus.sizes)
     places = np.array([device.coords for device in mesh.devices.flat[:chips]])
@@ -107,7 +108,7 @@ def measure(name, keep):
         "peak": int(peak),
         "flops_per_token": flops.training_flops_per_token(config.model, length),
         "forward_flops_per_token": sum(flops.forward_flops(config.model, length).values()),
-        "loads": [load._asdict() for load in links.loads(compiled.operations(text), shape, places, torus, slices)],
+        "loads": [load._asdict() for load in interconnect.loads(aot.operations(text), shape, places, torus, slices)],
         "versions": versions(),
     }
 
@@ -225,7 +226,7 @@ pass. Written by `python benchmarks/scaling.py`. Nothing here ran on a TPU.
 
 - **From compiled programs**: which collectives there are, how often they run, their bytes, and the axes of mesh and
   torus that they run over (groups of devices in the optimized program).
-- **From formulas**: bytes over the busiest link in one direction (`mmx_jax/links.py`: by the algorithms that need the
+- **From formulas**: bytes over the busiest link in one direction (`mmx_jax/analysis/interconnect.py`: by the algorithms that need the
   fewest, on a torus that is closed and not twisted, experts chosen evenly, no latency), and FLOPs
   (`mmx_jax/models/flops.py`; a third more for what is computed again).
 - **From the [data sheet](https://docs.cloud.google.com/tpu/docs/v5p)**: 459 TFLOP/s a chip; 1200 GB/s over six links

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx_jax.compiled import bytes_per_device
+from mmx_jax.analysis.aot import bytes_per_device
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params

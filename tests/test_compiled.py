@@ -17,13 +17,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax import compiled, generate_dry_run, plan
+from mmx_jax.analysis import aot, aot_inference, memory_model
+from mmx_jax.analysis.aot_training import dry_run
 from mmx_jax.config import ConfigError, MeshConfig
 from mmx_jax.config import io as config_io
 from mmx_jax.models import flops
 from mmx_jax.models.params import count_parameters
 from mmx_jax.sharding import make_mesh
-from mmx_jax.training.dry_run import dry_run
 from tests import ahead_of_time, fake_devices
 
 REPOSITORY = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def counted_by_hand():
         f = jax.shard_map(on_device, in_specs=P(), out_specs=(P(), P(), P()), check_vma=False)
         arrays = jnp.zeros((4, 5)), jnp.zeros(6, jnp.bfloat16), jnp.zeros((2, 2), jnp.int8)
         text = jax.jit(f).lower(*arrays).compile().as_text()
-    return compiled.collectives(text)
+    return aot.collectives(text)
 
 
 def test_collectives_in_loops_count_as_often_as_they_go_round():
@@ -110,11 +110,11 @@ ENTRY %main (x: f32[64,8]) -> f32[64,8] {
 
 
 def test_the_collectives_of_a_tpu_are_what_they_do():
-    scatter, gather, between = compiled.operations(TPU_PROGRAM)
+    scatter, gather, between = aot.operations(TPU_PROGRAM)
     assert scatter == ("reduce-scatter", 4, 16 * 8 * 4, 64 * 8 * 4, "f32", "{{0,2},{1,3}}")
     assert gather == ("all-gather", 4, 64 * 8 * 4, 16 * 8 * 4, "f32", "mesh['a'=2,'b'=2] {'a'}")
     assert between == ("slices-all-reduce", 1, 4 * 8 * 4, 4 * 8 * 4, "f32", "")
-    assert compiled.collectives(TPU_PROGRAM)["reduce-scatter"] == (4, 4 * 16 * 8 * 4)
+    assert aot.collectives(TPU_PROGRAM)["reduce-scatter"] == (4, 4 * 16 * 8 * 4)
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +183,10 @@ def planned(arguments):
     overrides = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
     config = config_io.apply_overrides(config_io.load_config(REPOSITORY / flags["config"]), overrides)
     if program == "train.py":
-        return plan.training_lines(config, flags["topology"])
+        return memory_model.training_lines(config, flags["topology"])
     lengths = {name: int(flags[name]) for name in ("batch", "prompt_length", "context")}
     lengths["chunk"] = int(flags["prefill_chunk"])
-    return plan.inference_lines(config, dtype=flags["dtype"], topology=flags["topology"], **lengths)
+    return memory_model.inference_lines(config, dtype=flags["dtype"], topology=flags["topology"], **lengths)
 
 
 @pytest.mark.parametrize("name", topologies.CONFIGURATIONS)
@@ -209,27 +209,27 @@ def test_the_plan_counts_collectives_as_the_program_for_1024_chips_has_them():
 def test_a_plan_that_does_not_fit_says_by_how_much():
     overrides = "mesh.data=1", "mesh.fsdp=8", "training.batch_tokens=131072"
     assert re.search(
-        r"peak .* of 15.750 GiB: does not fit, .* too much", plan.shortage(small_1b(*overrides), "v5e:2x4")
+        r"peak .* of 15.750 GiB: does not fit, .* too much", memory_model.shortage(small_1b(*overrides), "v5e:2x4")
     )
-    assert plan.shortage(small_1b(*overrides), "v5p:2x2x2") == ""
-    assert "does not fit" in "\n".join(plan.training_lines(small_1b(*overrides), "v5e:2x4"))
+    assert memory_model.shortage(small_1b(*overrides), "v5p:2x2x2") == ""
+    assert "does not fit" in "\n".join(memory_model.training_lines(small_1b(*overrides), "v5e:2x4"))
 
 
 def test_a_plan_tells_what_the_compiler_has_to_compute_again_to_fit():
     """The program for v5e:4x4 has 110 instructions that libtpu put in again (".remat"), and fills 14.4 of 15.75 GiB."""
     config = small_1b("mesh.data=1", "mesh.fsdp=16", "training.batch_tokens=131072")
-    made, _, room = plan.training_plan(config, "v5e:4x4")
+    made, _, room = memory_model.training_plan(config, "v5e:4x4")
     assert made.peak == room and made.spared > 0
-    roomy, _, _ = plan.training_plan(config, "v5p:4x2x2")
+    roomy, _, _ = memory_model.training_plan(config, "v5p:4x2x2")
     assert roomy.spared == 0 and roomy.peak == made.peak + made.spared
-    assert "to fit, the compiler has to compute" in "\n".join(plan.training_lines(config, "v5e:4x4"))
+    assert "to fit, the compiler has to compute" in "\n".join(memory_model.training_lines(config, "v5e:4x4"))
 
 
 def test_a_plan_of_text_01_follows_the_shapes():
     """456,089,655,296 parameters, all of them divided over 1024 devices, but for norms and slopes."""
     config = config_io.load_config(REPOSITORY / "configs/minimax_text_01.py")
     training = dataclasses.replace(config.training, stages=())
-    made, sizes, room = plan.training_plan(dataclasses.replace(config, training=training), "v5p:8x8x16")
+    made, sizes, room = memory_model.training_plan(dataclasses.replace(config, training=training), "v5p:8x8x16")
     assert sizes["fsdp"] == 1024 and room == int(95.73 * 2**30)
     assert made.memory["parameters"] == pytest.approx(456_089_655_296 * 4 / 1024, rel=0.01)
     assert made.memory["optimizer"] == pytest.approx(2 * made.memory["parameters"], rel=1e-6)
@@ -240,18 +240,18 @@ def test_a_plan_of_text_01_follows_the_shapes():
 @pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:4xx4"])
 def test_an_unknown_topology_is_not_planned_for(name):
     with pytest.raises(ConfigError, match=rf"--topology={name} .* a name such as v5e:4x4"):
-        plan.topology_devices(name)
+        memory_model.topology_devices(name)
 
 
 def test_a_large_parameter_that_no_axis_divides_is_refused():
     with pytest.raises(
         ConfigError, match=r"embed/embedding of 268 MB .* make mesh.fsdp or mesh.tensor or mesh.seq larger than 1"
     ):
-        plan.training_plan(small_1b("mesh.expert=4", "mesh.data=1", "training.batch_tokens=32768"), "v5p:2x2x1")
+        memory_model.training_plan(small_1b("mesh.expert=4", "mesh.data=1", "training.batch_tokens=32768"), "v5p:2x2x1")
     with pytest.raises(
         ConfigError, match=r"blocks/layer_0/mlp/down of 185 MB would lie whole on each of the 8 devices"
     ):
-        plan.training_plan(small_1b("mesh.data=8", "training.batch_tokens=65536"), "v5p:2x2x2")
+        memory_model.training_plan(small_1b("mesh.data=8", "training.batch_tokens=65536"), "v5p:2x2x2")
 
 
 # Peaks that XLA compiled on one H100 with nothing recomputed by itself, GiB (jax 0.11.2); the first also on an H200.
@@ -267,7 +267,7 @@ MEASURED_ON_H100 = {
 
 @pytest.mark.parametrize("overrides", MEASURED_ON_H100)
 def test_the_plan_of_a_gpu_agrees_with_what_was_measured_there(overrides):
-    made, sizes, _ = plan.training_plan(small_1b(*overrides), "h100")
+    made, sizes, _ = memory_model.training_plan(small_1b(*overrides), "h100")
     assert dict(sizes)["data"] == 1 and made.spared == 0
     for peak in MEASURED_ON_H100[overrides]:
         assert made.peak / 2**30 == pytest.approx(peak, rel=0.055)
@@ -275,7 +275,7 @@ def test_the_plan_of_a_gpu_agrees_with_what_was_measured_there(overrides):
 
 def test_the_plan_of_a_prompt_agrees_with_a_gpu():
     lengths = dict(dtype="bfloat16", batch=32, prompt_length=8192, context=8192, chunk=1024)
-    lines = plan.inference_lines(small_1b(), topology="h200", **lengths)
+    lines = memory_model.inference_lines(small_1b(), topology="h200", **lengths)
     assert peaks(lines) == pytest.approx([8.33, 6.43], rel=0.08)
 
 
@@ -283,21 +283,23 @@ def test_a_plan_for_a_gpu_tells_of_the_part_of_the_card(monkeypatch):
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     remat = small_1b("model.remat=dots")
-    text = "\n".join(plan.training_lines(remat, "h100"))
+    text = "\n".join(memory_model.training_lines(remat, "h100"))
     assert "of 59.385 GiB: does not fit" in text and "a process takes 75% of the 79.180 GiB of H100" in text
     assert re.search(r"MEM_FRACTION; 0\.8\d of it is enough", text) and "compiled on one H100" in text
-    text = "\n".join(plan.training_lines(remat, "h200"))
+    text = "\n".join(memory_model.training_lines(remat, "h200"))
     assert "of 104.851 GiB: fits" in text and "is enough" not in text
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    assert plan.shortage(remat, "h100") == ""
+    assert memory_model.shortage(remat, "h100") == ""
     large = small_1b("model.remat=dots", "training.batch_tokens=32768")
-    assert "no part of one card is enough" in "\n".join(plan.training_lines(large, "h100"))
-    sharded = plan.training_plan(small_1b("mesh.data=1", "mesh.fsdp=2", "training.batch_tokens=32768"), "h100:2")
+    assert "no part of one card is enough" in "\n".join(memory_model.training_lines(large, "h100"))
+    sharded = memory_model.training_plan(
+        small_1b("mesh.data=1", "mesh.fsdp=2", "training.batch_tokens=32768"), "h100:2"
+    )
     assert sharded[1]["fsdp"] == 2 and sharded[0].traffic["all-gather"] > 0
 
 
 def test_the_device_at_hand_says_whether_the_plan_is_fitted_to_it(monkeypatch):
-    assert "not fitted to a CPU" in plan.target_of("").remarks([1])[-1]
+    assert "not fitted to a CPU" in memory_model.target_of("").remarks([1])[-1]
 
     class Gpu:
         platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
@@ -307,20 +309,20 @@ def test_the_device_at_hand_says_whether_the_plan_is_fitted_to_it(monkeypatch):
 
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()] * 2)
-    target = plan.target_of("")
+    target = memory_model.target_of("")
     assert (target.platform, target.count, target.room) == ("gpu", 2, 63_763_906_560)
-    assert target.card == pytest.approx(plan.target_of("h100").card, rel=0.001)
+    assert target.card == pytest.approx(memory_model.target_of("h100").card, rel=0.001)
 
 
 @pytest.mark.parametrize("name", ["h100:0", "h100:x", "a100", "h100:"])
 def test_an_unknown_gpu_is_not_planned_for(name):
     with pytest.raises(ConfigError, match=rf"--topology={name} is not planned for: .* or h100, h200"):
-        plan.target_of(name)
+        memory_model.target_of(name)
 
 
 def test_a_gpu_that_is_not_there_is_not_compiled_for():
     with pytest.raises(ConfigError, match=r"--topology=h100 cannot be compiled for \(a GPU: .* planned with --plan"):
-        compiled.topology_devices("h100")
+        aot.topology_devices("h100")
 
 
 def test_the_name_of_small_1b_is_not_its_size():
@@ -336,14 +338,14 @@ def test_the_name_of_small_1b_is_not_its_size():
 
 
 def test_slices_of_a_topology_are_counted():
-    assert compiled.slices_of("v5p:8x8x16") == ("v5p:8x8x16", 1)
-    assert compiled.slices_of("v5p:8x8x16:2") == ("v5p:8x8x16", 2)
-    assert plan.topology_devices("v5p:8x8x16:2")[0] == 2048
+    assert aot.slices_of("v5p:8x8x16") == ("v5p:8x8x16", 1)
+    assert aot.slices_of("v5p:8x8x16:2") == ("v5p:8x8x16", 2)
+    assert memory_model.topology_devices("v5p:8x8x16:2")[0] == 2048
 
 
 def test_an_unknown_topology_is_one_error():
     with pytest.raises(ConfigError, match=r"--topology=v9z:2x2 cannot be compiled for .* a name such as v5e:4x4"):
-        compiled.topology_devices("v9z:2x2")
+        aot.topology_devices("v9z:2x2")
 
 
 def test_topology_without_dry_run_is_refused():
@@ -367,19 +369,19 @@ def foretell(topology):
     base = config_io.load_config(REPOSITORY / "configs/debug.py")
     answers = {}
     config = config_io.apply_overrides(base, SMALL + TRAINING)
-    answers["training"] = plan.training_lines(config, topology), dry_run(config, topology)
+    answers["training"] = memory_model.training_lines(config, topology), dry_run(config, topology)
     config = config_io.apply_overrides(base, (*SMALL, "mesh.fsdp=2", "mesh.tensor=2"))
     answers["inference"] = [
-        tell(config, topology=topology, **INFERENCE) for tell in (plan.inference_lines, generate_dry_run.dry_run)
+        tell(config, topology=topology, **INFERENCE) for tell in (memory_model.inference_lines, aot_inference.dry_run)
     ]
-    mesh = make_mesh(MeshConfig(), compiled.topology_devices(topology))
+    mesh = make_mesh(MeshConfig(), aot.topology_devices(topology))
     too_large = jax.ShapeDtypeStruct((4, 2**36), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    answers["too large"] = compiled.report(lambda: jax.jit(lambda x: x + 1).lower(too_large), mesh, topology, of="sum")
+    answers["too large"] = aot.report(lambda: jax.jit(lambda x: x + 1).lower(too_large), mesh, topology, of="sum")
     try:
-        make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), compiled.topology_devices("v5p:4x4x4"))
+        make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), aot.topology_devices("v5p:4x4x4"))
     except ConfigError as error:
         answers["torus"] = str(error)
-    two = compiled.topology_devices("v5e:1x2:2")
+    two = aot.topology_devices("v5e:1x2:2")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), two)
     answers["slices"] = [[device.slice_index for device in part.flat] for part in mesh.devices]
     try:

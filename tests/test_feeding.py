@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.topologies import CONFIGURATIONS
-from mmx_jax import compiled, sharding
+from mmx_jax import sharding
+from mmx_jax.analysis import aot
 from mmx_jax.config import Config, ConfigError, TrainingConfig
 from mmx_jax.config import io as config_io
 from mmx_jax.data import device_batch
@@ -79,7 +80,7 @@ def test_a_mesh_that_does_not_divide_a_batch_is_refused_with_those_that_do():
 
 
 def lines_of(topology):
-    devices, lines = compiled.topology_devices(topology), {}
+    devices, lines = aot.topology_devices(topology), {}
     for name, (_, arguments) in CONFIGURATIONS.items():
         words = shlex.split(arguments)
         if words[0] == "train.py" and f"--topology={topology}" in words:

@@ -10,10 +10,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax import compiled, links
-from mmx_jax.compiled import Operation
+from mmx_jax.analysis import aot, interconnect
+from mmx_jax.analysis.aot import Operation
+from mmx_jax.analysis.interconnect import Load, Torus
 from mmx_jax.config import MeshConfig
-from mmx_jax.links import Load, Torus
 from mmx_jax.sharding import make_mesh
 from tests import fake_devices
 
@@ -64,38 +64,38 @@ def test_v5p_is_closed_in_slices_of_whole_cubes():
 
 def test_groups_are_read_in_every_form_that_xla_writes():
     rows = [(0, 4), (1, 5), (2, 6), (3, 7)]
-    assert links.devices_of("{{0,4},{1,5},{2,6},{3,7}}", 8) == rows
-    assert links.devices_of("mesh['a'=2,'b'=4] {'a'}", 8) == rows
-    assert links.devices_of("[4,2]<=[2,4]T(1,0)", 8) == rows
-    assert links.devices_of("[2,4]<=[8]", 8) == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert links.devices_of("mesh['a'=2,'b'=2,'c'=2] {'c','a'}", 8) == [(0, 4, 1, 5), (2, 6, 3, 7)]
-    assert links.devices_of("{}", 3) == [(0, 1, 2)]
+    assert interconnect.devices_of("{{0,4},{1,5},{2,6},{3,7}}", 8) == rows
+    assert interconnect.devices_of("mesh['a'=2,'b'=4] {'a'}", 8) == rows
+    assert interconnect.devices_of("[4,2]<=[2,4]T(1,0)", 8) == rows
+    assert interconnect.devices_of("[2,4]<=[8]", 8) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert interconnect.devices_of("mesh['a'=2,'b'=2,'c'=2] {'c','a'}", 8) == [(0, 4, 1, 5), (2, 6, 3, 7)]
+    assert interconnect.devices_of("{}", 3) == [(0, 1, 2)]
     with pytest.raises(ValueError, match="in a form that is not known"):
-        links.devices_of("mesh['a'=8] {'a':(2)4}", 8)
+        interconnect.devices_of("mesh['a'=8] {'a':(2)4}", 8)
 
 
 def test_groups_tell_axes_of_mesh_and_torus():
     shape = {"fsdp": 4, "expert": 2}
-    assert links.mesh_axes((0, 2, 4, 6), shape) == ("fsdp",)
-    assert links.mesh_axes((6, 7), shape) == ("expert",)
-    assert links.mesh_axes((0, 2), shape) == ()  # a part of an axis
+    assert interconnect.mesh_axes((0, 2, 4, 6), shape) == ("fsdp",)
+    assert interconnect.mesh_axes((6, 7), shape) == ("expert",)
+    assert interconnect.mesh_axes((0, 2), shape) == ()  # a part of an axis
     places = np.array(list(np.ndindex(2, 2, 2)))
-    assert links.torus_axes(places[[0, 2, 4, 6]], Torus((2, 2, 2), (False,) * 3)) == (0, 1)
+    assert interconnect.torus_axes(places[[0, 2, 4, 6]], Torus((2, 2, 2), (False,) * 3)) == (0, 1)
     with pytest.raises(ValueError, match="no product of axes of the torus"):
-        links.torus_axes(places[[0, 1, 2]], Torus((2, 2, 2), (False,) * 3))
+        interconnect.torus_axes(places[[0, 1, 2]], Torus((2, 2, 2), (False,) * 3))
 
 
 def test_between_slices_bytes_go_round_a_ring_of_slices():
     summed = Operation("slices-all-reduce", 3, 100, 100, "f32", "")
-    assert links.between_slices(summed, 2) == 100
-    assert links.between_slices(summed, 4) == 150
-    (load,) = links.loads([summed], {"data": 1}, np.zeros((1, 3)), CUBE, slices=4)
+    assert interconnect.between_slices(summed, 2) == 100
+    assert interconnect.between_slices(summed, 4) == 150
+    (load,) = interconnect.loads([summed], {"data": 1}, np.zeros((1, 3)), CUBE, slices=4)
     assert load == Load("slices-all-reduce", "f32", ("slices",), 3, 300, 450.0, ())
 
 
 def test_a_ragged_exchange_is_what_was_sent_and_not_the_buffer():
     exchange = Operation("ragged-all-to-all", 2, 3200, 1600, "bf16", "{{0,1,2,3}}")
-    (load,) = links.loads([exchange], {"expert": 4}, np.arange(4)[:, None], RING)
+    (load,) = interconnect.loads([exchange], {"expert": 4}, np.arange(4)[:, None], RING)
     assert (load.bytes, load.link_bytes) == (6400, 2 * 800)
 
 
@@ -115,7 +115,7 @@ def counted():
         f = jax.shard_map(on_device, in_specs=P(), out_specs=P(), check_vma=False)
         text = jax.jit(f).lower(jnp.zeros(16)).compile().as_text()
     torus = Torus((2, 2, 2), (False,) * 3)
-    return links.loads(compiled.operations(text), dict(mesh.shape), np.array(list(np.ndindex(2, 2, 2))), torus)
+    return interconnect.loads(aot.operations(text), dict(mesh.shape), np.array(list(np.ndindex(2, 2, 2))), torus)
 
 
 def test_collectives_of_a_compiled_program_run_over_the_axes_that_they_name():

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from mmx_jax import compiled
+from mmx_jax.analysis import aot
+from mmx_jax.analysis.comm_overlap import overlap
 from mmx_jax.config import MeshConfig, ModelConfig
 from mmx_jax.layers.moe import MixtureOfExperts
-from mmx_jax.overlap import overlap
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from pallas_kernels import platform
 from tests import ahead_of_time
@@ -58,7 +58,7 @@ def test_groups_of_tokens_travel_while_others_are_multiplied():
 
 
 def exposed_of(token_groups, topology):
-    devices = compiled.topology_devices(topology)
+    devices = aot.topology_devices(topology)
     mesh = make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
     config = ModelConfig(
         vocab_size=512, hidden_size=2048, num_layers=1, layer_pattern=("softmax",), num_heads=16, num_kv_heads=4,

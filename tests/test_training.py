@@ -20,6 +20,7 @@ import rich.console
 from safetensors.numpy import load_file
 
 from mmx_jax import metrics, sharding
+from mmx_jax.analysis import aot_training
 from mmx_jax.checkpoints.manager import Checkpointer
 from mmx_jax.config import (
     BatchRampStep,
@@ -37,7 +38,7 @@ from mmx_jax.config import io as config_io
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder, flops
 from mmx_jax.models import params as model_params
-from mmx_jax.training import dry_run, loss, optimizer, schedule, train_step, trainer
+from mmx_jax.training import loss, optimizer, schedule, train_step, trainer
 from mmx_jax.training.progress import Progress
 from tests import fake_devices
 from tests.patience import HANG_SECONDS, wait_until
@@ -880,7 +881,7 @@ def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
 
 def test_dry_run_prints_memory_and_reads_no_data(config, tmp_path):
     nowhere = dataclasses.replace(config, data=DataConfig(sources=(SourceConfig(path="/nonexistent"),)))
-    lines = "\n".join(dry_run.dry_run(nowhere))
+    lines = "\n".join(aot_training.dry_run(nowhere))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model_params.abstract_params(MODEL)))
     assert f"parameters {count:,}" in lines and "HLO operations" in lines and "temporaries" in lines
 

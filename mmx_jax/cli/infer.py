@@ -196,11 +196,11 @@ def score(model, text):
 
 
 def foretell():
-    from mmx_jax import generate_dry_run, plan
+    from mmx_jax.analysis import aot_inference, memory_model
     from mmx_jax.config import io as config_io
 
     config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
-    lines_of = plan.inference_lines if FLAGS.plan else generate_dry_run.dry_run
+    lines_of = memory_model.inference_lines if FLAGS.plan else aot_inference.dry_run
     lines = lines_of(
         config, dtype=FLAGS.dtype, batch=FLAGS.batch, prompt_length=FLAGS.prompt_length, context=FLAGS.context,
         chunk=FLAGS.prefill_chunk, topology=FLAGS.topology or "",

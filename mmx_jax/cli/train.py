@@ -178,17 +178,16 @@ def read_config():
 
 def foretell(config):
     """Prints what --plan or --dry_run knows."""
-    from mmx_jax import plan
+    from mmx_jax.analysis import aot_training, memory_model
     from mmx_jax.config import io as config_io
-    from mmx_jax.training import dry_run
 
     if FLAGS.plan:
-        print("\n".join(plan.training_lines(config, FLAGS.topology or "")))
+        print("\n".join(memory_model.training_lines(config, FLAGS.topology or "")))
         return
-    if FLAGS.topology and (shortage := plan.shortage(config, FLAGS.topology)):
+    if FLAGS.topology and (shortage := memory_model.shortage(config, FLAGS.topology)):
         print(f"{flags_parser.program_name()}: {shortage}", file=sys.stderr, flush=True)
     print(config_io.format_config(config))
-    print("\n".join(dry_run.dry_run(config, FLAGS.topology or "")))
+    print("\n".join(aot_training.dry_run(config, FLAGS.topology or "")))
 
 
 def profile_steps() -> tuple[int, ...]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmx_jax import compiled, sharding
+from mmx_jax import sharding
+from mmx_jax.analysis import aot
 from mmx_jax.config import Config, ModelConfig
 from mmx_jax.inference import generate, sampling
 from mmx_jax.models import params as model_params
@@ -38,7 +39,7 @@ def dry_run(
     """
     generate.check_lengths(config.model, prompt_length, context)
     model = generate.inference_config(config.model, dtype)
-    devices = compiled.topology_devices(topology) if topology else jax.devices()
+    devices = aot.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     model_params.check_sharded(model, mesh.shape)
     shardings = model_params.param_shardings(model, mesh)
@@ -53,17 +54,17 @@ def dry_run(
         f"parameters {model_params.count_parameters(model):,} in {dtype}",
         f"{batch} sequences of {slots} slots; mesh {dict(mesh.shape)}"
         + (f" of {topology}, {devices[0].device_kind}" if topology else ""),
-        f"state of one device: parameters {compiled.gib(compiled.bytes_per_device(params))}, "
-        f"key-value caches {compiled.gib(caches)}, lightning states {compiled.gib(lightning)}",
+        f"state of one device: parameters {aot.gib(aot.bytes_per_device(params))}, "
+        f"key-value caches {aot.gib(caches)}, lightning states {aot.gib(lightning)}",
     ]
     bucket = max(bucket for _, _, bucket in pieces)
     prefill = functools.partial(_lower_prefill, model, mesh, params, state, bucket)
     decode = functools.partial(_lower_decode, model, mesh, params, state)
     lines.append(f"prefill of {prompt_length} tokens in pieces of up to {bucket}, {len(pieces)} of them; one piece:")
-    head = compiled.bytes_per_device(params["lm_head"])  # a program of its own, behind the last piece
-    lines += compiled.report(prefill, mesh, topology, of="piece", beside=head)
+    head = aot.bytes_per_device(params["lm_head"])  # a program of its own, behind the last piece
+    lines += aot.report(prefill, mesh, topology, of="piece", beside=head)
     lines.append("decoding, one step:")
-    return lines + compiled.report(decode, mesh, topology, of="step")
+    return lines + aot.report(decode, mesh, topology, of="step")
 
 
 def abstract_state(config: ModelConfig, mesh, batch: int, slots: int):
@@ -77,7 +78,7 @@ def cache_bytes(state) -> tuple[int, int]:
     """What one device holds of (key-value caches, lightning states)."""
     lightning = {name: layer for name, layer in state.layers.items() if isinstance(layer, jax.ShapeDtypeStruct)}
     caches = {name: layer for name, layer in state.layers.items() if name not in lightning}
-    return compiled.bytes_per_device(caches), compiled.bytes_per_device(lightning)
+    return aot.bytes_per_device(caches), aot.bytes_per_device(lightning)
 
 
 def _placed(mesh, x, axes=()):

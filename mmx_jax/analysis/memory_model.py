@@ -19,7 +19,8 @@ from collections.abc import Mapping
 
 import jax
 
-from mmx_jax import compiled, sharding
+from mmx_jax import sharding
+from mmx_jax.analysis import aot
 from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.inference import generate
 from mmx_jax.layers.moe import expert_capacity
@@ -77,14 +78,12 @@ class Plan:
 
     def lines(self, of: str, room: int | None) -> list[str]:
         """To print. of: what is done once, such as "step"; room: bytes of one device, None if they are not known."""
-        parts = "; ".join(f"{name} {compiled.gib(size)}" for name, size in self.memory.items())
+        parts = "; ".join(f"{name} {aot.gib(size)}" for name, size in self.memory.items())
         lines = [f"memory of one device: {parts}"]
-        lines.append(f"peak {compiled.gib(self.peak)}" if room is None else compiled.fits(self.peak, room))
+        lines.append(f"peak {aot.gib(self.peak)}" if room is None else aot.fits(self.peak, room))
         if self.spared:
-            lines.append(f"to fit, the compiler has to compute {compiled.gib(self.spared)} again in the backward pass")
-        return lines + [
-            f"{kind}: {compiled.gib(size)} a {of} and device" for kind, size in self.traffic.items() if size
-        ]
+            lines.append(f"to fit, the compiler has to compute {aot.gib(self.spared)} again in the backward pass")
+        return lines + [f"{kind}: {aot.gib(size)} a {of} and device" for kind, size in self.traffic.items() if size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Target:
         if self.card is not None:
             fraction, wanted = self.room / self.card, math.ceil(100 * max(peaks) / self.card)
             lines.append(
-                f"a process takes {fraction:.0%} of the {compiled.gib(self.card)} of {self.name}, see "
+                f"a process takes {fraction:.0%} of the {aot.gib(self.card)} of {self.name}, see "
                 "XLA_PYTHON_CLIENT_MEM_FRACTION"
             )
             if wanted > 95:
@@ -146,15 +145,15 @@ def target_of(topology: str) -> Target:
 
 def topology_devices(name: str) -> tuple[int, int]:
     """(number of devices, bytes of each) of a TPU topology, by its name alone; raises ConfigError for another name."""
-    one, slices = compiled.slices_of(name)
+    one, slices = aot.slices_of(name)
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", one)
     if match is None or match[1] not in _CHIPS:
         raise ConfigError(
-            f"--topology={name} is not planned for: give a name such as {compiled.NAMES}, or {', '.join(_CARDS)}, with "
+            f"--topology={name} is not planned for: give a name such as {aot.NAMES}, or {', '.join(_CARDS)}, with "
             "a number behind it for several GPUs (h100:2)"
         )
     devices, kind = _CHIPS[match[1]]
-    return slices * devices * math.prod(map(int, match[2].split("x"))), compiled.kind_bytes(kind)
+    return slices * devices * math.prod(map(int, match[2].split("x"))), aot.kind_bytes(kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -654,13 +653,13 @@ def shortage(config: Config, topology: str) -> str:
     plan, _, room = training_plan(config, topology)
     if room is None or plan.peak <= room:
         return ""
-    return f"--plan expects it not to fit: {compiled.fits(plan.peak, room)}; compiling all the same"
+    return f"--plan expects it not to fit: {aot.fits(plan.peak, room)}; compiling all the same"
 
 
 def inference_lines(
     config: Config, *, dtype: str, batch: int, prompt_length: int, context: int, chunk: int, topology: str = ""
 ) -> list[str]:
-    """What `infer.py --plan` prints; arguments and errors are those of `mmx_jax.generate_dry_run.dry_run`."""
+    """What `infer.py --plan` prints; arguments and errors are those of `mmx_jax.analysis.aot_inference.dry_run`."""
     generate.check_lengths(config.model, prompt_length, context)
     model = generate.inference_config(config.model, dtype)
     target = target_of(topology)

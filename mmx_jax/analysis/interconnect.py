@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmx_jax.compiled import Operation
+from mmx_jax.analysis.aot import Operation
 
 
 class Torus(NamedTuple):

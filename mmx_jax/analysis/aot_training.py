@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx_jax import compiled, sharding
+from mmx_jax import sharding
+from mmx_jax.analysis import aot
 from mmx_jax.config import Config
 from mmx_jax.data import device_batch
 from mmx_jax.models import flops
@@ -24,7 +25,7 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     Raises:
       ConfigError: no such topology; a mesh that does not divide the shapes, or leaves a large parameter whole.
     """
-    devices = compiled.topology_devices(topology) if topology else jax.devices()
+    devices = aot.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     model_params.check_sharded(config.model, mesh.shape)
     trainer.check_batches(config, mesh)
@@ -35,11 +36,11 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
         f"parameters {model_params.count_parameters(config.model):,}; {per_token:.3e} training FLOPs per token",
         f"batch {plan.rows} rows of {plan.stage.sequence_length} tokens in {plan.microbatches} micro-batches; "
         f"mesh {dict(mesh.shape)}" + (f" of {topology}, {devices[0].device_kind}" if topology else ""),
-        f"state of one device: parameters {compiled.gib(compiled.bytes_per_device(state['params']))}, "
-        f"optimizer {compiled.gib(compiled.bytes_per_device(state['opt_state']))}",
+        f"state of one device: parameters {aot.gib(aot.bytes_per_device(state['params']))}, "
+        f"optimizer {aot.gib(aot.bytes_per_device(state['opt_state']))}",
         *device_batch.reading_lines(config, mesh),
     ]
-    return lines + compiled.report(lambda: lower_step(config, mesh), mesh, topology, of="step")
+    return lines + aot.report(lambda: lower_step(config, mesh), mesh, topology, of="step")
 
 
 def lower_step(config: Config, mesh) -> jax.stages.Lowered:
