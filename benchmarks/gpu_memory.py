@@ -122,7 +122,7 @@ def inference_child(name, compile_only):
     import jax
 
     from mmx_jax import sharding
-    from mmx_jax.analysis import aot_inference
+    from mmx_jax.analysis import aot_inference, memory_model
     from mmx_jax.inference import generate
     from mmx_jax.models import params as model_params
 

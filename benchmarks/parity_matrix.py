@@ -4,8 +4,8 @@
 
 Measures on the device at hand, adds the figures to those of other devices in benchmarks/results/parity.json, and
 writes the page anew. A cell is the largest ratio of Frobenius norms, error over exact result, among what its row
-names: outputs against float64 loops (tests/oracles.py), states and gradients against the definition in float32. On the
-CPU the kernels are interpreted; `mosaic_gpu` wants NPROC=8 in the environment there, and jax 0.11.
+names: outputs against float64 loops (tests/support/oracles.py), states and gradients against the definition in float32.
+On the CPU the kernels are interpreted; `mosaic_gpu` wants NPROC=8 in the environment there, and jax 0.11.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY))
 from mmx_jax.layers.attention_ops import causal_attention  # noqa: E402
 from pallas_kernels import grouped_matmul as grouped  # noqa: E402
 from pallas_kernels import lightning_attention as lightning  # noqa: E402
-from tests import oracles  # noqa: E402
+from tests.support import oracles  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks/results/parity.json"
 PAGE = REPOSITORY / "pallas_kernels/PARITY.md"

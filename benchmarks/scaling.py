@@ -226,8 +226,8 @@ pass. Written by `python benchmarks/scaling.py`. Nothing here ran on a TPU.
 
 - **From compiled programs**: which collectives there are, how often they run, their bytes, and the axes of mesh and
   torus that they run over (groups of devices in the optimized program).
-- **From formulas**: bytes over the busiest link in one direction (`mmx_jax/analysis/interconnect.py`: by the algorithms that need the
-  fewest, on a torus that is closed and not twisted, experts chosen evenly, no latency), and FLOPs
+- **From formulas**: bytes over the busiest link in one direction (`mmx_jax/analysis/interconnect.py`: by the
+  algorithms that need the fewest, on a torus that is closed and not twisted, experts chosen evenly, no latency), and FLOPs
   (`mmx_jax/models/flops.py`; a third more for what is computed again).
 - **From the [data sheet](https://docs.cloud.google.com/tpu/docs/v5p)**: 459 TFLOP/s a chip; 1200 GB/s over six links
   in both directions, so 100 GB/s over a link in one; 50 Gbit/s a chip between slices. All times are the least that

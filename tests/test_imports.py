@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.paths import REPOSITORY
 
 # Group -> the groups it may import, besides itself. A group is a module or folder of mmx_jax, or pallas_kernels.
 # A new one must be entered here, where its place among the others is seen.

@@ -3,13 +3,12 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.patience import HANG_SECONDS
+from tests.support.paths import REPOSITORY
+from tests.support.patience import HANG_SECONDS
 
-REPOSITORY = Path(__file__).parent.parent
 FILES = sorted(path for path in (REPOSITORY / "launch").iterdir())
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-TEXT = Path(__file__).parent.parent / "fixtures" / "text"
+from tests.support.paths import FIXTURES
+
+TEXT = FIXTURES / "text"
 WORDS = "the cat sat on a mat and ran far away from home"
 
 

@@ -1,0 +1,1 @@
+"""What the tests share: oracles that share no code with the project, fake devices, workers, patience."""
