@@ -71,7 +71,7 @@ def measure(name, keep):
     import numpy as np
 
     from mmx_jax import sharding
-    from mmx_jax.analysis import aot, aot_training, interconnect
+    from mmx_jax.analysis import aot, aot_training, hlo_collectives, interconnect
     from mmx_jax.config import io as config_io
     from mmx_jax.models import flops
     from mmx_jax.training import schedule
@@ -108,7 +108,10 @@ def measure(name, keep):
         "peak": int(peak),
         "flops_per_token": flops.training_flops_per_token(config.model, length),
         "forward_flops_per_token": sum(flops.forward_flops(config.model, length).values()),
-        "loads": [load._asdict() for load in interconnect.loads(aot.operations(text), shape, places, torus, slices)],
+        "loads": [
+            load._asdict()
+            for load in interconnect.loads(hlo_collectives.operations(text), shape, places, torus, slices)
+        ],
         "versions": versions(),
     }
 
@@ -227,8 +230,8 @@ pass. Written by `python benchmarks/scaling.py`. Nothing here ran on a TPU.
 - **From compiled programs**: which collectives there are, how often they run, their bytes, and the axes of mesh and
   torus that they run over (groups of devices in the optimized program).
 - **From formulas**: bytes over the busiest link in one direction (`mmx_jax/analysis/interconnect.py`: by the
-  algorithms that need the fewest, on a torus that is closed and not twisted, experts chosen evenly, no latency), and FLOPs
-  (`mmx_jax/models/flops.py`; a third more for what is computed again).
+  algorithms that need the fewest, on a torus that is closed and not twisted, experts chosen evenly, no latency), and
+  FLOPs (`mmx_jax/models/flops.py`; a third more for what is computed again).
 - **From the [data sheet](https://docs.cloud.google.com/tpu/docs/v5p)**: 459 TFLOP/s a chip; 1200 GB/s over six links
   in both directions, so 100 GB/s over a link in one; 50 Gbit/s a chip between slices. All times are the least that
   these allow, for computing as for sending. Chips that compute at half of their peak have twice the time to send.

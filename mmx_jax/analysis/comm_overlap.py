@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from mmx_jax.analysis import aot
+from mmx_jax.analysis import hlo_collectives
 
 _START = re.compile(r"^\s*(?:ROOT )?(?P<name>%[\w.-]+) = (?P<shape>.*?) (?P<kind>[\w-]+)-start\(")
 _DONE = re.compile(r" (?P<kind>[\w-]+)-done\((?P<start>%[\w.-]+)\)")
@@ -30,7 +30,7 @@ def overlap(text: str, kinds=("all-to-all", "ragged-all-to-all")) -> Overlap:
       text: of `compiled.as_text()` for a TPU, whose instructions stand in the order of their schedule. A transfer that
         is not asynchronous is exposed.
     """
-    computations, _ = aot.computations_of(text)
+    computations, _ = hlo_collectives.computations_of(text)
     multiplying = {name for name, lines in computations.items() if any(map(_PRODUCT.search, lines))}
     found = []
     for lines in computations.values():
@@ -43,7 +43,7 @@ def overlap(text: str, kinds=("all-to-all", "ragged-all-to-all")) -> Overlap:
                 begin, size = starts.pop(done["start"])
                 found.append((size, any(works[begin:i])))
             elif any(f" {kind}(" in line for kind in kinds):
-                found.append((aot.collective_bytes(line), False))
+                found.append((hlo_collectives.collective_bytes(line), False))
     return Overlap(
         count=len(found),
         bytes=sum(size for size, _ in found),
@@ -53,5 +53,5 @@ def overlap(text: str, kinds=("all-to-all", "ragged-all-to-all")) -> Overlap:
 
 def _carried_bytes(line, start):
     if start["kind"] == "ragged-all-to-all":
-        return min(aot.array_bytes(start["shape"])[:2])  # the rows and the buffer; the rest are tables
-    return aot.collective_bytes(line)
+        return min(hlo_collectives.array_bytes(start["shape"])[:2])  # the rows and the buffer; the rest are tables
+    return hlo_collectives.collective_bytes(line)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmx_jax.analysis.aot import Operation
+from mmx_jax.analysis.hlo_collectives import Operation
 
 
 class Torus(NamedTuple):

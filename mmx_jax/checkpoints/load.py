@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 
 from mmx_jax.checkpoints import checksums, hf_mapping, manager
 from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.export_hf import export_tensors
 from mmx_jax.checkpoints.open import HuggingFaceTensors, WeightsSource, resolve
 from mmx_jax.checkpoints.orbax_slices import ParamsReader, flatten, unflatten
 from mmx_jax.checkpoints.safetensors import TensorSpec
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.commands import export_tensors
 from mmx_jax.models.params import param_shardings
 from mmx_jax.storage import filesystem
 

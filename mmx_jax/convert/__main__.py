@@ -50,20 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from absl import logging
 
-    from mmx_jax.convert import commands  # after the arguments: it loads jax and orbax
+    from mmx_jax.checkpoints import export_hf  # after the arguments: it loads jax and orbax
+    from mmx_jax.convert import import_hf, verify
 
     logging.set_verbosity(logging.ERROR)  # orbax warns of metadata that the params of a training run do not need
     try:
         if args.command == "import":
-            print(commands.import_checkpoint(args.source, args.destination, overwrite=args.overwrite))
+            print(import_hf.import_checkpoint(args.source, args.destination, overwrite=args.overwrite))
         elif args.command == "export":
-            report = commands.export_checkpoint(
+            report = export_hf.export_checkpoint(
                 args.source, args.destination, naming=args.naming, shard_size=args.shard_size, dtype=args.dtype,
                 overwrite=args.overwrite,
             )  # fmt: skip
             print(report)
         else:
-            return 0 if commands.verify_checkpoints(args.first, args.second, show_all=args.all) else 1
+            return 0 if verify.verify_checkpoints(args.first, args.second, show_all=args.all) else 1
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -218,16 +218,17 @@ def _npy(folder: Path):
 
 
 def _manifest(folder: Path):
+    from mmx_jax.checkpoints import export_hf, manifest
     from mmx_jax.checkpoints.errors import ConversionError
     from mmx_jax.checkpoints.open import WeightsSource
-    from mmx_jax.convert import commands
+    from mmx_jax.checkpoints.safetensors import TensorSpec
 
     source = WeightsSource("weights", folder / "params", None, None)
-    specs = [commands.TensorSpec(name, np.dtype(np.float32), (2,)) for name in ("a", "b")]
+    specs = [TensorSpec(name, np.dtype(np.float32), (2,)) for name in ("a", "b")]
 
     def read(data):
-        (folder / commands.MANIFEST).write_bytes(data)
-        for file in commands._shards(specs, None, "original", commands._read_manifest(source)):
+        (folder / manifest.MANIFEST).write_bytes(data)
+        for file in export_hf._shards(specs, None, "original", manifest.read_manifest(source)):
             assert "/" not in file
 
     row = {"file": "model.safetensors", "dtype": "float32", "shape": [2], "sha256": "0" * 64}

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax.analysis import aot, aot_inference, memory_model
+from mmx_jax.analysis import aot, aot_inference, hlo_collectives, memory_model
 from mmx_jax.analysis.aot_training import dry_run
 from mmx_jax.config import ConfigError, MeshConfig
 from mmx_jax.config import io as config_io
@@ -66,7 +66,7 @@ def counted_by_hand():
         f = jax.shard_map(on_device, in_specs=P(), out_specs=(P(), P(), P()), check_vma=False)
         arrays = jnp.zeros((4, 5)), jnp.zeros(6, jnp.bfloat16), jnp.zeros((2, 2), jnp.int8)
         text = jax.jit(f).lower(*arrays).compile().as_text()
-    return aot.collectives(text)
+    return hlo_collectives.collectives(text)
 
 
 def test_collectives_in_loops_count_as_often_as_they_go_round():
@@ -109,11 +109,11 @@ ENTRY %main (x: f32[64,8]) -> f32[64,8] {
 
 
 def test_the_collectives_of_a_tpu_are_what_they_do():
-    scatter, gather, between = aot.operations(TPU_PROGRAM)
+    scatter, gather, between = hlo_collectives.operations(TPU_PROGRAM)
     assert scatter == ("reduce-scatter", 4, 16 * 8 * 4, 64 * 8 * 4, "f32", "{{0,2},{1,3}}")
     assert gather == ("all-gather", 4, 64 * 8 * 4, 16 * 8 * 4, "f32", "mesh['a'=2,'b'=2] {'a'}")
     assert between == ("slices-all-reduce", 1, 4 * 8 * 4, 4 * 8 * 4, "f32", "")
-    assert aot.collectives(TPU_PROGRAM)["reduce-scatter"] == (4, 4 * 16 * 8 * 4)
+    assert hlo_collectives.collectives(TPU_PROGRAM)["reduce-scatter"] == (4, 4 * 16 * 8 * 4)
 
 
 @pytest.fixture(scope="module")

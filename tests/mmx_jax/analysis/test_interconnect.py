@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax.analysis import aot, interconnect
-from mmx_jax.analysis.aot import Operation
+from mmx_jax.analysis import hlo_collectives, interconnect
+from mmx_jax.analysis.hlo_collectives import Operation
 from mmx_jax.analysis.interconnect import Load, Torus
 from mmx_jax.config import MeshConfig
 from mmx_jax.sharding import make_mesh
@@ -115,7 +115,9 @@ def counted():
         f = jax.shard_map(on_device, in_specs=P(), out_specs=P(), check_vma=False)
         text = jax.jit(f).lower(jnp.zeros(16)).compile().as_text()
     torus = Torus((2, 2, 2), (False,) * 3)
-    return interconnect.loads(aot.operations(text), dict(mesh.shape), np.array(list(np.ndindex(2, 2, 2))), torus)
+    return interconnect.loads(
+        hlo_collectives.operations(text), dict(mesh.shape), np.array(list(np.ndindex(2, 2, 2))), torus
+    )
 
 
 def test_collectives_of_a_compiled_program_run_over_the_axes_that_they_name():

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from mmx_jax.checkpoints import model_code
+from mmx_jax.checkpoints import export_hf, model_code
 from mmx_jax.checkpoints.hf_config import model_config_from_hf, model_config_to_hf
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert import commands
+from mmx_jax.convert import import_hf
 from tests.support.paths import FIXTURES
 
 TEXT = FIXTURES / "text"
@@ -26,7 +26,7 @@ def named_files(folder):
 
 @pytest.mark.parametrize("naming", ["original", "transformers"])
 def test_auto_map_names_files_that_are_there(tmp_path, naming):
-    commands.export_checkpoint(HF, tmp_path / "out", naming=naming)
+    export_hf.export_checkpoint(HF, tmp_path / "out", naming=naming)
     assert named_files(tmp_path / "out") == {"configuration_mmx.py", "modeling_mmx.py"}
     for file in model_code.SHIPPED:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -47,14 +47,14 @@ def test_released_code_stays_what_it_was(tmp_path, name, family):
     released = hf_config(ORIGINAL) | {"auto_map": auto_map, "model_type": name}
     released |= {"architectures": [f"{family}ForCausalLM"], "pad_token_id": None}
     (source / "config.json").write_text(json.dumps(released))
-    commands.import_checkpoint(source, tmp_path / "weights")
+    import_hf.import_checkpoint(source, tmp_path / "weights")
     for step in (tmp_path / "weights", source):  # by way of a checkpoint of ours, and at once
         out = tmp_path / f"out of {step.name}"
-        commands.export_checkpoint(step, out)
+        export_hf.export_checkpoint(step, out)
         assert hf_config(out) == released
         assert [(out / file).read_text() for file in files] == [f"# {file}\n" for file in files]
         assert not (out / "modeling_mmx.py").exists()
-    commands.export_checkpoint(tmp_path / "weights", tmp_path / "other", naming="transformers")
+    export_hf.export_checkpoint(tmp_path / "weights", tmp_path / "other", naming="transformers")
     assert named_files(tmp_path / "other") == {"configuration_mmx.py", "modeling_mmx.py"}
 
 
@@ -63,7 +63,7 @@ def test_half_of_the_released_code_is_not_named(tmp_path):
     shutil.copytree(ORIGINAL, source)
     (source / "configuration_minimax_text_01.py").write_text("")
     (tmp_path / "generation_config.json").write_text("of another model")  # beside the folder, not in it
-    commands.export_checkpoint(source, tmp_path / "out")
+    export_hf.export_checkpoint(source, tmp_path / "out")
     assert named_files(tmp_path / "out") == {"configuration_mmx.py", "modeling_mmx.py"}
     assert not (tmp_path / "out" / "generation_config.json").exists()
 
@@ -96,11 +96,11 @@ def test_transformers_own_class_is_named_where_it_computes_the_same():
 
 def test_the_report_begins_with_the_warning(tmp_path, monkeypatch):
     logged = []
-    monkeypatch.setattr(commands.logging, "warning", lambda *message: logged.append(message))
-    report = commands.export_checkpoint(ORIGINAL, tmp_path / "out", naming="transformers")
+    monkeypatch.setattr(export_hf.logging, "warning", lambda *message: logged.append(message))
+    report = export_hf.export_checkpoint(ORIGINAL, tmp_path / "out", naming="transformers")
     assert report.splitlines()[0].startswith("WARNING: transformers' own MiniMax class computes another function")
     assert "rotates all 32 dims" in str(logged)
-    assert "WARNING" not in commands.export_checkpoint(ORIGINAL, tmp_path / "out2")
+    assert "WARNING" not in export_hf.export_checkpoint(ORIGINAL, tmp_path / "out2")
 
 
 def test_dropping_of_tokens_is_left_out_aloud():
@@ -122,5 +122,5 @@ def test_lightning_norm_eps_survives(naming):
 def test_the_dtype_is_named_for_a_loader_that_asks_the_first_tensor(tmp_path):
     """In a file the float32 routers come first, whatever the other weights are."""
     for naming, key in (("original", "torch_dtype"), ("transformers", "dtype")):
-        commands.export_checkpoint(TEXT / "tiny_bf16" / "orig", tmp_path / naming, naming=naming)
+        export_hf.export_checkpoint(TEXT / "tiny_bf16" / "orig", tmp_path / naming, naming=naming)
         assert hf_config(tmp_path / naming)[key] == "bfloat16"

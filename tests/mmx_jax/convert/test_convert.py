@@ -22,7 +22,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmx_jax.checkpoints import hf_mapping, journal, orbax_slices
+from mmx_jax.checkpoints import export_hf, hf_mapping, journal, orbax_slices
 from mmx_jax.checkpoints import safetensors as safetensors_io
 from mmx_jax.checkpoints.bounded_map import bounded_map
 from mmx_jax.checkpoints.difference import difference
@@ -34,7 +34,8 @@ from mmx_jax.checkpoints.open import open_tensors
 from mmx_jax.config import Config, ConfigError, ModelConfig, shortest_period
 from mmx_jax.config.io import config_to_json
 from mmx_jax.convert import __main__ as cli
-from mmx_jax.convert import commands
+from mmx_jax.convert import import_hf
+from mmx_jax.convert.verify import verify_checkpoints
 from mmx_jax.models.params import abstract_params
 from tests.support import fake_devices
 from tests.support.paths import FIXTURES, REPOSITORY
@@ -67,7 +68,7 @@ def shard_bytes(folder):
 def imported(tmp_path_factory):
     """tiny_bf16, imported once; not to be changed."""
     folder = tmp_path_factory.mktemp("imported") / "weights"
-    commands.import_checkpoint(BF16, folder)
+    import_hf.import_checkpoint(BF16, folder)
     return folder
 
 
@@ -602,9 +603,9 @@ def test_orbax_restores_an_import_and_it_is_what_the_layout_says(imported):
 
 @pytest.mark.parametrize("folder", [BF16, ORIGINAL], ids=["bf16", "float32"])
 def test_round_trip_is_byte_identical(tmp_path, folder):
-    report = commands.import_checkpoint(folder, tmp_path / "weights")
+    report = import_hf.import_checkpoint(folder, tmp_path / "weights")
     assert "970,688 parameters" in report
-    commands.export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    export_hf.export_checkpoint(tmp_path / "weights", tmp_path / "out")
     assert shard_bytes(tmp_path / "out") == shard_bytes(folder)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     source = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -623,8 +624,8 @@ def test_transformers_save_imports_without_its_derived_buffers(tmp_path):
     shutil.copytree(HF, source)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (source / name).write_text(name)
-    assert "28 derived buffers dropped" in commands.import_checkpoint(source, tmp_path / "weights")
-    commands.export_checkpoint(tmp_path / "weights", tmp_path / "out", naming="transformers", shard_size=10**6)
+    assert "28 derived buffers dropped" in import_hf.import_checkpoint(source, tmp_path / "weights")
+    export_hf.export_checkpoint(tmp_path / "weights", tmp_path / "out", naming="transformers", shard_size=10**6)
     assert_same(read_all(tmp_path / "out"), {k: v for k, v in read_all(HF).items() if not is_derived(k)})
     files = sorted(shard_bytes(tmp_path / "out"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 3
@@ -635,11 +636,11 @@ def test_transformers_save_imports_without_its_derived_buffers(tmp_path):
 
 
 def test_export_casts_all_but_the_routers(imported, tmp_path):
-    commands.export_checkpoint(imported, tmp_path / "out", dtype="float32")
+    export_hf.export_checkpoint(imported, tmp_path / "out", dtype="float32")
     original = {name: array.astype(np.float32) for name, array in read_all(BF16).items()}
     assert_same(read_all(tmp_path / "out"), original)
     # And back: the weights were bfloat16 before, so nothing is lost.
-    commands.export_checkpoint(tmp_path / "out", tmp_path / "back", dtype="bfloat16")
+    export_hf.export_checkpoint(tmp_path / "out", tmp_path / "back", dtype="bfloat16")
     assert_same(read_all(tmp_path / "back"), read_all(BF16))
 
 
@@ -648,8 +649,8 @@ def test_bfloat16_gates_are_widened(source, tmp_path):
         arrays = safetensors.numpy.load_file(file)
         arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
         safetensors.numpy.save_file(arrays, file)
-    assert "8 gates widened" in commands.import_checkpoint(source, tmp_path / "weights")
-    commands.export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    assert "8 gates widened" in import_hf.import_checkpoint(source, tmp_path / "weights")
+    export_hf.export_checkpoint(tmp_path / "weights", tmp_path / "out")
     gate = "model.layers.3.block_sparse_moe.gate.weight"
     got, expected = read_all(tmp_path / "out")[gate], read_all(source)[gate]
     assert got.dtype == np.float32 and np.array_equal(got, expected.astype(np.float32))
@@ -657,7 +658,7 @@ def test_bfloat16_gates_are_widened(source, tmp_path):
 
 def verify(first, second, **kw):
     lines = []
-    return commands.verify_checkpoints(first, second, lines.append, **kw), lines
+    return verify_checkpoints(first, second, lines.append, **kw), lines
 
 
 def test_verify_compares_any_two_kinds(imported, source, capsys):
@@ -821,10 +822,10 @@ def test_damaged_journal_and_manifest_are_one_error(imported, tmp_path):
     for tensors in ([], {"a": 1}, good["tensors"] | {"lm_head.weight": row | {"file": "../../outside.safetensors"}}):
         (weights / "manifest.json").write_text(json.dumps(good | {"tensors": tensors}))
         with pytest.raises(ConversionError, match=r"manifest\.json: damaged"):
-            commands.export_checkpoint(weights, tmp_path / "exported")
+            export_hf.export_checkpoint(weights, tmp_path / "exported")
     (weights / "manifest.json").write_bytes(LFS)
     with pytest.raises(ConversionError, match="Git LFS pointer"):
-        commands.export_checkpoint(weights, tmp_path / "exported")
+        export_hf.export_checkpoint(weights, tmp_path / "exported")
     assert not (tmp_path / "exported").exists() and not (tmp_path / "outside.safetensors").exists()
 
 
@@ -922,7 +923,7 @@ def test_an_error_of_the_consumer_ends_the_threads_of_the_pipeline():
 def test_too_little_space_is_seen_before_the_work(imported, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(ConversionError, match="disk full: 0.00 GB are needed"):
-        commands.export_checkpoint(imported, tmp_path / "out")
+        export_hf.export_checkpoint(imported, tmp_path / "out")
 
 
 KILLED = """
@@ -1088,7 +1089,7 @@ def test_changed_source_is_not_mixed_in(source, tmp_path, capsys, monkeypatch):
 
 
 def test_damaged_weights_are_not_exported(tmp_path, capsys):
-    commands.import_checkpoint(BF16, tmp_path / "weights")
+    import_hf.import_checkpoint(BF16, tmp_path / "weights")
     (chunk,) = (tmp_path / "weights" / "params" / "lm_head.kernel").glob("0.0")
     raw = bytearray(chunk.read_bytes())
     raw[5] ^= 1
@@ -1198,7 +1199,7 @@ def test_training_run_is_exported_from_its_newest_step(tmp_path, capsys):
     for step, values in ((5, jax.tree.map(lambda leaf: leaf * 0, params)), (10, params)):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(run.absolute() / "checkpoints" / str(step) / "params", values)
-    whole = commands.whole_config("run", config)
+    whole = import_hf.whole_config("run", config)
     assert isinstance(whole, Config)
     (run / "config.json").write_text(config_to_json(whole))
     (run / "tokenizer").mkdir()
@@ -1210,7 +1211,7 @@ def test_training_run_is_exported_from_its_newest_step(tmp_path, capsys):
     assert verify(run, tmp_path / "out")[0]
     assert not verify(run / "checkpoints" / "5", tmp_path / "out")[0]
     with pytest.raises(ConversionError, match="already a checkpoint of ours"):
-        commands.import_checkpoint(run, tmp_path / "again")
+        import_hf.import_checkpoint(run, tmp_path / "again")
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):

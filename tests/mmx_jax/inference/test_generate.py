@@ -17,10 +17,11 @@ import tokenizers
 
 import mmx_jax
 from mmx_jax.checkpoints.errors import ConversionError
+from mmx_jax.checkpoints.export_hf import export_checkpoint
 from mmx_jax.checkpoints.load import save_huggingface
 from mmx_jax.cli import arguments, text_input
 from mmx_jax.config import ModelConfig
-from mmx_jax.convert.commands import export_checkpoint, import_checkpoint
+from mmx_jax.convert.import_hf import import_checkpoint
 from mmx_jax.data.chat_template import ChatError
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.inference import generate, sampling

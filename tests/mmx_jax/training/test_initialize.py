@@ -18,7 +18,7 @@ from mmx_jax.checkpoints import load
 from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
 from mmx_jax.config import io as config_io
-from mmx_jax.convert.commands import import_checkpoint
+from mmx_jax.convert.import_hf import import_checkpoint
 from mmx_jax.data import pipeline as data_pipeline
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import params as model_params

@@ -18,7 +18,7 @@ import rich.console
 import tensorstore as ts
 
 from mmx_jax import metrics
-from mmx_jax.checkpoints import load
+from mmx_jax.checkpoints import export_hf, load
 from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.checkpoints.manager import Checkpointer, CheckpointError, NotFiniteError
 from mmx_jax.config import (
@@ -31,7 +31,7 @@ from mmx_jax.config import (
     SourceConfig,
     TrainingConfig,
 )
-from mmx_jax.convert import commands
+from mmx_jax.convert import verify
 from mmx_jax.storage import filesystem, locking
 from mmx_jax.storage.array_files import ArrayFolder
 from mmx_jax.training import optimizer, train_step, trainer
@@ -344,7 +344,7 @@ def test_a_state_on_disk_that_is_not_finite_is_not_continued(tmp_path, monkeypat
 
 
 def test_a_damaged_step_is_neither_exported_nor_loaded(run, tmp_path, capsys):
-    commands.export_checkpoint(run, tmp_path / "good")
+    export_hf.export_checkpoint(run, tmp_path / "good")
     _, kept = load.load_params(run, param_dtype="float32")
     _, cast = load.load_params(run, param_dtype="bfloat16")
     assert cast["lm_head"]["kernel"].dtype == jnp.bfloat16
@@ -352,8 +352,8 @@ def test_a_damaged_step_is_neither_exported_nor_loaded(run, tmp_path, capsys):
     damage(run, 4)
     message = "step 4 in .*checkpoints.*damaged(.|\n)*another step of the run: .*checkpoints/2"
     for read in (
-        lambda: commands.export_checkpoint(run, tmp_path / "bad"),
-        lambda: commands.verify_checkpoints(run, tmp_path / "good", print_line=lambda line: None),
+        lambda: export_hf.export_checkpoint(run, tmp_path / "bad"),
+        lambda: verify.verify_checkpoints(run, tmp_path / "good", print_line=lambda line: None),
         lambda: load.load_params(run, param_dtype="float32"),
         lambda: load.load_params(run, param_dtype="bfloat16"),
     ):
