@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmx_jax import sharding
 from mmx_jax.analysis import aot
 from mmx_jax.config import Config, ModelConfig
-from mmx_jax.inference import generate, sampling
+from mmx_jax.inference import generate, inputs, sampling
 from mmx_jax.models import params as model_params
 from mmx_jax.models.cache import LAYER_AXES, init_state
 
@@ -37,7 +37,7 @@ def dry_run(
       ConfigError: no such topology; a mesh that does not divide the shapes, or leaves a large parameter whole.
       GenerationError: lengths that do not go together.
     """
-    generate.check_lengths(config.model, prompt_length, context)
+    inputs.check_lengths(config.model, prompt_length, context)
     model = generate.inference_config(config.model, dtype)
     devices = aot.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)

@@ -22,7 +22,7 @@ import jax
 from mmx_jax import sharding
 from mmx_jax.analysis import aot
 from mmx_jax.config import Config, ConfigError, ModelConfig
-from mmx_jax.inference import generate
+from mmx_jax.inference import generate, inputs
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import params as model_params
 from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors, token_axes
@@ -660,7 +660,7 @@ def inference_lines(
     config: Config, *, dtype: str, batch: int, prompt_length: int, context: int, chunk: int, topology: str = ""
 ) -> list[str]:
     """What `infer.py --plan` prints; arguments and errors are those of `mmx_jax.analysis.aot_inference.dry_run`."""
-    generate.check_lengths(config.model, prompt_length, context)
+    inputs.check_lengths(config.model, prompt_length, context)
     model = generate.inference_config(config.model, dtype)
     target = target_of(topology)
     sizes = sharding.mesh_sizes(config.mesh, target.count)

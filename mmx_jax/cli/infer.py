@@ -141,11 +141,12 @@ def stop_tokens(model):
 
 def complete(model, prompts):
     """Streams the one continuation there is, or prints several one after another."""
-    from mmx_jax.inference import text_generation
+    from mmx_jax.inference import complete as text_completion
+    from mmx_jax.inference.speed import Speed
 
     prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_samples)]
-    speed, texts = text_generation.Speed(), [""] * len(prompts)
-    for row, text in text_generation.complete(
+    speed, texts = Speed(), [""] * len(prompts)
+    for row, text in text_completion.complete(
         model,
         prompts,
         max_new_tokens=FLAGS.max_new_tokens,
@@ -166,9 +167,9 @@ def complete(model, prompts):
 
 
 def chat(model, system):
-    from mmx_jax.inference import text_generation
+    from mmx_jax.inference.chat import Conversation
 
-    conversation = text_generation.Conversation(
+    conversation = Conversation(
         model,
         template=FLAGS.template,
         system=system,

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax.config import ModelConfig
 from mmx_jax.inference import sampling
+from mmx_jax.inference.inputs import GenerationError, left_align
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.cache import LAYER_AXES, DecodeState, init_state
 from mmx_jax.models.decoder import Decoder, head_logits
@@ -26,10 +27,6 @@ _SMALLEST_BUCKET = 16
 _SCORE_PIECE = 64  # tokens whose logits are held at once
 
 
-class GenerationError(ValueError):
-    """Tokens or settings that cannot be generated from; the message names them and the remedy."""
-
-
 def inference_config(config: ModelConfig, dtype: str) -> ModelConfig:
     """The model as it generates, with weights and computation in `dtype`.
 
@@ -38,14 +35,6 @@ def inference_config(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(
         config, dtype=dtype, param_dtype=dtype, capacity_factor=None, expert_buffer=None, remat="none"
     )
-
-
-def check_lengths(config: ModelConfig, prompt_length: int, context: int):
-    """Raises GenerationError where no `context` holds the prompt, or the model has no such context."""
-    if prompt_length > context:
-        raise GenerationError(f"a prompt of {prompt_length} tokens needs a context of as many; got {context}")
-    if context > config.max_position_embeddings:
-        raise GenerationError(f"{context} tokens exceed max_position_embeddings={config.max_position_embeddings}")
 
 
 def power_of_two(n: int) -> int:
@@ -57,95 +46,6 @@ def slot_bucket(n: int) -> int:
     """Bucket of a whole length: a multiple of 64, from 512 on of a quarter to an eighth of `n`."""
     step = max(64, 1 << max(n.bit_length() - 3, 0))
     return -(-n // step) * step
-
-
-def check_tokens(config: ModelConfig, tokens, mask=None) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, T], mask bool [B, T]) of what a user gave.
-
-    Args:
-      tokens: integers [B, T]; [T] is one row. Without a mask the rows may differ in length, and shorter ones are padded
-        at the left.
-      mask: of the shape of `tokens`; None is a mask of ones.
-
-    Raises:
-      GenerationError: a shape, dtype or value that cannot be.
-    """
-    tokens, mask = _as_arrays(tokens, mask)
-    if mask.shape != tokens.shape:
-        raise GenerationError(f"mask {mask.shape} must have the shape of tokens, {tokens.shape}")
-    if not (mask.dtype == bool or np.issubdtype(mask.dtype, np.integer)) or not np.isin(mask, (0, 1)).all():
-        raise GenerationError("mask must hold 1 at real tokens and 0 at padding, as integers or booleans")
-    if tokens.ndim == 1:
-        tokens, mask = tokens[None], mask[None]
-    if tokens.ndim != 2:
-        raise GenerationError(f"tokens must be [B, T], or [T] of one row; got shape {tokens.shape}")
-    if 0 in tokens.shape:
-        raise GenerationError(f"tokens are empty, of shape {tokens.shape}; give at least one token in every row")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise GenerationError(f"tokens must be integers, got {tokens.dtype}")
-    mask = mask.astype(bool)
-    wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise GenerationError(
-            f"token {tokens[row, column]} at row {row}, column {column} is outside the vocabulary, "
-            f"0 to {config.vocab_size - 1}"
-        )
-    return np.where(mask, tokens, 0).astype(np.int32), mask
-
-
-def _as_arrays(tokens, mask) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(tokens, str | bytes) or _is_list(tokens) and any(isinstance(row, str | bytes) for row in tokens):
-        raise GenerationError(
-            "tokens are integers, not text: give text to model.complete(...), or encode it with model.tokenizer.encode"
-        )
-    try:
-        if _is_list(tokens) and len({_length(row) for row in tokens}) > 1:
-            if mask is not None:
-                raise GenerationError("rows of different lengths take no mask: pad them yourself, or leave mask= out")
-            return _pad_left(tokens)
-        tokens = np.asarray(tokens)
-        return tokens, np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
-    except GenerationError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise GenerationError(f"tokens and mask must be lists or arrays of integers [B, T]: {error}") from None
-
-
-def _is_list(value) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _length(row) -> int:
-    """Of a row of tokens; -1 of a single token."""
-    return len(row) if _is_list(row) else next(iter(np.shape(row)), -1)
-
-
-def _pad_left(rows) -> tuple[np.ndarray, np.ndarray]:
-    rows = [np.asarray(row) for row in rows]
-    for i, row in enumerate(rows):
-        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
-            kind = "is empty" if row.size == 0 else f"has shape {row.shape} and dtype {row.dtype}"
-            raise GenerationError(f"row {i} of the tokens {kind}; every row must hold integers [T]")
-    counts = np.array([row.size for row in rows])
-    mask = np.arange(counts.max()) >= counts.max() - counts[:, None]
-    tokens = np.zeros(mask.shape, np.int64)
-    tokens[mask] = np.concatenate(rows)
-    return tokens, mask
-
-
-def ragged(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, T], mask bool [B, T]) of rows of different lengths, padded at the right."""
-    counts = np.array([len(row) for row in rows], int)
-    mask = np.arange(counts.max(initial=0)) < counts[:, None]
-    tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = [token for row in rows for token in row]
-    return tokens, mask
-
-
-def left_align(tokens, mask) -> tuple[np.ndarray, np.ndarray]:
-    """Moves the real tokens of every row to its left, in order, and cuts columns that hold none."""
-    return ragged([row[real] for row, real in zip(tokens, mask, strict=True)])
 
 
 def on_mesh(mesh):
@@ -388,174 +288,3 @@ def score(config: ModelConfig, params, tokens, mask, *, chunk: int = PREFILL_CHU
         scores[:, start + 1 : stop + 1] = values
     result[mask] = scores[aligned]
     return result
-
-
-class Session:
-    """A batch of sequences in decoding: `extend` reads tokens, `decode` writes tokens, in any order.
-
-    Args:
-      config, params: the model.
-      sampling_params: how tokens are drawn.
-      seed: see `mmx_jax.inference.sampling.row_keys`.
-      stop_tokens: a row ends behind one of these.
-      vocab_size: ids from here on are never drawn. None: the model's.
-      prefill_chunk: tokens of a row in one pass of `extend`.
-      mesh: where the parameters lie; None: on one device.
-
-    Raises:
-      GenerationError, SamplingError: a setting that cannot be.
-    """
-
-    def __init__(
-        self, config: ModelConfig, params, batch: int, *, sampling_params: sampling.SamplingParams, seed=0,
-        stop_tokens: Sequence[int] = (), vocab_size: int | None = None, prefill_chunk: int = PREFILL_CHUNK, mesh=None,
-    ):  # fmt: skip
-        if prefill_chunk < 1:
-            raise GenerationError(f"prefill_chunk={prefill_chunk} must be positive")
-        for token in stop_tokens:
-            if not 0 <= token < config.vocab_size:
-                raise GenerationError(f"stop token {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
-        self._config, self._params, self._mesh, self._chunk = config, params, mesh, prefill_chunk
-        self._vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-        self._sampler, self._keys = sampling_params.sampler(), sampling.row_keys(seed, batch)
-        # In buckets too, so that one more stop token does not compile anew.
-        self._stop_ids = np.full(power_of_two(len(stop_tokens)), -1, np.int32)
-        self._stop_ids[: len(stop_tokens)] = stop_tokens
-        self._carry: DecodeCarry | None = None
-        self._seen = np.zeros((batch, config.vocab_size), bool) if self._sampler.repetition_penalty else None
-        self._batch, self._slots, self._cursor = batch, 0, 0
-        self.lengths = np.zeros(batch, int)  # real tokens of each row, at most
-        self.done = np.zeros(batch, bool)  # rows that met a stop token
-        self._failure: GenerationError | None = None  # what ended the session
-
-    def __repr__(self) -> str:
-        lengths = ", ".join(map(str, self.lengths[:8])) + (", ..." if self._batch > 8 else "")
-        return (
-            f"Session(batch={self._batch}, lengths=[{lengths}], done={int(self.done.sum())}, slots={self._slots}, "
-            f"dtype={self._config.dtype})"
-        )
-
-    @property
-    def logits(self) -> np.ndarray:
-        """float32 [B, V] of the next token."""
-        if self._carry is None:
-            raise GenerationError("a sequence begins with tokens to read: call extend before logits")
-        logits = np.asarray(self._carry.logits)
-        if not (finite := np.isfinite(logits[:, : self._vocab_size]).all(axis=1)).all():
-            row = int(np.argmin(finite))
-            raise not_finite_error(self._config, self._params, f"row {row} behind {self.lengths[row]} tokens")
-        return logits
-
-    @property
-    def state(self) -> DecodeState:
-        """The state as it stands; the next call takes its buffers."""
-        return self._carry.state
-
-    def extend(self, tokens, mask=None, *, reserve: int = 0):
-        """Reads tokens [B, T], a real one in every row at least; all rows then go on.
-
-        Args:
-          mask: 1 at real tokens, 0 at padding, which may be anywhere.
-          reserve: number of tokens to be decoded next, for which room is made at once.
-
-        Raises:
-          GenerationError: tokens that cannot be, or more than `max_position_embeddings`.
-        """
-        self._check_alive()
-        tokens, mask = check_tokens(self._config, tokens, mask)
-        if len(tokens) != self._batch:
-            raise GenerationError(f"{len(tokens)} rows of tokens for {self._batch} sequences")
-        if not mask.any(axis=1).all():
-            raise GenerationError(f"row {int(np.argmin(mask.any(axis=1)))} holds no real token: its mask is all 0")
-        self._check_context(self.lengths + mask.sum(axis=1) + reserve)
-        tokens, mask = left_align(tokens, mask)
-        width = tokens.shape[1]
-        with on_mesh(self._mesh):
-            state = self._room(max(slots_needed(width, self._chunk), width + reserve))
-            logits, state = prefill(self._config, self._params, tokens, mask, state, chunk=self._chunk)
-            seen, count = None, np.int32(0)
-            if self._seen is not None:
-                seen = self._seen if self._carry is None else np.array(self._carry.seen)
-                rows = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
-                seen[rows[mask], tokens[mask]] = True
-            if self._carry is not None:
-                count = self._carry.count
-            count, done, seen = beside(self._params, (count, np.zeros(self._batch, bool), seen))
-            self._carry = DecodeCarry(state, logits, count, done, seen)
-            jax.block_until_ready(logits)
-        self.done = np.zeros(self._batch, bool)
-        self._cursor += width
-        self.lengths = self.lengths + mask.sum(axis=1)
-
-    def decode(self, steps: int) -> np.ndarray:
-        """Writes up to min(steps, `DECODE_STEPS`) tokens: int32 [B, n], -1 behind a row's stop token.
-
-        n is smaller, and in the end 0, once all rows are done.
-
-        Raises:
-          GenerationError: nothing was read yet, the context would exceed `max_position_embeddings`, or the logits are
-            NaN or infinite; the last one ends the session.
-        """
-        self._check_alive()
-        if self._carry is None:
-            raise GenerationError("a sequence begins with tokens to read: call extend before decode")
-        if self.done.all() or steps < 1:
-            return np.zeros((self._batch, 0), np.int32)
-        steps = min(steps, DECODE_STEPS)
-        self._check_context(self.lengths[~self.done] + steps)
-        with on_mesh(self._mesh):
-            carry = self._carry._replace(state=self._room(steps))
-            tokens, taken, self._carry = decode(
-                self._config, self._params, carry, self._keys, self._sampler, self._stop_ids, np.int32(steps),
-                vocab_size=self._vocab_size,
-            )  # fmt: skip
-        taken = int(taken)
-        tokens = np.asarray(tokens)[:, :taken]
-        self._check_finite(tokens)
-        self._cursor += taken
-        self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
-        self.done = np.array(self._carry.done)
-        return tokens
-
-    def stream(self, max_new_tokens: int, steps: int = 8) -> Iterator[np.ndarray]:
-        """What `decode` gives, as it is made: the first token alone, then `steps` at a time."""
-        remaining = max_new_tokens
-        while remaining and (piece := self.decode(1 if remaining == max_new_tokens else min(steps, remaining))).size:
-            remaining -= piece.shape[1]
-            yield piece
-
-    def finish(self, row: int):
-        """Lets a row end here."""
-        self.done[row] = True
-        self._carry = self._carry._replace(done=beside(self._params, self.done.copy()))
-
-    def _check_alive(self):
-        if self._failure is not None:
-            raise GenerationError(f"this session has ended: {self._failure}")
-
-    def _check_finite(self, tokens):
-        """Raises for the first row of decoded tokens that has `NOT_FINITE`."""
-        if (failed := np.argwhere(tokens == NOT_FINITE)).size:
-            row, column = failed[0]
-            where = f"row {row} behind {self.lengths[row] + column} tokens"
-            self._failure = not_finite_error(self._config, self._params, where)
-            raise self._failure
-
-    def _check_context(self, lengths):
-        limit = self._config.max_position_embeddings
-        if (longest := int(lengths.max(initial=0))) > limit:
-            raise GenerationError(
-                f"{longest} tokens of prompt and continuation exceed max_position_embeddings={limit} of the model; "
-                "shorten the prompt or ask for fewer new tokens"
-            )
-
-    def _room(self, more: int) -> DecodeState:
-        """The state with slots for `more` columns."""
-        needed = self._cursor + more
-        if self._carry is None:
-            self._slots = slot_bucket(needed)
-            return new_state(self._config, self._params, self._batch, self._slots)
-        if needed > self._slots:
-            self._slots = slot_bucket(needed)
-            return with_slots(self._carry.state, self._slots)
-        return self._carry.state

@@ -8,9 +8,12 @@ import numpy as np
 from mmx_jax.checkpoints import generation_config, hf_config, load
 from mmx_jax.config import FLOAT_DTYPES, ModelConfig
 from mmx_jax.data.tokenizer import Tokenizer
-from mmx_jax.inference import generate, text_generation
-from mmx_jax.inference.generate import PREFILL_CHUNK, GenerationError, Session
+from mmx_jax.inference import complete as text_completion
+from mmx_jax.inference import generate, inputs
+from mmx_jax.inference.generate import PREFILL_CHUNK
+from mmx_jax.inference.inputs import GenerationError
 from mmx_jax.inference.sampling import SamplingParams
+from mmx_jax.inference.session import Session
 
 
 def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "Model":
@@ -91,7 +94,7 @@ class Model:
 
     def logits(self, tokens, mask=None) -> np.ndarray:
         """float32 logits [B, T, V]; those at padding mean nothing."""
-        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        tokens, mask = inputs.check_tokens(self.config, tokens, mask)
         length = tokens.shape[1]
         right = ((0, 0), (0, generate.slot_bucket(length) - length))
         mask = np.pad(mask, right)
@@ -109,7 +112,7 @@ class Model:
         The first real token of a row, which nothing precedes, and padding have 0. Long rows run in chunks of
         `prefill_chunk` tokens that carry the state, so that [T, V] logits never exist.
         """
-        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        tokens, mask = inputs.check_tokens(self.config, tokens, mask)
         limit = self.config.max_position_embeddings
         if (longest := int(mask.sum(axis=1).max())) > limit:
             raise GenerationError(f"{longest} tokens exceed max_position_embeddings={limit} of the model; cut the text")
@@ -136,7 +139,7 @@ class Model:
     def stream(self, tokens, mask=None, max_new_tokens: int = 16, **settings) -> Iterator[np.ndarray]:
         """As `generate`, in pieces int32 [B, n] as they are made: the first token alone, then up to 8; it ends early
         when all rows have."""
-        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        tokens, mask = inputs.check_tokens(self.config, tokens, mask)
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
         session = self.session(len(tokens), **settings)
@@ -166,7 +169,7 @@ class Model:
           GenerationError: prompt and continuation exceed `max_position_embeddings`; a row without a real token; logits
             that are NaN or infinite.
         """
-        tokens, mask = generate.check_tokens(self.config, tokens, mask)
+        tokens, mask = inputs.check_tokens(self.config, tokens, mask)
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
         session = self.session(
@@ -208,7 +211,7 @@ class Model:
         prompts = [prompts] if single else list(prompts)
         texts = [""] * len(prompts)
         if prompts:
-            for row, text in text_generation.complete(
+            for row, text in text_completion.complete(
                 self,
                 prompts,
                 max_new_tokens=max_new_tokens,

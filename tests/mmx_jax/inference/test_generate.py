@@ -25,17 +25,12 @@ from mmx_jax.convert.import_hf import import_checkpoint
 from mmx_jax.data.chat_template import ChatError
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.inference import generate, sampling
-from mmx_jax.inference.generate import (
-    DECODE_STEPS,
-    GenerationError,
-    check_tokens,
-    left_align,
-    power_of_two,
-    ragged,
-    slot_bucket,
-)
+from mmx_jax.inference.chat import Conversation
+from mmx_jax.inference.complete import encode_prompts
+from mmx_jax.inference.detokenize import TextStream, special_stops, stream_text
+from mmx_jax.inference.generate import DECODE_STEPS, power_of_two, slot_bucket
+from mmx_jax.inference.inputs import GenerationError, check_tokens, left_align, ragged
 from mmx_jax.inference.sampling import SamplingError, SamplingParams
-from mmx_jax.inference.text_generation import Conversation, TextStream, encode_prompts, special_stops, stream_text
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.params import abstract_params
 from tests.support.paths import FIXTURES, REPOSITORY

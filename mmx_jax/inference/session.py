@@ -1,0 +1,198 @@
+"""Sequences in decoding that are read and written in turns."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from mmx_jax.config import ModelConfig
+from mmx_jax.inference import sampling
+from mmx_jax.inference.generate import (
+    DECODE_STEPS,
+    NOT_FINITE,
+    PREFILL_CHUNK,
+    DecodeCarry,
+    beside,
+    decode,
+    new_state,
+    not_finite_error,
+    on_mesh,
+    power_of_two,
+    prefill,
+    slot_bucket,
+    slots_needed,
+    with_slots,
+)
+from mmx_jax.inference.inputs import GenerationError, check_tokens, left_align
+from mmx_jax.models.cache import DecodeState
+
+
+class Session:
+    """A batch of sequences in decoding: `extend` reads tokens, `decode` writes tokens, in any order.
+
+    Args:
+      config, params: the model.
+      sampling_params: how tokens are drawn.
+      seed: see `mmx_jax.inference.sampling.row_keys`.
+      stop_tokens: a row ends behind one of these.
+      vocab_size: ids from here on are never drawn. None: the model's.
+      prefill_chunk: tokens of a row in one pass of `extend`.
+      mesh: where the parameters lie; None: on one device.
+
+    Raises:
+      GenerationError, SamplingError: a setting that cannot be.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params, batch: int, *, sampling_params: sampling.SamplingParams, seed=0,
+        stop_tokens: Sequence[int] = (), vocab_size: int | None = None, prefill_chunk: int = PREFILL_CHUNK, mesh=None,
+    ):  # fmt: skip
+        if prefill_chunk < 1:
+            raise GenerationError(f"prefill_chunk={prefill_chunk} must be positive")
+        for token in stop_tokens:
+            if not 0 <= token < config.vocab_size:
+                raise GenerationError(f"stop token {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
+        self._config, self._params, self._mesh, self._chunk = config, params, mesh, prefill_chunk
+        self._vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
+        self._sampler, self._keys = sampling_params.sampler(), sampling.row_keys(seed, batch)
+        # In buckets too, so that one more stop token does not compile anew.
+        self._stop_ids = np.full(power_of_two(len(stop_tokens)), -1, np.int32)
+        self._stop_ids[: len(stop_tokens)] = stop_tokens
+        self._carry: DecodeCarry | None = None
+        self._seen = np.zeros((batch, config.vocab_size), bool) if self._sampler.repetition_penalty else None
+        self._batch, self._slots, self._cursor = batch, 0, 0
+        self.lengths = np.zeros(batch, int)  # real tokens of each row, at most
+        self.done = np.zeros(batch, bool)  # rows that met a stop token
+        self._failure: GenerationError | None = None  # what ended the session
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(map(str, self.lengths[:8])) + (", ..." if self._batch > 8 else "")
+        return (
+            f"Session(batch={self._batch}, lengths=[{lengths}], done={int(self.done.sum())}, slots={self._slots}, "
+            f"dtype={self._config.dtype})"
+        )
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [B, V] of the next token."""
+        if self._carry is None:
+            raise GenerationError("a sequence begins with tokens to read: call extend before logits")
+        logits = np.asarray(self._carry.logits)
+        if not (finite := np.isfinite(logits[:, : self._vocab_size]).all(axis=1)).all():
+            row = int(np.argmin(finite))
+            raise not_finite_error(self._config, self._params, f"row {row} behind {self.lengths[row]} tokens")
+        return logits
+
+    @property
+    def state(self) -> DecodeState:
+        """The state as it stands; the next call takes its buffers."""
+        return self._carry.state
+
+    def extend(self, tokens, mask=None, *, reserve: int = 0):
+        """Reads tokens [B, T], a real one in every row at least; all rows then go on.
+
+        Args:
+          mask: 1 at real tokens, 0 at padding, which may be anywhere.
+          reserve: number of tokens to be decoded next, for which room is made at once.
+
+        Raises:
+          GenerationError: tokens that cannot be, or more than `max_position_embeddings`.
+        """
+        self._check_alive()
+        tokens, mask = check_tokens(self._config, tokens, mask)
+        if len(tokens) != self._batch:
+            raise GenerationError(f"{len(tokens)} rows of tokens for {self._batch} sequences")
+        if not mask.any(axis=1).all():
+            raise GenerationError(f"row {int(np.argmin(mask.any(axis=1)))} holds no real token: its mask is all 0")
+        self._check_context(self.lengths + mask.sum(axis=1) + reserve)
+        tokens, mask = left_align(tokens, mask)
+        width = tokens.shape[1]
+        with on_mesh(self._mesh):
+            state = self._room(max(slots_needed(width, self._chunk), width + reserve))
+            logits, state = prefill(self._config, self._params, tokens, mask, state, chunk=self._chunk)
+            seen, count = None, np.int32(0)
+            if self._seen is not None:
+                seen = self._seen if self._carry is None else np.array(self._carry.seen)
+                rows = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
+                seen[rows[mask], tokens[mask]] = True
+            if self._carry is not None:
+                count = self._carry.count
+            count, done, seen = beside(self._params, (count, np.zeros(self._batch, bool), seen))
+            self._carry = DecodeCarry(state, logits, count, done, seen)
+            jax.block_until_ready(logits)
+        self.done = np.zeros(self._batch, bool)
+        self._cursor += width
+        self.lengths = self.lengths + mask.sum(axis=1)
+
+    def decode(self, steps: int) -> np.ndarray:
+        """Writes up to min(steps, `DECODE_STEPS`) tokens: int32 [B, n], -1 behind a row's stop token.
+
+        n is smaller, and in the end 0, once all rows are done.
+
+        Raises:
+          GenerationError: nothing was read yet, the context would exceed `max_position_embeddings`, or the logits are
+            NaN or infinite; the last one ends the session.
+        """
+        self._check_alive()
+        if self._carry is None:
+            raise GenerationError("a sequence begins with tokens to read: call extend before decode")
+        if self.done.all() or steps < 1:
+            return np.zeros((self._batch, 0), np.int32)
+        steps = min(steps, DECODE_STEPS)
+        self._check_context(self.lengths[~self.done] + steps)
+        with on_mesh(self._mesh):
+            carry = self._carry._replace(state=self._room(steps))
+            tokens, taken, self._carry = decode(
+                self._config, self._params, carry, self._keys, self._sampler, self._stop_ids, np.int32(steps),
+                vocab_size=self._vocab_size,
+            )  # fmt: skip
+        taken = int(taken)
+        tokens = np.asarray(tokens)[:, :taken]
+        self._check_finite(tokens)
+        self._cursor += taken
+        self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
+        self.done = np.array(self._carry.done)
+        return tokens
+
+    def stream(self, max_new_tokens: int, steps: int = 8) -> Iterator[np.ndarray]:
+        """What `decode` gives, as it is made: the first token alone, then `steps` at a time."""
+        remaining = max_new_tokens
+        while remaining and (piece := self.decode(1 if remaining == max_new_tokens else min(steps, remaining))).size:
+            remaining -= piece.shape[1]
+            yield piece
+
+    def finish(self, row: int):
+        """Lets a row end here."""
+        self.done[row] = True
+        self._carry = self._carry._replace(done=beside(self._params, self.done.copy()))
+
+    def _check_alive(self):
+        if self._failure is not None:
+            raise GenerationError(f"this session has ended: {self._failure}")
+
+    def _check_finite(self, tokens):
+        """Raises for the first row of decoded tokens that has `NOT_FINITE`."""
+        if (failed := np.argwhere(tokens == NOT_FINITE)).size:
+            row, column = failed[0]
+            where = f"row {row} behind {self.lengths[row] + column} tokens"
+            self._failure = not_finite_error(self._config, self._params, where)
+            raise self._failure
+
+    def _check_context(self, lengths):
+        limit = self._config.max_position_embeddings
+        if (longest := int(lengths.max(initial=0))) > limit:
+            raise GenerationError(
+                f"{longest} tokens of prompt and continuation exceed max_position_embeddings={limit} of the model; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
+
+    def _room(self, more: int) -> DecodeState:
+        """The state with slots for `more` columns."""
+        needed = self._cursor + more
+        if self._carry is None:
+            self._slots = slot_bucket(needed)
+            return new_state(self._config, self._params, self._batch, self._slots)
+        if needed > self._slots:
+            self._slots = slot_bucket(needed)
+            return with_slots(self._carry.state, self._slots)
+        return self._carry.state
