@@ -83,6 +83,7 @@ def training_child(name, compile_only):
 
     from mmx_jax import sharding
     from mmx_jax.analysis import aot_training, memory_model
+    from mmx_jax.data import device_batch
     from mmx_jax.training import train_step
 
     config = load(TRAINING[name])
@@ -102,7 +103,7 @@ def training_child(name, compile_only):
         segments = np.broadcast_to(np.repeat(np.arange(1, 9, dtype=np.int32), length // 8), (rows, length))
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
         batch = dict(tokens=tokens[0], targets=tokens[1], segment_ids=segments, positions=positions)
-        batch = jax.device_put(batch, train_step.batch_sharding(mesh))
+        batch = jax.device_put(batch, device_batch.batch_sharding(mesh))
         device = jax.devices()[0]
         try:
             state = train_step.init_state(config, mesh)

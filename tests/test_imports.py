@@ -1,4 +1,4 @@
-"""The layering of the project, read from its import statements; nothing is imported here."""
+"""The layering of the rooms, read from their import statements; nothing is imported here."""
 
 import ast
 import sys
@@ -8,104 +8,64 @@ import pytest
 
 from tests.support.paths import REPOSITORY
 
-# Group -> the groups it may import, besides itself. A group is a module or folder of mmx_jax, or pallas_kernels.
+# Room -> the rooms it may import, besides itself. A room is a folder or module of mmx_jax, or pallas_kernels.
 # A new one must be entered here, where its place among the others is seen.
 ALLOWED = {
     "pallas_kernels": set(),
-    "json_io": set(),
-    "file_kinds": set(),
-    "locking": set(),
-    "files": set(),
-    "array_files": {"json_io"},
-    "config_base": set(),
-    "config": {"config_base"},
-    "config_io": {"config", "config_base", "json_io"},
+    "storage": set(),
+    "config": {"storage"},
+    "distributed": set(),
     "sharding": {"config"},
-    "chat": set(),
-    "tokenizer": {"chat", "file_kinds", "json_io"},
-    "metrics": {"config", "json_io", "files"},
-    "compiled": {"config", "pallas_kernels"},
-    "overlap": {"compiled"},
-    "links": {"compiled"},
+    "metrics": {"storage"},
     "parallel": {"sharding", "pallas_kernels"},
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
     "models": {"config", "sharding", "layers"},
-    "checkpoint": {"config", "config_io", "json_io", "locking", "sharding", "models", "files", "array_files"},
-    "convert": {
-        "config",
-        "config_io",
-        "json_io",
-        "file_kinds",
-        "hub",
-        "locking",
-        "sharding",
-        "models",
-        "checkpoint",
-        "tokenizer",
-        "files",
-        "array_files",
-    },  # fmt: skip
+    "data": {"config", "storage", "sharding"},
+    "checkpoints": {"config", "storage", "sharding", "models", "data"},
+    "convert": {"config", "storage", "models", "checkpoints"},
     "training": {
         "config",
-        "config_io",
-        "json_io",
-        "file_kinds",
-        "locking",
-        "files",
-        "convert",
+        "storage",
+        "distributed",
         "sharding",
-        "models",
-        "layers",
-        "checkpoint",
-        "tokenizer",
         "metrics",
-        "compiled",
+        "models",
+        "data",
+        "checkpoints",
         "pallas_kernels",
-    },  # fmt: skip
-    "sampling": set(),
-    "generate": {"config", "sharding", "models", "layers", "sampling"},
-    "generate_dry_run": {"config", "sharding", "models", "sampling", "generate", "compiled"},
-    "plan": {
+    },
+    "inference": {"config", "sharding", "layers", "models", "data", "checkpoints"},
+    # Reads all of them; nothing but the mains and the benchmarks imports it.
+    "analysis": {
         "config",
         "sharding",
         "parallel",
         "layers",
         "models",
+        "data",
         "training",
-        "generate",
-        "compiled",
+        "inference",
         "pallas_kernels",
     },
-    "text_generation": {"chat", "generate", "tokenizer"},
-    "model": {"config", "generate", "sampling", "tokenizer", "convert", "text_generation"},
-    "serving": {"config", "sharding", "models", "checkpoint", "tokenizer", "generate", "model", "text_generation"},
-    "hub": set(),
     "cli": {
         "__init__",
         "config",
-        "config_io",
-        "convert",
-        "generate",
-        "generate_dry_run",
-        "hub",
-        "json_io",
+        "distributed",
         "metrics",
-        "model",
-        "plan",
-        "text_generation",
-        "tokenizer",
+        "data",
+        "checkpoints",
         "training",
+        "inference",
+        "analysis",
     },
     # mmx_jax/__init__.py: `from_pretrained`, by a lazy import, so that a config costs no jax.
-    "__init__": {"model"},
+    "__init__": {"inference"},
 }
 
 # What else a group may import; the others may use everything that pyproject.toml names.
 ONLY_EXTERNAL = {
     "pallas_kernels": {"jax", "numpy"},
-    "config_base": set(),
     "config": set(),
-    "config_io": set(),
 }
 
 # Of an extra: imported where it is used, so that the core runs without it.
@@ -194,7 +154,7 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 def test_configs_import_the_configuration_alone():
     for path in (REPOSITORY / "configs").rglob("*.py"):
         groups = {group_of(name) for name in all_imports(path) if name[0] not in sys.stdlib_module_names}
-        assert groups <= {"config", "config_io"}, path
+        assert groups <= {"config"}, path
 
 
 def test_shipped_files_need_torch_and_transformers_alone():

@@ -46,9 +46,9 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
 def lower_step(config: Config, mesh) -> jax.stages.Lowered:
     """The step of the first stage for `mesh`; to be called inside `compiled.compiling_for` of it."""
     plan = schedule.plan_step(config.training, 0)
-    batch_sharding = train_step.batch_sharding(mesh)
+    batch_sharding = device_batch.batch_sharding(mesh)
     shape = (plan.rows, plan.stage.sequence_length)
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in train_step.BATCH_KEYS}
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for key in device_batch.BATCH_KEYS}
     step_function = train_step.make_train_step(config.in_stage(plan.stage_index), mesh)
     # The rate as in a run, so that both compile the same program.
     return step_function.lower(train_step.abstract_state(config, mesh), batch, np.float32(plan.learning_rate))

@@ -1,6 +1,7 @@
 """The recipe of a run: stages, batches, learning rate, optimizer, losses."""
 
 import dataclasses
+import math
 
 from mmx_jax.config.base import (
     Section,
@@ -187,6 +188,14 @@ class TrainingConfig(Section):
     def run_tokens(self) -> int:
         """Length of the run: the sum of its stages."""
         return sum(stage.tokens for stage in self.resolved_stages)
+
+    def row_unit(self, stage: StageConfig) -> int:
+        """Greatest common divisor of the rows of all batches of a stage: the rows that are read at a time.
+
+        The position in the data then does not depend on where the batch ramp stands.
+        """
+        sizes = [self.batch_tokens, *(step.batch_tokens for step in self.batch_ramp)]
+        return math.gcd(*(size // stage.sequence_length for size in sizes))
 
     @property
     def phase_ends(self) -> tuple[int, ...]:

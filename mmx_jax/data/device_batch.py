@@ -11,22 +11,35 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from mmx_jax.config import Config
-from mmx_jax.training import schedule, train_step
+from mmx_jax.sharding import RULES, logical_to_spec
+
+BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
+
+
+def batch_sharding(mesh) -> NamedSharding:
+    """Sharding of an array [rows, T] of a batch."""
+    return NamedSharding(mesh, logical_to_spec(("batch", "length")))
+
+
+def batch_shards(mesh) -> int:
+    """Number of parts that the batch axis is divided into; 1 without a mesh."""
+    return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(RULES["batch"]) if not mesh.empty)
 
 
 def rows_by_process(mesh, rows: int) -> dict[int, np.ndarray]:
     """The numbers of the rows of a batch of which the devices of each process hold parts, ascending."""
     blocks = {}
-    for device, (block, _) in train_step.batch_sharding(mesh).devices_indices_map((rows, mesh.size)).items():
+    for device, (block, _) in batch_sharding(mesh).devices_indices_map((rows, mesh.size)).items():
         blocks.setdefault(device.process_index, []).append(block)
     return {process: _numbers(own, rows) for process, own in blocks.items()}
 
 
 def own_rows(mesh, rows: int) -> np.ndarray:
     """Those of this process."""
-    indices = train_step.batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.size))
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.size))
     return _numbers([block for block, _ in indices.values()], rows)
 
 
@@ -61,9 +74,9 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh, rows: int) -> dict[str, ja
       rows: of the whole batch.
 
     Returns:
-      int32 [rows, T] by name, with `step.batch_sharding`.
+      int32 [rows, T] by name, with `batch_sharding`.
     """
-    sharding, numbers = train_step.batch_sharding(mesh), own_rows(mesh, rows)
+    sharding, numbers = batch_sharding(mesh), own_rows(mesh, rows)
     return {
         name: jax.make_array_from_callback(
             (rows, own.shape[1]), sharding, lambda index, own=own: part_of(own, numbers, index)
@@ -76,7 +89,7 @@ def reading_lines(config: Config, mesh) -> list[str]:
     """What each process reads, a line for every stage; none where there is but one process."""
     lines = []
     for stage in config.training.resolved_stages:
-        rows = schedule.row_unit(config.training, stage)
+        rows = config.training.row_unit(stage)
         held = rows_by_process(mesh, rows)
         if len(held) > 1:
             what = f"{len(held)} processes, rows of {stage.sequence_length} tokens: of every {rows} "

@@ -102,12 +102,3 @@ def end_of_run(training: TrainingConfig, step: int, tokens_seen: int, last_step:
     while tokens_seen < end and not (last_step and step >= last_step):
         step, tokens_seen = step + 1, tokens_seen + batch_tokens(training, tokens_seen)
     return step, tokens_seen
-
-
-def row_unit(training: TrainingConfig, stage: StageConfig) -> int:
-    """Greatest common divisor of the batches' rows in a stage: what the data pipeline is asked for at a time.
-
-    The position in the data then does not depend on where the batch ramp stands.
-    """
-    sizes = [training.batch_tokens, *(step.batch_tokens for step in training.batch_ramp)]
-    return math.gcd(*(size // stage.sequence_length for size in sizes))

@@ -3,8 +3,6 @@
 The training state is a plain pytree, {"step": int32 scalar, "params": tree, "opt_state": ScaleByAdamState}.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx_jax import sharding
 from mmx_jax.config import Config
+from mmx_jax.data.device_batch import batch_shards
 from mmx_jax.models import decoder
 from mmx_jax.models import params as model_params
 from mmx_jax.training import loss as losses
 from mmx_jax.training import optimizer
 from pallas_kernels import platform
-
-BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
 
 
 def state_shardings(config: Config, mesh):
@@ -31,16 +28,6 @@ def state_shardings(config: Config, mesh):
         "params": params,
         "opt_state": optax.ScaleByAdamState(count=replicated, mu=params, nu=params),
     }
-
-
-def batch_sharding(mesh):
-    """Sharding of an array [rows, T] of a batch."""
-    return NamedSharding(mesh, sharding.logical_to_spec(("batch", "length")))
-
-
-def batch_shards(mesh) -> int:
-    """Into how many parts the batch axis is divided; 1 without a mesh."""
-    return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(sharding.RULES["batch"]) if not mesh.empty)
 
 
 def abstract_state(config: Config, mesh):

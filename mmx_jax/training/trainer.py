@@ -369,7 +369,7 @@ class _Run:
     def _open_stage(self, index):
         # Each stage shuffles anew: its sequence length and mixture make it another stream of batches.
         stage = self.config.training.resolved_stages[index]
-        unit = schedule.row_unit(self.config.training, stage)
+        unit = self.config.training.row_unit(stage)
         if self.iterator is not None:
             self.iterator.close()
         self.iterator = data_pipeline.make_train_iterator(
@@ -390,9 +390,9 @@ class _Run:
         return None if self.iterator is None else data_pipeline.merge_states(states)
 
     def _global_batch(self, plan):
-        unit = schedule.row_unit(self.config.training, plan.stage)
+        unit = self.config.training.row_unit(plan.stage)
         parts = [next(self.iterator) for _ in range(plan.rows // unit)]
-        batch = {key: device_batch.join_parts([part[key] for part in parts]) for key in train_step.BATCH_KEYS}
+        batch = {key: device_batch.join_parts([part[key] for part in parts]) for key in device_batch.BATCH_KEYS}
         return device_batch.to_devices(batch, self.mesh, plan.rows)
 
     def _step_function(self):
@@ -409,7 +409,7 @@ class _Run:
         """The same batches through the whole run, of the first stage's length, so that their losses compare."""
         training = self.config.training
         stage = training.resolved_stages[0]
-        rows = training.microbatch_rows or schedule.row_unit(training, stage)
+        rows = training.microbatch_rows or training.row_unit(stage)
         batches = data_pipeline.make_eval_batches(
             self.corpus,
             self.tokenizer,
@@ -605,9 +605,9 @@ class _Clock:
 def check_batches(config: Config, mesh):
     """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis, or tokens not
     over all devices."""
-    shards = train_step.batch_shards(mesh)
+    shards = device_batch.batch_shards(mesh)
     for stage in config.training.resolved_stages:
-        unit = schedule.row_unit(config.training, stage)
+        unit = config.training.row_unit(stage)
         rows = config.training.microbatch_rows or unit
         if rows % shards:
             possible = [n for n in range(1, rows + 1) if rows % n == 0]

@@ -15,11 +15,12 @@ import numpy as np
 
 from mmx_jax.analysis.aot import bytes_per_device
 from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mmx_jax.data.device_batch import batch_sharding
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params
 from mmx_jax.sharding import MESH_AXES, make_mesh
 from mmx_jax.training.optimizer import init_optimizer
-from mmx_jax.training.train_step import abstract_state, batch_sharding, make_train_step, state_shardings
+from mmx_jax.training.train_step import abstract_state, make_train_step, state_shardings
 from tests.support import sharded_experts
 
 ROWS, LENGTH, STEPS = 8, 16, 10

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import MeshConfig
+from mmx_jax.data.device_batch import batch_sharding
 from mmx_jax.inference import generate
 from mmx_jax.layers.attention_ops import causal_attention
 from mmx_jax.models.decoder import Decoder
@@ -23,7 +24,6 @@ from mmx_jax.models.params import abstract_params, init_params, param_shardings
 from mmx_jax.parallel import sequence
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from mmx_jax.training.loss import chunked_cross_entropy
-from mmx_jax.training.train_step import batch_sharding
 from pallas_kernels import blockwise_attention as blocks
 from pallas_kernels.lightning_attention import document_runs, lightning_attention
 from tests.support import oracles, sharded_experts, sharded_model

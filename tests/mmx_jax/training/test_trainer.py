@@ -34,6 +34,7 @@ from mmx_jax.config import (
     TrainingConfig,
 )
 from mmx_jax.config import io as config_io
+from mmx_jax.data import device_batch
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder, flops
 from mmx_jax.models import params as model_params
@@ -230,11 +231,11 @@ def test_stages_and_plans():
     assert [schedule.stage_index(training, seen) for seen in (0, 199, 200, 499, 500, 10**6)] == [0, 0, 1, 1, 1, 1]
     whole = dataclasses.replace(training, microbatch_rows=0)  # no accumulation
     assert [schedule.plan_step(whole, seen).microbatches for seen in (0, 256)] == [1, 1]
-    assert schedule.row_unit(training, training.stages[0]) == 4
-    assert schedule.row_unit(training, training.stages[1]) == 1
+    assert training.row_unit(training.stages[0]) == 4
+    assert training.row_unit(training.stages[1]) == 1
     ramp = (BatchRampStep(from_tokens=512, batch_tokens=384),)
     training = TrainingConfig(sequence_length=64, batch_tokens=256, batch_ramp=ramp, total_tokens=2**20)
-    assert schedule.row_unit(training, training.resolved_stages[0]) == 2  # of 4 and 6 rows
+    assert training.row_unit(training.resolved_stages[0]) == 2  # of 4 and 6 rows
 
 
 # -- optimizer and step -----------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def test_accumulation_equals_one_big_batch():
 def test_a_non_finite_step_changes_nothing_and_names_the_layers():
     config = Config(model=MODEL, training=TRAINING)
     mesh = one_device_mesh(config)
-    batch = jax.device_put(random_batch(), train_step.batch_sharding(mesh))
+    batch = jax.device_put(random_batch(), device_batch.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         state = train_step.init_state(config, mesh)
         state["params"]["blocks"]["layer_1"]["mlp"]["down"] *= jnp.nan
@@ -335,7 +336,7 @@ def test_a_non_finite_step_changes_nothing_and_names_the_layers():
 def test_a_parameter_that_is_not_finite_stops_the_step_though_the_batch_does_not_meet_it():
     config = Config(model=MODEL, training=TRAINING)
     mesh = one_device_mesh(config)
-    batch = jax.device_put(random_batch(), train_step.batch_sharding(mesh))
+    batch = jax.device_put(random_batch(), device_batch.batch_sharding(mesh))
     unseen = np.setdiff1d(np.arange(MODEL.vocab_size), batch["tokens"])[0]
     with jax.set_mesh(mesh):
         state = train_step.init_state(config, mesh)
