@@ -20,9 +20,10 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from mmx_jax.layers.attention_ops import causal_attention  # noqa: E402
 from pallas_kernels import grouped_matmul as grouped  # noqa: E402
 from pallas_kernels import lightning_attention as lightning  # noqa: E402
+from pallas_kernels.segments import number_segments  # noqa: E402
+from pallas_kernels.softmax_attention import softmax_attention  # noqa: E402
 from tests.support import oracles  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks/results/parity.json"
@@ -143,19 +144,21 @@ def grouped_error(
 
 def softmax_error(implementation, *, dtype="bfloat16", segments=None, gradients=False):
     rng = np.random.default_rng(0)
-    runs = None if segments is None else lightning.document_runs(jnp.asarray(segment_ids(segments)))
+    ids = None if segments is None else number_segments(jnp.asarray(segment_ids(segments)))
     shapes = ((1, 200, 4, 128), (1, 200, 2, 128), (1, 200, 2, 128))
     inputs = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
     cotangent = jnp.asarray(rng.normal(size=shapes[0]), dtype)
 
     def run(name):
-        apply = lambda *inputs: causal_attention(*inputs, runs, implementation=name, block=64)  # noqa: E731
+        def apply(*inputs):
+            return softmax_attention(*inputs, ids, implementation=name, block=64)
+
         return jax.jit(lambda *inputs: with_gradients(apply, inputs, cotangent))
 
     output, got = run(implementation)(*inputs)
     exact = [x.astype(jnp.float32) for x in inputs]
     _, want = run("blockwise")(*exact)
-    want_output = oracles.softmax_attention(*(np.asarray(x, np.float64) for x in exact), runs)
+    want_output = oracles.softmax_attention(*(np.asarray(x, np.float64) for x in exact), ids)
     return worst((output, *(got if gradients else ())), (want_output, *(want if gradients else ())))
 
 

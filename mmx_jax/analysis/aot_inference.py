@@ -91,7 +91,7 @@ def _placed(mesh, x, axes=()):
 
 
 def _lower_prefill(config, mesh, params, state, bucket):
-    batch = state.length.shape[0]
+    batch = state.lengths.shape[0]
     tokens = jax.ShapeDtypeStruct((batch, bucket), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch, bucket), jnp.bool)
     last = _placed(mesh, jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.dtype(config.dtype)))
@@ -99,7 +99,7 @@ def _lower_prefill(config, mesh, params, state, bucket):
 
 
 def _lower_decode(config, mesh, params, state):
-    batch = state.length.shape[0]
+    batch = state.lengths.shape[0]
     logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32)
     carry = generate.DecodeCarry(
         state=state,

@@ -25,7 +25,9 @@ from mmx_jax.config import Config, ConfigError, ModelConfig
 from mmx_jax.inference import generate, inputs
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import params as model_params
-from mmx_jax.parallel.expert import BUFFER_ALIGNMENT, reduce_scatter_factors, token_axes
+from mmx_jax.parallel.expert_parallel import token_axes
+from mmx_jax.parallel.mesh_group import reduce_scatter_factors
+from mmx_jax.parallel.token_dispatch import BUFFER_ALIGNMENT
 from mmx_jax.training import schedule, trainer
 from pallas_kernels.platform import cdiv
 
@@ -161,7 +163,7 @@ class Share:
     """What one device has of a pass of B rows of `length` tokens, in elements.
 
     The dense part divides the batch and heads; the experts divide rows and their tokens among all devices. A batch of
-    fewer rows than devices along it is filled up for them (`parallel.expert`).
+    fewer rows than devices along it is filled up for them (`parallel.expert_parallel`).
     """
 
     model: ModelConfig
@@ -319,8 +321,8 @@ def put_off(share: Share) -> int:
     Where rows travel to their experts, the compiler puts off the products for these gradients until there is traffic to
     hide (seen with blocks of 4 and 8 layers). In attention all layers but the last two of the backward pass do so, and
     keep the gradients of q, k, v, and of output and gate. Those of the experts are tied to the gradient of their rows
-    (`parallel.expert`): one layer keeps the hidden rows and the gradients of gate and up, the rows that came and the
-    gradient of those that went out.
+    (`parallel.expert_parallel`): one layer keeps the hidden rows and the gradients of gate and up, the rows that came
+    and the gradient of those that went out.
     """
     model = share.model
     layers = len(model.layer_pattern) - 2
@@ -547,7 +549,7 @@ def attention_work(share: Share, kind: str, slots: int) -> int:
     if kind == "lightning":
         return (elements + 7 * share.inner) * share.item
     heads = model.num_heads // share.along("heads_act")
-    # As `attention_ops.cached_attention` cuts them; one token meets all slots at once.
+    # As `softmax_attention.cached_attention` cuts them; one token meets all slots at once.
     queries = min(share.length, 16 * model.softmax_block)
     scores = share.rows * heads * queries * (slots if share.length == 1 else min(slots, model.softmax_block))
     elements += 2 * share.inner + 2 * share.keys

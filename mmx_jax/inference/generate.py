@@ -111,27 +111,21 @@ def _new_state(config, batch, slots):
 
 @functools.partial(jax.jit, static_argnames="slots")
 def with_slots(state: DecodeState, slots: int) -> DecodeState:
-    """The same state with more room; lightning states have no length."""
-    extra = slots - state.real.shape[1]
+    """The same state with room for `slots` tokens of each row; lightning states have no length."""
 
     def widen(layer):
         if not isinstance(layer, KeyValueCache):
             return layer
-        return KeyValueCache(*(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra), (0, 0))) for x in layer))
+        return KeyValueCache(*(jnp.pad(x, ((0, 0),) * 3 + ((0, slots - x.shape[3]), (0, 0))) for x in layer))
 
-    layers = {name: widen(layer) for name, layer in state.layers.items()}
-    return state.replace(layers=layers, real=jnp.pad(state.real, ((0, 0), (0, extra))))
+    return state.replace(layers={name: widen(layer) for name, layer in state.layers.items()})
 
 
 def _advance(config, params, tokens, mask, state, last=None):
-    """(hidden [B, T, M], state) of one piece, without slots for the columns at its right that are all padding.
-
-    `last` as the decoder takes it.
-    """
+    """(hidden [B, T, M], state) after one piece of tokens; `last` as the decoder takes it."""
     ids = mask.astype(jnp.int32)
     out = Decoder(config).apply({"params": params}, tokens, ids, state=state, last=last, logits=False)
-    used = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]) + 1, 0))
-    return out.hidden, out.state.replace(cursor=state.cursor + used)
+    return out.hidden, out.state
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("last", "state"))
@@ -176,7 +170,7 @@ def prefill(config: ModelConfig, params, tokens, mask, state: DecodeState, *, ch
     Compiles once for `chunk` and each smaller power of two. Only the last real token of a row meets the head.
 
     Args:
-      tokens: int [B, T]; mask: bool [B, T], True at real tokens, wherever they stand.
+      tokens: int [B, T]; mask: bool [B, T], True at tokens, which stand at the left of their row.
       state: with `slots_needed(T, chunk)` free slots; it is donated.
       chunk: tokens of a row in one pass.
 

@@ -60,8 +60,8 @@ class Session:
         self._stop_ids[: len(stop_tokens)] = stop_tokens
         self._carry: DecodeCarry | None = None
         self._seen = np.zeros((batch, config.vocab_size), bool) if self._sampler.repetition_penalty else None
-        self._batch, self._slots, self._cursor = batch, 0, 0
-        self.lengths = np.zeros(batch, int)  # real tokens of each row, at most
+        self._batch, self._slots = batch, 0
+        self.lengths = np.zeros(batch, int)  # tokens of each row
         self.done = np.zeros(batch, bool)  # rows that met a stop token
         self._failure: GenerationError | None = None  # what ended the session
 
@@ -121,7 +121,6 @@ class Session:
             self._carry = DecodeCarry(state, logits, count, done, seen)
             jax.block_until_ready(logits)
         self.done = np.zeros(self._batch, bool)
-        self._cursor += width
         self.lengths = self.lengths + mask.sum(axis=1)
 
     def decode(self, steps: int) -> np.ndarray:
@@ -149,7 +148,6 @@ class Session:
         taken = int(taken)
         tokens = np.asarray(tokens)[:, :taken]
         self._check_finite(tokens)
-        self._cursor += taken
         self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
         self.done = np.array(self._carry.done)
         return tokens
@@ -187,8 +185,8 @@ class Session:
             )
 
     def _room(self, more: int) -> DecodeState:
-        """The state with slots for `more` columns."""
-        needed = self._cursor + more
+        """The state with slots for `more` tokens of the longest row."""
+        needed = int(self.lengths.max()) + more
         if self._carry is None:
             self._slots = slot_bucket(needed)
             return new_state(self._config, self._params, self._batch, self._slots)

@@ -11,7 +11,7 @@ from mmx_jax.config import ModelConfig
 from mmx_jax.layers.linear import deepnorm_gain, einsum, product, silu, weight
 from mmx_jax.layers.norm import gated_rms_norm
 from mmx_jax.layers.segments import at_positions
-from mmx_jax.parallel import sequence
+from mmx_jax.parallel import lasp
 from mmx_jax.sharding import constrain, over_mesh, row_axis
 from pallas_kernels.lightning_attention import gated_step, recurrent_step, serves_gated_step
 
@@ -31,7 +31,7 @@ def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
 class LightningAttention(nn.Module):
     """Spec C.3. Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one.
 
-    `segment_ids`: int32 [B, T] as `document_runs` gives them, or None.
+    `segment_ids`: int32 [B, T] as `number_segments` gives them, or None.
     `last`: int32 [B], the only position of each row whose output is wanted; it is [B, 1, M] then.
     """
 
@@ -75,7 +75,7 @@ class LightningAttention(nn.Module):
         else:
             axis = row_axis(x.shape[1])
             attend = functools.partial(
-                sequence.lightning_attention, axis=axis, method=c.sequence_lightning, chunk_size=c.lightning_chunk,
+                lasp.lightning_attention, axis=axis, method=c.sequence_lightning, chunk_size=c.lightning_chunk,
                 implementation=c.lightning_implementation,
             )  # fmt: skip
             length = axis and "length"

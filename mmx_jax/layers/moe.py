@@ -1,4 +1,4 @@
-"""The mixture of SwiGLU experts: router, dropless and capacity dispatch, statistics for the balancing loss."""
+"""The mixture of SwiGLU experts: router, dropless experts on one device, statistics for the balancing loss."""
 
 import functools
 import math
@@ -10,9 +10,10 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.linear import deepnorm_gain, product, weight
+from mmx_jax.layers.linear import deepnorm_gain, weight
 from mmx_jax.layers.norm import rms_norm
-from mmx_jax.parallel import expert
+from mmx_jax.parallel.expert_parallel import MoESpec, MoEWeights, expert_parallel_moe
+from mmx_jax.parallel.token_dispatch import permute_rows
 from pallas_kernels.grouped_matmul import (
     few_tokens_swiglu,
     grouped_swiglu,
@@ -20,16 +21,15 @@ from pallas_kernels.grouped_matmul import (
     order_by_group,
     serves_few_tokens,
     serves_norm_and_route,
-    swiglu,
 )
 
 
 class RouterStats(NamedTuple):
-    """Float32 sums over the real tokens of a batch; a model stacks them with the layer axis L first."""
+    """Float32 sums over the tokens of a batch, padding left out; a model stacks them with the layer axis L first."""
 
     assignments: jax.Array  # [E] top-k assignments, dropped ones included
     probability: jax.Array  # [E] router probabilities
-    tokens: jax.Array  # [] real tokens
+    tokens: jax.Array  # [] tokens
     dropped: jax.Array  # [] assignments that no expert had room for
     entropy: jax.Array  # [] router entropy, nats
 
@@ -52,26 +52,28 @@ def _renormalised(chosen):
     """Probabilities [R, k] of the chosen experts, to sum to 1."""
     if chosen.shape[0] == 1:
         return chosen / jnp.sum(chosen, axis=-1, keepdims=True)
-    # By columns: XLA takes a division by the sum of a row for a softmax, which on a GPU is a kernel of its own. For a
-    # single token that kernel goes on to the norm behind the experts.
+    # Add columns one by one: XLA would turn a division by a row sum into a separate softmax kernel. For a single token
+    # that kernel includes the norm after the experts.
     return chosen / sum(jnp.split(chosen, chosen.shape[1], axis=-1))
 
 
 def route(x, router, experts_per_token) -> Routing:
-    """Softmax over all experts in float32, top-k, renormalised: the softmax of the chosen logits (spec C.5).
+    """Softmax over all experts in float32, top-k, renormalised: the softmax of the chosen logits.
 
     Args:
       x: [R, M] in any dtype; router: float32 [M, E].
     """
     probability = _probability(x, router)
     chosen, experts = lax.top_k(probability, experts_per_token)
-    # The whole order of the experts, for kernels: the first k of it would be a copy, a kernel of its own.
+    # The order of all experts, for kernels: slicing the first k of it would be a copy, a kernel of its own.
     ranking = lax.top_k(probability, probability.shape[-1])[1]
     return Routing(experts, _renormalised(chosen), probability, ranking)
 
 
 def takes_norm(config: ModelConfig, x) -> bool:
-    """Whether `MixtureOfExperts` makes the norm in front of it, of x [B, T, M], in one kernel with its router."""
+    """Whether `MixtureOfExperts` computes the norm in front of it, of x [B, T, M], in one kernel with its router."""
+    if config.capacity_factor is not None:
+        return False
     rows = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
     return serves_norm_and_route(rows, config.num_experts, implementation=config.moe_implementation)
 
@@ -98,9 +100,14 @@ def _norm_and_route_backward(eps, experts_per_token, vjp, cotangents):
 _norm_and_route.defvjp(_norm_and_route_forward, _norm_and_route_backward)
 
 
-def router_stats(routing: Routing, real, kept) -> RouterStats:
-    """Sums over real tokens. real: bool [R]; kept: bool [R, k], assignments inside the capacity."""
-    mask = real.astype(jnp.float32)
+def router_stats(routing: Routing, token_mask, kept) -> RouterStats:
+    """Sums over tokens without padding.
+
+    Args:
+      token_mask: bool [R].
+      kept: bool [R, k], assignments that an expert had room for.
+    """
+    mask = token_mask.astype(jnp.float32)
     one_hot = jax.nn.one_hot(routing.experts, routing.probability.shape[-1])  # [R, k, E]
     p = routing.probability
     entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny)), axis=-1)
@@ -117,18 +124,6 @@ def expert_capacity(config: ModelConfig, tokens: int) -> int:
     """Rows of one expert in the capacity path, ceil(factor * tokens * k / E), at most `tokens`."""
     fair = tokens * config.experts_per_token / config.num_experts
     return min(tokens, max(1, math.ceil(config.capacity_factor * fair)))
-
-
-@jax.custom_vjp
-def _permute(x, order, inverse):
-    """x[order] for a permutation; the gradient is a gather too, by `inverse`, not a scatter."""
-    return x[order]
-
-
-_permute.defvjp(
-    lambda x, order, inverse: (x[order], (inverse,)),
-    lambda saved, g: (g[saved[0]], None, None),
-)
 
 
 def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
@@ -148,9 +143,9 @@ def _sorted_by_expert(config, x, experts, *weights):
     order, inverse, group_sizes = order_by_group(experts.reshape(-1), config.num_experts)
     rows = jnp.repeat(x, k, axis=0)
     if x.shape[0] > 1:  # the rows of one token are the same in every order
-        rows = _permute(rows, order, inverse)
+        rows = permute_rows(rows, order, inverse)
     rows = grouped_swiglu(rows, *weights, group_sizes, implementation=config.moe_implementation)
-    return _permute(rows, inverse, order).reshape(x.shape[0], k, -1)
+    return permute_rows(rows, inverse, order).reshape(x.shape[0], k, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -172,48 +167,48 @@ def _few_tokens_backward(config, vjp, d_rows):
 _few_tokens.defvjp(_few_tokens_forward, _few_tokens_backward)
 
 
-def with_capacity(config: ModelConfig, x, routing: Routing, real, w_gate, w_up, w_down):
-    """As `dropless`, but an expert serves only its first `expert_capacity` real tokens, first choices first.
+class MoEOutput(NamedTuple):
+    """Result of `MixtureOfExperts`."""
 
-    A dropped assignment adds nothing, so its token keeps its residual.
-
-    Returns:
-      ([R, M], kept: bool [R, k]).
-    """
-    num_tokens, k = routing.experts.shape
-    capacity = expert_capacity(config, num_tokens)
-    # Rank inside the expert, counting all first choices before any second choice.
-    one_hot = jax.nn.one_hot(routing.experts.T, config.num_experts, dtype=jnp.int32)  # [k, R, E]
-    one_hot *= real[None, :, None]
-    rank = jnp.cumsum(one_hot.reshape(k * num_tokens, -1), axis=0).reshape(one_hot.shape) - 1
-    rank = jnp.sum(rank * one_hot, axis=-1).T  # [R, k]
-    kept = (rank < capacity) & real[:, None]
-    spare = config.num_experts * capacity  # dropped rows are sent behind the buffer
-    slot = jnp.where(kept, routing.experts * capacity + rank, spare)
-    source = jnp.full(spare + 1, num_tokens, jnp.int32)
-    source = source.at[slot.reshape(-1)].set(jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), k))[:-1]
-    rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[source].reshape(config.num_experts, capacity, -1)
-
-    def multiply(equation, a, w):
-        return product(equation, a, w.astype(a.dtype), a.dtype)
-
-    hidden = swiglu.activate(multiply("ecm,emf->ecf", rows, w_gate), multiply("ecm,emf->ecf", rows, w_up))
-    rows = multiply("ecf,efm->ecm", hidden, w_down).reshape(spare, -1)
-    rows = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])[slot]  # [R, k, M]
-    return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype), kept
+    output: jax.Array  # [B, T, M]
+    stats: RouterStats  # of this layer
+    normed: jax.Array | None = None  # [B, T, M], the input after the norm, where the layer computed it
 
 
 class MixtureOfExperts(nn.Module):
-    """Spec C.5. Returns ([B, T, M], RouterStats of this layer).
+    """Router and SwiGLU experts (docs/model.md, "Mixture of experts"; section 2.1 of arXiv 2501.08313).
 
-    `norm`: the RMSNorm in front, to be made in one kernel with the router (`takes_norm`); its result
-    [B, T, M] is returned too, then.
+    `norm`: the RMSNorm in front, to be computed in one kernel with the router (`takes_norm`); the result is then in
+    `MoEOutput.normed`.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, segment_ids, norm=None):
+    def __call__(self, x, segment_ids, norm=None) -> MoEOutput:
+        c = self.config
+        token_mask = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
+        weights, weight_axes = self._weights()
+        mesh = jax.sharding.get_abstract_mesh()
+        # `init` runs on dummy tokens that no mesh divides.
+        sharded = mesh.size > 1 and not self.is_initializing()
+        if sharded or c.capacity_factor is not None:
+            spec = MoESpec(
+                weight_axes=weight_axes,
+                experts_per_token=c.experts_per_token,
+                route=functools.partial(route, experts_per_token=c.experts_per_token),
+                statistics=router_stats,
+                capacity=None if c.capacity_factor is None else functools.partial(expert_capacity, c),
+                shared_capacity=c.capacity_scope == "global",
+                buffer=c.expert_buffer if sharded else None,
+                token_groups=c.token_groups if sharded else 1,
+                implementation=c.moe_implementation,
+            )
+            return MoEOutput(*expert_parallel_moe(x, token_mask, weights, spec, on_mesh=sharded))
+        return self._dropless_on_one_device(x, token_mask, weights, norm)
+
+    def _weights(self):
+        """(MoEWeights, logical axes of (E, M, F))."""
         c = self.config
         embed, inner, experts = c.hidden_size, c.mlp_dim, c.num_experts
         fan = dict(fan_in=embed, fan_out=experts)
@@ -226,30 +221,19 @@ class MixtureOfExperts(nn.Module):
         w_up = weight(self, c, "up", (experts, embed, inner), up_axes, **fan)
         fan = dict(fan_in=inner, fan_out=embed, gain=gain)
         w_down = weight(self, c, "down", (experts, inner, embed), down_axes, **fan)
+        return MoEWeights(router, w_gate, w_up, w_down), up_axes
 
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.size > 1 and not self.is_initializing():  # whose dummy tokens no mesh divides
-            real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
-            return expert.mixture_of_experts(
-                x, real, router, w_gate, w_up, w_down, weight_axes=up_axes,
-                route=functools.partial(route, experts_per_token=c.experts_per_token), statistics=router_stats,
-                experts_per_token=c.experts_per_token,
-                capacity=None if c.capacity_factor is None else functools.partial(expert_capacity, c),
-                shared_capacity=c.capacity_scope == "global", buffer=c.expert_buffer, token_groups=c.token_groups,
-                implementation=c.moe_implementation,
-            )  # fmt: skip
-        rows = x.reshape(-1, embed)
-        real = jnp.ones(rows.shape[0], bool) if segment_ids is None else segment_ids.reshape(-1) > 0
-        if norm is None:
-            routing = route(rows, router, c.experts_per_token)
-        else:
-            apply = functools.partial(_norm_and_route, router=router, experts_per_token=c.experts_per_token)
-            rows, experts, chosen = norm(rows, apply)
-            routing = Routing(experts, _renormalised(chosen), _probability(rows, router), experts)
-        if c.capacity_factor is None:
-            output = dropless(c, rows, routing, w_gate, w_up, w_down)
-            kept = jnp.ones(routing.experts.shape, bool)
-        else:
-            output, kept = with_capacity(c, rows, routing, real, w_gate, w_up, w_down)
-        output, stats = output.reshape(x.shape), router_stats(routing, real, kept)
-        return (output, stats) if norm is None else (output, stats, rows.reshape(x.shape))
+    def _dropless_on_one_device(self, x, token_mask, weights, norm):
+        c = self.config
+        rows, row_mask = x.reshape(-1, x.shape[-1]), token_mask.reshape(-1)
+        with jax.named_scope("router"):
+            if norm is None:
+                routing = route(rows, weights.router, c.experts_per_token)
+            else:
+                apply = functools.partial(_norm_and_route, router=weights.router, experts_per_token=c.experts_per_token)
+                rows, experts, chosen = norm(rows, apply)
+                routing = Routing(experts, _renormalised(chosen), _probability(rows, weights.router), experts)
+        with jax.named_scope("experts"):
+            output = dropless(c, rows, routing, weights.gate, weights.up, weights.down).reshape(x.shape)
+        stats = router_stats(routing, row_mask, jnp.ones(routing.experts.shape, bool))
+        return MoEOutput(output, stats, None if norm is None else rows.reshape(x.shape))

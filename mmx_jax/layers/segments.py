@@ -1,25 +1,25 @@
-"""Documents and padding inside a row, and the positions that follow from them."""
+"""Segment ids of packed rows, and the positions that follow from them."""
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.lightning_attention import document_runs
+from pallas_kernels.segments import number_segments
 
-__all__ = ["at_positions", "document_positions", "document_runs"]
+__all__ = ["at_positions", "number_segments", "segment_positions"]
 
 
-def document_positions(runs):
-    """Real tokens of the same document before each token; padding does not count.
+def segment_positions(segment_ids):
+    """Number of tokens of the same document before each token; padding does not count.
 
     Args:
-      runs: int32 [B, T], as `document_runs` gives them.
+      segment_ids: int32 [B, T], as `number_segments` gives them.
 
     Returns:
       int32 [B, T]; at padding, any number >= 0.
     """
-    count = jnp.cumsum(runs > 0, axis=1) - 1
-    seen = jnp.pad(lax.cummax(runs, axis=1), ((0, 0), (1, 0)))[:, :-1]
-    start = lax.cummax(jnp.where(runs > seen, count, 0), axis=1)
+    count = jnp.cumsum(segment_ids > 0, axis=1) - 1
+    seen = jnp.pad(lax.cummax(segment_ids, axis=1), ((0, 0), (1, 0)))[:, :-1]
+    start = lax.cummax(jnp.where(segment_ids > seen, count, 0), axis=1)
     return jnp.maximum(count - start, 0).astype(jnp.int32)
 
 

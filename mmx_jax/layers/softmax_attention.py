@@ -8,39 +8,34 @@ from flax import linen as nn
 from jax import lax
 
 from mmx_jax.config import ModelConfig
-from mmx_jax.layers.attention_ops import cached_attention, causal_attention
 from mmx_jax.layers.linear import deepnorm_gain, einsum, weight
 from mmx_jax.layers.rotary import apply_rotary
 from mmx_jax.layers.segments import at_positions
+from mmx_jax.parallel import ring_attention
 from mmx_jax.sharding import constrain, over_mesh, row_axis
+from pallas_kernels.softmax_attention import cached_attention
 
 
 class KeyValueCache(NamedTuple):
-    """Keys (after RoPE) and values [B, K, S, D] of one layer; slots are filled from the left, padding included."""
+    """Keys (after RoPE) and values [B, K, S, D] of one layer; token i of a row lies in slot i."""
 
     key: jax.Array
     value: jax.Array
 
 
-class CacheView(NamedTuple):
-    """What every softmax layer shares about the cache in one forward pass."""
-
-    cursor: jax.Array  # int32 (), first slot that this pass writes
-    real: jax.Array  # bool [B, S], slots that hold a token after this pass
-
-
 class SoftmaxAttention(nn.Module):
-    """Spec C.4. Returns the attention output [B, T, M] and, given a cache, the cache with the new slots.
+    """Grouped-query attention with partial RoPE (docs/model.md, "Softmax attention").
 
-    `last`, with a cache: int32 [B], the last real position of each row, which alone is computed then, [B, 1, M].
+    Returns the attention output [B, T, M] and, given a cache, the cache with the new tokens in it.
+
+    With a cache the tokens of a row stand at its left, padding behind them. `lengths`: int32 [B], tokens that the cache
+    holds of each row. `last`: int32 [B], the last token of each row, whose output alone is computed then, [B, 1, M].
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x, positions, segment_ids, cache: KeyValueCache | None = None, view: CacheView | None = None, last=None
-    ):
+    def __call__(self, x, positions, segment_ids, cache: KeyValueCache | None = None, lengths=None, last=None):
         c = self.config
         heads, kv_heads, dim, embed = c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size
 
@@ -66,25 +61,32 @@ class SoftmaxAttention(nn.Module):
         if cache is None:
             axis = row_axis(x.shape[1])
             attend = functools.partial(
-                causal_attention, axis=axis, method=c.sequence_softmax, implementation=c.softmax_implementation,
+                ring_attention.softmax_attention,
+                axis=axis,
+                method=c.sequence_softmax,
+                implementation=c.softmax_implementation,
                 block=c.softmax_block,
-            )  # fmt: skip
+            )
             length = axis and "length"
             tokens = "batch", length, "heads_act", None
             in_axes = [tokens, tokens, tokens, ("batch", length)]
             output = over_mesh(attend, in_axes, tokens)(q, k, v, segment_ids)
         else:
-            cache = KeyValueCache(*(_write(old, new, view.cursor) for old, new in zip(cache, (k, v), strict=True)))
-            # Behind a row's last real token there is padding only, so it may stand in the last slot.
-            first = view.cursor + x.shape[1] - q.shape[1]
+            cache = KeyValueCache(*(_write(old, new, lengths) for old, new in zip(cache, (k, v), strict=True)))
+            first = lengths if last is None else lengths + last  # slot of the first query
             output = cached_attention(
-                q, cache.key, cache.value, first, view.real, implementation=c.softmax_implementation,
-                block=c.softmax_block,
-            )  # fmt: skip
+                q, cache.key, cache.value, first, implementation=c.softmax_implementation, block=c.softmax_block
+            )
         output = output.reshape(*asking.shape[:2], heads * dim)
         return einsum("btf,fm->btm", output, w_out.reshape(heads * dim, embed)), cache
 
 
-def _write(cache, new, cursor):
-    """Writes [B, T, K, D] into the slots of [B, K, S, D] from `cursor` on."""
-    return lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2).astype(cache.dtype), cursor, axis=2)
+def _write(cache, new, lengths):
+    """Writes new [B, T, K, D] into the slots lengths[b], lengths[b] + 1, ... of each row of cache [B, K, S, D].
+
+    Padding is written too, and the next tokens overwrite it: no query sees a slot beyond its own.
+    """
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    if cache.shape[0] == 1:  # a slice in place; of several rows it is a scatter
+        return lax.dynamic_update_slice_in_dim(cache, new, lengths[0], axis=2)
+    return jax.vmap(lambda row, x, start: lax.dynamic_update_slice_in_dim(row, x, start, axis=1))(cache, new, lengths)

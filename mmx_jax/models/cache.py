@@ -1,4 +1,4 @@
-"""What decoding carries from token to token."""
+"""The cache of decoding: lightning states, keys and values, and how many tokens of each row they hold."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,18 @@ LAYER_AXES = (None, "batch", "heads_act", None, None)
 
 @struct.dataclass
 class DecodeState:
-    """State of B sequences. A pass of T tokens takes T slots, padding included, and `real` tells them apart.
+    """The cache of B sequences, each with its own length: token i of a row lies in slot i of its keys and values.
 
     `layers` maps "layer_{i}" of the layer pattern to a leaf stacked over the N blocks: float32
     [N, B, H, D, D] for lightning, `KeyValueCache` of [N, B, K, S, D] for softmax.
     """
 
     layers: dict
-    cursor: jax.Array  # int32 (), next free slot
-    real: jax.Array  # bool [B, S], slots that hold a token
-    length: jax.Array  # int32 [B], tokens so far, padding not counted
+    lengths: jax.Array  # int32 [B], tokens that the cache holds of each row, and its write position
 
 
 def init_state(config: ModelConfig, batch: int, max_length: int, dtype: str | None = None) -> DecodeState:
-    """An empty state with `max_length` slots. `dtype` is that of the key-value cache, by default the model's.
+    """An empty state with `max_length` slots. `dtype` is that of keys and values, by default the model's.
 
     Lightning states are float32 whatever `dtype` says: in bfloat16 they are up to 90 % wrong after 500 steps.
     """
@@ -41,7 +39,5 @@ def init_state(config: ModelConfig, batch: int, max_length: int, dtype: str | No
 
     return DecodeState(
         layers={f"layer_{i}": layer(kind) for i, kind in enumerate(config.layer_pattern)},
-        cursor=jnp.zeros((), jnp.int32),
-        real=jnp.zeros((batch, max_length), bool),
-        length=jnp.zeros(batch, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
     )

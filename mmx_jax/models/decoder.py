@@ -14,8 +14,8 @@ from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
 from mmx_jax.layers.linear import product
 from mmx_jax.layers.moe import MixtureOfExperts, RouterStats, takes_norm
 from mmx_jax.layers.norm import RMSNorm
-from mmx_jax.layers.segments import at_positions, document_positions, document_runs
-from mmx_jax.layers.softmax_attention import CacheView, SoftmaxAttention
+from mmx_jax.layers.segments import at_positions, number_segments, segment_positions
+from mmx_jax.layers.softmax_attention import SoftmaxAttention
 from mmx_jax.models.cache import DecodeState
 from mmx_jax.sharding import constrain
 
@@ -25,7 +25,7 @@ class LayerInputs(NamedTuple):
 
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array | None  # int32 [B, T], 0 at padding
-    view: CacheView | None  # of the key-value caches, when decoding
+    lengths: jax.Array | None  # int32 [B], tokens of each row in the cache before this pass; None without a cache
     last: jax.Array | None = None  # int32 [B], the only position of each row that is wanted behind this layer
 
 
@@ -36,7 +36,7 @@ def _attend_lightning(config, x, shared, slopes, state):
 def _attend_softmax(config, x, shared, slopes, state):
     del slopes
     attention = SoftmaxAttention(config, name="attention")
-    return attention(x, shared.positions, shared.segment_ids, state, shared.view, shared.last)
+    return attention(x, shared.positions, shared.segment_ids, state, shared.lengths, shared.last)
 
 
 # Kind of layer -> (config, x, LayerInputs, slopes [H], state) -> (output, state).
@@ -87,11 +87,12 @@ class DecoderLayer(nn.Module):
         x = residual(x, r, update, alpha, beta)
         experts = MixtureOfExperts(c, name="mlp")
         if decoding and takes_norm(c, x):
-            update, stats, r = experts(x, segment_ids, mlp_norm)
+            moe = experts(x, segment_ids, mlp_norm)
+            r = moe.normed
         else:
             r = normed(mlp_norm, x)
-            update, stats = experts(r, segment_ids)
-        return residual(x, r, update, *c.residual_scales("mlp")), state, stats
+            moe = experts(r, segment_ids)
+        return residual(x, r, moe.output, *c.residual_scales("mlp")), state, moe.stats
 
 
 class HybridBlock(nn.Module):
@@ -168,9 +169,9 @@ class Decoder(nn.Module):
         Args:
           tokens: int32 [B, T].
           segment_ids: int32 [B, T]; 0 is padding, a run of one positive id is a document. None: one document a
-            row. With `state` a row is one sequence, and only padding is read from it.
+            row. With `state` a row is one sequence whose tokens stand at the left, and only padding is read from it.
           positions: int32 [B, T] for RoPE; None counts the real tokens of each document from 0.
-          state: continue from it; its slots must hold T more tokens.
+          state: continue from it, each row at its own length; its slots must hold T more tokens.
           last: with `state`, int32 [B]: the last real position of each row, where it alone is wanted. Hidden and
             logits are then [B, 1, ...], and the last layer leaves out what only other positions need.
           logits: False leaves the head out.
@@ -208,21 +209,14 @@ def head_logits(hidden, head):
 
 
 def _layer_inputs(tokens, segment_ids, positions, state):
-    """(LayerInputs, the state advanced by T slots)."""
+    """(LayerInputs, the state with the lengths after this pass)."""
     if state is None:
-        runs = None if segment_ids is None else document_runs(segment_ids)
+        segment_ids = None if segment_ids is None else number_segments(segment_ids)
         if positions is None:
-            positions = document_positions(jnp.ones_like(tokens) if runs is None else runs)
-        return LayerInputs(positions, runs, None), None
-    length = tokens.shape[1]
-    real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
-    slots = lax.dynamic_update_slice_in_dim(state.real, real, state.cursor, axis=1)
+            positions = segment_positions(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+        return LayerInputs(positions, segment_ids, None), None
+    token_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
     if positions is None:
-        positions = jnp.maximum(state.length[:, None] + jnp.cumsum(real, axis=1) - 1, 0)
-    shared = LayerInputs(
-        positions, None if segment_ids is None else real.astype(jnp.int32), CacheView(state.cursor, slots)
-    )
-    advanced = state.replace(
-        cursor=state.cursor + length, real=slots, length=state.length + jnp.sum(real, axis=1, dtype=jnp.int32)
-    )
-    return shared, advanced
+        positions = state.lengths[:, None] + jnp.arange(tokens.shape[1])
+    shared = LayerInputs(positions, None if segment_ids is None else token_mask.astype(jnp.int32), state.lengths)
+    return shared, state.replace(lengths=state.lengths + jnp.sum(token_mask, axis=1, dtype=jnp.int32))

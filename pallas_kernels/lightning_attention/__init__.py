@@ -10,12 +10,10 @@ from pallas_kernels.lightning_attention.api import (
     serves_gated_step,
 )
 from pallas_kernels.lightning_attention.reference import recurrent_step
-from pallas_kernels.lightning_attention.segments import document_runs
 
 __all__ = [
     "IMPLEMENTATIONS",
     "default_implementation",
-    "document_runs",
     "documents_for",
     "end_state",
     "gated_step",

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import block_sizes
-from pallas_kernels.lightning_attention import segments
+from pallas_kernels.lightning_attention import reference
 from pallas_kernels.platform import cdiv
 
-documents = segments.documents
+documents = reference.documents
+
 _CHUNK = 256  # where nothing was measured
 _CHUNKS = (32, 64, 128, 256, 512)  # that tuning measures
 

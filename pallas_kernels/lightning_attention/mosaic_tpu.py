@@ -28,10 +28,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
-from pallas_kernels.lightning_attention import segments
+from pallas_kernels.lightning_attention import reference
 from pallas_kernels.platform import cdiv, platform
 
-documents = segments.documents
+documents = reference.documents
+
 _HEAD_DIMS = (64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _LANES = 128
@@ -160,7 +161,7 @@ def _scan(walk, tensors, slopes, runs, initial_state, chunk_size):
       walk: `_FORWARD`, `_BACKWARD`, or one of the two that make no outputs.
       tensors: what a step reads, [B, T, H*D] each.
       slopes: float32 [H].
-      runs: int32 [B, T] or None, as in segments.py.
+      runs: int32 [B, T] or None, as `number_segments` gives them.
       initial_state: float32 [B, H, D, D] before the first step.
       chunk_size: as in `api.lightning_attention`.
 

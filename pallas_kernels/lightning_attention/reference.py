@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.lightning_attention import segments
+from pallas_kernels.segments import number_segments
 
-documents = segments.documents
 SQUARES = 64  # numbers of an output whose squares `gated_step` adds up
+
+
+def documents(segment_ids, *, numbered):
+    """Segment ids as the backends take them: int32 [B, T], 1, 2, 3, ... along a row and 0 at padding.
+
+    Args:
+      segment_ids: int [B, T] of the caller; or if they are `numbered`, int32 as `number_segments` gives them already.
+    """
+    return segment_ids if numbered else number_segments(segment_ids)
 
 
 def check(q, k, v, slopes, *, segmented, chunk_size):

@@ -84,7 +84,7 @@ def place(mesh, params, x, segment_ids):
 @functools.cache
 def gradient_function(model_config):
     def objective(params, x, segment_ids):
-        output, stats = MixtureOfExperts(model_config).apply({"params": params}, x, segment_ids)
+        output, stats, _ = MixtureOfExperts(model_config).apply({"params": params}, x, segment_ids)
         real = (segment_ids > 0)[..., None]
         output = jnp.where(real, output, 0)
         weights = jnp.sin(jnp.arange(output.size)).reshape(output.shape)
@@ -178,7 +178,7 @@ def buffer():
     want = oracles.mixture_of_experts(*layer, 2, kept=kept)[0]
     run = jax.jit(MixtureOfExperts(config(expert_buffer=1.5)).apply)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
-        output, stats = run({"params": params}, x, segment_ids)
+        output, stats, _ = run({"params": params}, x, segment_ids)
     return {
         "error": error(np.asarray(output).reshape(64, EMBED), want),
         "dropped": float(stats.dropped),

@@ -18,14 +18,17 @@ from jax.sharding import PartitionSpec as P
 from mmx_jax.config import MeshConfig
 from mmx_jax.data.device_batch import batch_sharding
 from mmx_jax.inference import generate
-from mmx_jax.layers.attention_ops import causal_attention
+from mmx_jax.inference.inputs import left_align
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import abstract_params, init_params, param_shardings
-from mmx_jax.parallel import sequence
+from mmx_jax.parallel import lasp, ring_attention
+from mmx_jax.parallel.methods import METHODS
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from mmx_jax.training.loss import chunked_cross_entropy
-from pallas_kernels import blockwise_attention as blocks
-from pallas_kernels.lightning_attention import document_runs, lightning_attention
+from pallas_kernels.lightning_attention import lightning_attention
+from pallas_kernels.segments import number_segments
+from pallas_kernels.softmax_attention import blockwise_xla as blocks
+from pallas_kernels.softmax_attention import softmax_attention
 from tests.support import oracles, sharded_experts, sharded_model
 
 BATCH, HEADS, KV_HEADS, DIM, LENGTH = 2, 4, 2, 4, 32
@@ -40,8 +43,8 @@ _COLLECTIVE = re.compile(r"= (.*) (all-gather|all-reduce|reduce-scatter|all-to-a
 # Name: (devices, method, packed, with a state).
 LIGHTNING = {
     "one device": (1, "gather", True, True),
-    **{f"{method} {n}": (n, method, True, True) for method in sequence.METHODS for n in (2, 4, 8)},
-    **{f"{method} whole rows": (8, method, False, False) for method in sequence.METHODS},
+    **{f"{method} {n}": (n, method, True, True) for method in METHODS for n in (2, 4, 8)},
+    **{f"{method} whole rows": (8, method, False, False) for method in METHODS},
     "gather 4, no state": (4, "gather", True, False),
 }
 # Name: (devices, method, packed, block, length); blocks that do and do not divide a half of a part.
@@ -76,31 +79,31 @@ def random(seed, *shape):
 
 
 def lightning_problem(attend, packed, with_state, length=LENGTH):
-    """(jitted function that gives results and gradients, its arguments) of attend(q, k, v, slopes, runs, state)."""
+    """(jitted function of results and gradients, its arguments) of attend(q, k, v, slopes, segment_ids, state)."""
     tokens, weight = random(0, 3, BATCH, length, HEADS * DIM), random(1, BATCH, length, HEADS * DIM)
     state, d_state = random(2, 2, BATCH, HEADS, DIM, DIM)
-    runs = np.asarray(document_runs(np.tile(SEGMENTS, length // LENGTH))) if packed else None
+    segment_ids = np.asarray(number_segments(np.tile(SEGMENTS, length // LENGTH))) if packed else None
 
-    def loss(q, k, v, state, runs):
-        output, final = attend(q, k, v, jnp.asarray(SLOPES), runs, state)
+    def loss(q, k, v, state, segment_ids):
+        output, final = attend(q, k, v, jnp.asarray(SLOPES), segment_ids, state)
         objective = jnp.sum(output * weight)
         return (objective + jnp.sum(final * d_state) if with_state else objective), (output, final)
 
     wanted = (0, 1, 2, 3) if with_state else (0, 1, 2)
     run = jax.jit(jax.value_and_grad(loss, argnums=wanted, has_aux=True))
-    return run, (*tokens, state if with_state else None, runs)
+    return run, (*tokens, state if with_state else None, segment_ids)
 
 
 def divided_lightning(devices, method):
     rows = P(None, "seq")
-    attend = functools.partial(sequence.lightning_attention, method=method, chunk_size=4)
+    attend = functools.partial(lasp.lightning_attention, method=method, chunk_size=4)
     return divided(attend, devices, (rows, rows, rows, P(), rows, P()), (rows, P()))
 
 
 def lightning_report():
-    def whole(q, k, v, slopes, runs, state):
+    def whole(q, k, v, slopes, segment_ids, state):
         output, final = lightning_attention(
-            q, k, v, slopes, segment_ids=runs, initial_state=state, implementation="reference"
+            q, k, v, slopes, segment_ids=segment_ids, initial_state=state, implementation="reference"
         )
         return output, None if state is None else final
 
@@ -126,24 +129,24 @@ def lightning_report():
 
 
 def softmax_problem(attend, packed, length):
-    """As `lightning_problem`, of attend(q, k, v, runs)."""
+    """As `lightning_problem`, of attend(q, k, v, segment_ids)."""
     q, weight = random(0, 2, BATCH, length, HEADS, DIM)
     k, v = random(1, 2, BATCH, length, KV_HEADS, DIM)
-    runs = np.asarray(document_runs(SEGMENTS)) if packed else None
+    segment_ids = np.asarray(number_segments(SEGMENTS)) if packed else None
 
     def loss(q, k, v):
-        output = attend(q, k, v, runs)
+        output = attend(q, k, v, segment_ids)
         return jnp.sum(output * weight), output
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)), (q, k, v, runs)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)), (q, k, v, segment_ids)
 
 
 def softmax_report():
     report, references = {}, {}
     for name, (devices, method, packed, block, length) in SOFTMAX.items():
         if packed not in references:
-            run, (*tensors, runs) = softmax_problem(causal_attention, packed, length)
-            references[packed] = oracles.softmax_attention(*tensors, runs), run(*tensors)[1]
+            run, (*tensors, segment_ids) = softmax_problem(softmax_attention, packed, length)
+            references[packed] = oracles.softmax_attention(*tensors, segment_ids), run(*tensors)[1]
         want, want_gradients = references[packed]
         run, (*tensors, _) = softmax_problem(divided_softmax(devices, method, block), packed, length)
         compiled = run.lower(*tensors).compile()
@@ -158,7 +161,7 @@ def softmax_report():
 
 def divided_softmax(devices, method, block):
     rows = P(None, "seq")
-    attend = functools.partial(sequence.softmax_attention, method=method, block=block)
+    attend = functools.partial(ring_attention.softmax_attention, method=method, block=block)
     return divided(attend, devices, (rows,) * 4, rows)
 
 
@@ -176,9 +179,11 @@ def visits_report():
     # The last: two documents, of which the second begins in the middle of the row.
     documents = {"one": blocks_of(LENGTH), "one a part": blocks_of(LENGTH // 8), "two": blocks_of(LENGTH // 2)}
     report = {}
-    for name, runs in documents.items():
+    for name, segment_ids in documents.items():
         counts.clear()
-        attend(random(0, 1, LENGTH, HEADS, DIM), *random(1, 2, 1, LENGTH, KV_HEADS, DIM), runs).block_until_ready()
+        attend(
+            random(0, 1, LENGTH, HEADS, DIM), *random(1, 2, 1, LENGTH, KV_HEADS, DIM), segment_ids
+        ).block_until_ready()
         jax.effects_barrier()
         report[name] = [counts.get(i, 0) for i in range(4)]
     blocks.attend_earlier = original
@@ -213,7 +218,7 @@ def model_report():
 
     def prefill():
         state = generate.new_state(config, params, BATCH, 64)
-        logits, state = generate.prefill(config, params, tokens, SEGMENTS > 0, state, chunk=16)
+        logits, state = generate.prefill(config, params, *left_align(tokens, SEGMENTS > 0), state, chunk=16)
         return logits, state.layers["layer_0"]
 
     want = prefill()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.lightning_attention import segments
+from pallas_kernels.lightning_attention import reference
 from pallas_kernels.lightning_attention.mosaic_gpu.time_split import CHUNK
 
 CONTINUES, STARTS, MIXED = range(3)  # kinds of chunks, see `Tables`
@@ -35,8 +35,8 @@ class Documents:
     numbered: bool
 
     def runs(self):
-        """See segments.py."""
-        return segments.documents(self.ids, numbered=self.numbered)
+        """The segment ids of `documents` in reference.py."""
+        return reference.documents(self.ids, numbered=self.numbered)
 
 
 class Tables(NamedTuple):

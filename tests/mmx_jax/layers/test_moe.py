@@ -14,8 +14,8 @@ from mmx_jax.layers.moe import (
     expert_capacity,
     route,
     router_stats,
-    with_capacity,
 )
+from mmx_jax.parallel.expert_parallel import MoESpec, MoEWeights, expert_parallel_moe
 from pallas_kernels.grouped_matmul.order import FEW_ASSIGNMENTS, order_by_group
 from tests.support import oracles
 
@@ -43,8 +43,17 @@ def run_dropless(config, x, router, *weights):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_with_capacity(config, real, x, router, *weights):
-    return with_capacity(config, x, route(x, router, config.experts_per_token), real, *weights)
+def run_with_capacity(config, token_mask, x, *weights):
+    """(output [R, M], kept bool [R, k])."""
+    spec = MoESpec(
+        weight_axes=("experts", "embed", "mlp"),
+        experts_per_token=config.experts_per_token,
+        route=functools.partial(route, experts_per_token=config.experts_per_token),
+        statistics=lambda routing, token_mask, kept: kept,
+        capacity=functools.partial(expert_capacity, config),
+    )
+    moe = expert_parallel_moe(x[None], token_mask[None], MoEWeights(*weights), spec, on_mesh=False)
+    return moe.output[0], moe.stats
 
 
 def dense_experts(config, x, router, w_gate, w_up, w_down):
@@ -192,7 +201,8 @@ def test_layer_and_statistics(capacity_factor):
     x, router, w_gate, w_up, w_down = random_layer(24, seed=5)
     params = {"router": router, "gate": w_gate, "up": w_up, "down": w_down}
     segment_ids = np.array([[0] * 5 + [1] * 4 + [2] * 3, [1] * 10 + [0] * 2])
-    output, stats = jax.jit(MixtureOfExperts(config).apply)({"params": params}, x.reshape(2, 12, EMBED), segment_ids)
+    layer = jax.jit(MixtureOfExperts(config).apply)
+    output, stats, _ = layer({"params": params}, x.reshape(2, 12, EMBED), segment_ids)
     real = segment_ids.reshape(-1) > 0
     capacity = None if capacity_factor is None else expert_capacity(config, 24)
     want, experts, kept, p = oracles.mixture_of_experts(

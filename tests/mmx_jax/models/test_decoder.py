@@ -425,38 +425,79 @@ def test_bfloat16_stays_close_to_float32():
 
 
 def test_chunked_continuation_equals_whole():
-    """A ragged batch (left padding, interior padding) in pieces of 16, 1 and 16 slots."""
+    """A ragged batch in pieces of 16, 1 and 16 tokens; one row has none in the second piece."""
     config = small_config()
     params, tokens = small_params(config), random_tokens(2, 33)
-    real = np.ones((2, 33), np.int32)
-    real[0, :5], real[1, 15:20] = 0, 0
-    whole = forward(config, params, tokens, real, init_state(config, 2, 40))
-    state, pieces = init_state(config, 2, 40), []
-    for start, stop in ((0, 16), (16, 17), (17, 33)):
-        output = forward(config, params, tokens[:, start:stop], real[:, start:stop], state)
+    counts = np.array([[16, 1, 11], [7, 0, 16]])  # tokens of each row in each piece
+    lengths = counts.sum(axis=1)
+    token_mask = np.arange(33) < lengths[:, None]
+    whole = forward(config, params, tokens, token_mask.astype(np.int32), init_state(config, 2, 48))
+    state, logits, begins = init_state(config, 2, 48), np.zeros_like(whole.logits), np.zeros(2, int)
+    for width, own in zip((16, 1, 16), counts.T, strict=True):
+        piece_mask = np.arange(width) < own[:, None]
+        piece = np.zeros((2, width), np.int32)
+        for row, (begin, count) in enumerate(zip(begins, own, strict=True)):
+            piece[row, :count] = tokens[row, begin : begin + count]
+        output = forward(config, params, piece, piece_mask.astype(np.int32), state)
         state = output.state
-        pieces.append(output.logits)
-    mask = real > 0
-    assert_close(np.concatenate(pieces, axis=1)[mask], np.asarray(whole.logits)[mask])
+        for row, (begin, count) in enumerate(zip(begins, own, strict=True)):
+            logits[row, begin : begin + count] = output.logits[row, :count]
+        begins += own
+    assert_close(logits[token_mask], np.asarray(whole.logits)[token_mask])
     for name in state.layers:
         assert_trees_close(
-            jax.tree.map(lambda s: masked_slots(s, real), state.layers[name]),
-            jax.tree.map(lambda s: masked_slots(s, real), whole.state.layers[name]),
+            jax.tree.map(lambda s: filled_slots(s, lengths), state.layers[name]),
+            jax.tree.map(lambda s: filled_slots(s, lengths), whole.state.layers[name]),
             2e-5,
         )
-    assert np.asarray(state.length).tolist() == mask.sum(axis=1).tolist()
-    assert int(state.cursor) == 33
-    stateless = forward(config, params, tokens, real)
-    assert_close(np.asarray(stateless.logits)[mask], np.asarray(whole.logits)[mask])
+    assert np.asarray(state.lengths).tolist() == lengths.tolist()
+    stateless = forward(config, params, tokens, token_mask.astype(np.int32))
+    assert_close(np.asarray(stateless.logits)[token_mask], np.asarray(whole.logits)[token_mask])
+
+
+def test_rows_at_different_lengths_decode_together_as_each_alone():
+    """The cache has a write position for each row: rows join a batch whenever they come, and pause."""
+    config = small_config()
+    params, tokens = small_params(config), random_tokens(3, 12)
+    prompts, steps, slots = [9, 1, 4], 3, 12
+    alone = []
+    for row, length in enumerate(prompts):
+        own = tokens[row : row + 1]
+        state = forward(config, params, own[:, :length], state=init_state(config, 1, slots)).state
+        for step in range(steps):
+            output = forward(config, params, own[:, length + step, None], state=state)
+            state = output.state
+        alone.append((output.logits[0, 0], state))
+    # One batch of the caches after the prompts; in each step another row has no token.
+    states = [
+        forward(config, params, tokens[row : row + 1, :length], state=init_state(config, 1, slots)).state
+        for row, length in enumerate(prompts)
+    ]
+    state = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0 if leaves[0].ndim == 1 else 1), *states)
+    done, logits = np.zeros(3, int), [None] * 3
+    while np.any(done < steps):
+        token_mask = (done < steps) & (np.arange(3) != done.sum() % 3)
+        token = np.array([tokens[row, prompts[row] + min(done[row], steps - 1)] for row in range(3)])
+        output = forward(config, params, token[:, None], token_mask[:, None].astype(np.int32), state)
+        state = output.state
+        done += token_mask
+        for row in np.flatnonzero(token_mask):
+            logits[row] = output.logits[row, 0]
+    assert np.asarray(state.lengths).tolist() == [12, 4, 7]
+    for row, (want, want_state) in enumerate(alone):
+        assert_close(logits[row], want)
+        own = jax.tree.map(lambda s, row=row: s[:, row : row + 1], state.layers)
+        filled = functools.partial(filled_slots, lengths=[prompts[row] + steps], slots=slots)
+        assert_trees_close(jax.tree.map(filled, own), jax.tree.map(filled, want_state.layers), 2e-5)
 
 
 @pytest.mark.parametrize("pattern", [("lightning", "softmax"), ("lightning",) * 3 + ("softmax",), ("lightning",) * 4])
 def test_last_positions_alone_are_those_of_all(pattern):
-    """Scanned and single blocks, with either kind of layer last; a ragged second piece behind a ragged first one."""
+    """Scanned and single blocks, with either kind of layer last; a ragged second piece after a ragged first one."""
     config = small_config(layer_pattern=pattern)
     params, tokens = small_params(config), random_tokens(2, 25)
     real = np.ones((2, 25), np.int32)
-    real[0, 20:], real[1, 5:9], real[1, 23:] = 0, 0, 0
+    real[0, 20:], real[1, 6:9], real[1, 23:] = 0, 0, 0
     state = forward(config, params, tokens[:, :9], real[:, :9], init_state(config, 2, 32)).state
     whole = forward(config, params, tokens[:, 9:], real[:, 9:], state)
     last = np.array([10, 13])
@@ -468,8 +509,9 @@ def test_last_positions_alone_are_those_of_all(pattern):
     assert_trees_close(alone.state, whole.state, 1e-6)
 
 
-def masked_slots(leaf, real):
-    """Key-value caches [N, B, K, S, D] at real slots alone: what lies in the others is never read."""
-    if leaf.ndim != 5 or leaf.shape[3] != 40:
+def filled_slots(leaf, lengths, slots=48):
+    """Keys and values [N, B, K, S, D] at filled slots alone: what lies in the others is never read."""
+    if leaf.ndim != 5 or leaf.shape[3] != slots:
         return leaf
-    return np.asarray(leaf)[:, :, :, :33] * real[None, :, None, :, None]
+    filled = np.arange(slots) < np.asarray(lengths)[:, None]
+    return np.asarray(leaf) * filled[None, :, None, :, None]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.layers.moe import MixtureOfExperts
-from mmx_jax.parallel import expert
+from mmx_jax.parallel.mesh_group import MeshGroup
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from mmx_jax.training.trainer import check_tokens
 from pallas_kernels import platform
@@ -154,9 +154,9 @@ def summed_over_all(topology):
     """{kind: types} of the collectives of a sum over all devices of which each keeps a slice."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
-    axes = expert._Axes.of(mesh, ("fsdp",))
+    group = MeshGroup.of(mesh, ("fsdp",))
     total = jax.shard_map(
-        lambda x: axes.scatter_sum(jnp.stack([x.T @ x] * 4), 1), mesh=mesh.abstract_mesh, in_specs=P("fsdp"),
+        lambda x: group.reduce_scatter(jnp.stack([x.T @ x] * 4), 1), mesh=mesh.abstract_mesh, in_specs=P("fsdp"),
         out_specs=P(None, "fsdp"), check_vma=False,
     )  # fmt: skip
     x = jax.ShapeDtypeStruct((len(devices) * 2048, 2048), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))

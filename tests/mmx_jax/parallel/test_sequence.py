@@ -6,8 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from mmx_jax.config import Config, ConfigError, MeshConfig, ModelConfig
-from mmx_jax.layers.attention_ops import causal_attention
-from mmx_jax.parallel import sequence
+from mmx_jax.parallel import lasp, ring_attention
 from mmx_jax.sharding import MESH_AXES, RULES, over_mesh, row_axis
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import default_implementation
@@ -77,19 +76,19 @@ def test_softmax_attention_of_divided_rows(report, case):
 def test_the_ring_moves_keys_and_values_alone(report, devices):
     found = report["softmax"][f"ring {devices}"]["collectives"]
     assert found.pop("all-reduce") == [4]  # the loss of this test
-    runs = 4 * BATCH * LENGTH // devices
-    keys, queries = runs * KV_HEADS * DIM, runs * HEADS * DIM
-    forward, backward = [keys, keys, runs], [keys, keys, runs] + 2 * [keys, keys]  # the last hop is behind the loop
-    # Half of q, k, v, runs and the output; then of its gradient, dq, dk and dv.
-    traded = [queries // 2] * 4 + [keys // 2] * 4 + [runs // 2]
+    ids = 4 * BATCH * LENGTH // devices
+    keys, queries = ids * KV_HEADS * DIM, ids * HEADS * DIM
+    forward, backward = [keys, keys, ids], [keys, keys, ids] + 2 * [keys, keys]  # the last hop is behind the loop
+    # Half of q, k, v, ids and the output; then of its gradient, dq, dk and dv.
+    traded = [queries // 2] * 4 + [keys // 2] * 4 + [ids // 2]
     assert found == {"collective-permute": sorted(forward + backward + traded)}
 
 
 def test_gathered_keys_are_gathered_once_for_both_directions(report):
     found = report["softmax"]["gather 8"]["collectives"]
-    runs = 4 * BATCH * LENGTH
-    assert found["all-gather"] == [runs, *[runs * KV_HEADS * DIM] * 2]
-    assert found["reduce-scatter"] == [runs * KV_HEADS * DIM // 8] * 2
+    ids = 4 * BATCH * LENGTH
+    assert found["all-gather"] == [ids, *[ids * KV_HEADS * DIM] * 2]
+    assert found["reduce-scatter"] == [ids * KV_HEADS * DIM // 8] * 2
 
 
 def test_causal_work_is_even_and_what_cannot_meet_is_left_out(report):
@@ -174,17 +173,17 @@ def test_unknown_methods_are_an_error():
     with pytest.raises(ConfigError, match="sequence_lightning='all' is not one of 'gather', 'ring'"):
         ModelConfig(sequence_lightning="all")
     with pytest.raises(ValueError, match="method 'all' of sequence parallelism is not one of gather, ring"):
-        sequence.softmax_attention(*[jnp.zeros((1, 4, 2, 2))] * 3, method="all")
+        ring_attention.softmax_attention(*[jnp.zeros((1, 4, 2, 2))] * 3, method="all")
 
 
 def test_kernels_for_whole_rows_refuse_divided_ones():
     x = jnp.zeros((1, 4, 2, 2))
     with pytest.raises(NotImplementedError, match="'cudnn' serves whole rows; .* mesh axis 'seq' .* 'blockwise' does"):
-        causal_attention(x, x, x, axis="seq", implementation="cudnn")
+        ring_attention.softmax_attention(x, x, x, axis="seq", implementation="cudnn")
 
 
 def test_whole_rows_need_no_mesh():
     x = jnp.ones((1, 4, 2))
-    output, state = sequence.lightning_attention(x, x, x, jnp.ones(1), axis=None)
+    output, state = lasp.lightning_attention(x, x, x, jnp.ones(1), axis=None)
     assert output.shape == x.shape
     assert state is None

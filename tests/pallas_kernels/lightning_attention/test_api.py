@@ -8,11 +8,11 @@ import pytest
 from pallas_kernels import platform
 from pallas_kernels.lightning_attention import (
     default_implementation,
-    document_runs,
     end_state,
     lightning_attention,
     recurrent_step,
 )
+from pallas_kernels.segments import number_segments
 from tests.support import oracles
 
 BATCH, HEADS, DIM = 2, 3, 8
@@ -98,7 +98,7 @@ def test_reverse_is_the_flipped_problem(implementation):
 @pytest.mark.parametrize("segments", ["none", "packed", "interior", "left_padded"])
 def test_end_states_alone(implementation, segments):
     segment_ids = SEGMENTS[segments] and np.array(SEGMENTS[segments])
-    runs = None if segment_ids is None else document_runs(segment_ids)
+    runs = None if segment_ids is None else number_segments(segment_ids)
     q, k, v = random_qkv(30)
     options = dict(chunk_size=8, implementation=implementation)
     none = np.zeros_like(initial_state())
@@ -236,9 +236,9 @@ def test_nan_in_is_nan_out():
     assert np.isfinite(output[1]).all()
 
 
-def test_document_runs():
+def test_number_segments():
     ids = np.array([[0, 5, 5, 0, 5, 2, 2, 5, 0], [0] * 9])
-    np.testing.assert_array_equal(document_runs(ids), [[0, 1, 1, 0, 1, 2, 2, 3, 0], [0] * 9])
+    np.testing.assert_array_equal(number_segments(ids), [[0, 1, 1, 0, 1, 2, 2, 3, 0], [0] * 9])
 
 
 def test_graph_does_not_grow_with_length():

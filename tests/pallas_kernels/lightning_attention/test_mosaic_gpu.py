@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import document_runs, end_state, lightning_attention
+from pallas_kernels.lightning_attention import end_state, lightning_attention
 from pallas_kernels.lightning_attention.mosaic_gpu import api as mosaic_gpu
 from pallas_kernels.lightning_attention.mosaic_gpu import segment_table_kernel as facts
 from pallas_kernels.lightning_attention.mosaic_gpu import time_split
+from pallas_kernels.segments import number_segments
 from tests.support import interpreter, oracles
 
 STEEP = mosaic_gpu.MAX_EXPONENT / mosaic_gpu.CHUNK  # the slope from which on the kernel cannot split the decay
@@ -87,7 +88,7 @@ def results(case, implementation, dtype):
 def end_states(case, implementation, dtype):
     """(of k and v, of q and d_output from the right)."""
     q, k, v, do, _, _, slopes, ids = inputs(case)
-    runs = None if ids is None else document_runs(ids)
+    runs = None if ids is None else number_segments(ids)
     pairs = ((k, v), False), ((q, do), True)
     return [
         end_state(*(x.astype(dtype) for x in pair), slopes, runs, reverse=reverse, implementation=implementation)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import document_runs, end_state, lightning_attention, mosaic_tpu
+from pallas_kernels.lightning_attention import end_state, lightning_attention, mosaic_tpu
+from pallas_kernels.segments import number_segments
 from tests.support import ahead_of_time, oracles
 
 BATCH = 2
@@ -127,7 +128,7 @@ def test_end_states_alone(case):
     q, k, v, d_output, state, d_state = random_inputs(length, 3, 64, jnp.float32)
     _, last = oracles.lightning_attention(q, k, v, SLOPES, segment_ids)
     *_, first = oracle_gradients(q, k, v, SLOPES, segment_ids, state, d_output, np.zeros_like(d_state))
-    runs = None if segment_ids is None else document_runs(segment_ids)
+    runs = None if segment_ids is None else number_segments(segment_ids)
     for inputs, want, reverse in (((k, v), last, False), ((q, d_output), first, True)):
         merged = (jnp.asarray(x.reshape(BATCH, length, -1), jnp.float32) for x in inputs)
         got = end_state(

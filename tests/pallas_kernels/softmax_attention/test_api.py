@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from mmx_jax.layers import attention_ops
-from mmx_jax.layers.attention_ops import cached_attention, causal_attention
 from pallas_kernels import platform
-from pallas_kernels.lightning_attention import document_runs
+from pallas_kernels.segments import number_segments
+from pallas_kernels.softmax_attention import (
+    IMPLEMENTATIONS,
+    blockwise_xla,
+    cached_attention,
+    cudnn,
+    default_implementation,
+    softmax_attention,
+)
 from tests.support import ahead_of_time, oracles
 
 BLOCK = 8
 HEADS, KV_HEADS, DIM = 4, 2, 6
 
-attend = jax.jit(causal_attention, static_argnames=("implementation", "block"))
+attend = jax.jit(softmax_attention, static_argnames=("implementation", "block"))
 
 SEGMENTS = {
     "packed": [[1] * 5 + [2] + [3] * 10 + [5] * 17, [4] * 33],
@@ -38,15 +44,8 @@ def random_qkv(length, heads=HEADS, kv_heads=KV_HEADS, seed=0, scale=1.0):
 
 
 def naive(q, k, v, segment_ids=None):
-    """The definition with a [T, T] matrix; queries that see nothing give 0."""
-    length, group = q.shape[1], q.shape[2] // k.shape[2]
-    segment_ids = jnp.ones(q.shape[:2], int) if segment_ids is None else jnp.asarray(segment_ids)
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") / q.shape[-1] ** 0.5
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
-    seen = (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
-    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1), 0.0)
-    return jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest")
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    return softmax_attention(q, k, v, segment_ids, implementation="reference")
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 33])
@@ -94,37 +93,35 @@ def test_bfloat16_is_as_close_as_the_definition():
     assert error(got) < 2 * error(naive(*low))
 
 
-# Slots hold: queries of 1 (a decoding step), 5 and 16 tokens, with caches of one block and of several.
+# Queries of 1 (a decoding step), 5 and 16 tokens, with caches of one block and of several; rows of two lengths.
 @pytest.mark.parametrize(
-    ("slots", "cursor", "length"),
-    [(24, 0, 5), (24, 11, 1), (24, 23, 1), (24, 3, 16), (7, 0, 7), (23, 4, 19), (23, 2, 5), (31, 15, 16)],
+    ("slots", "lengths", "count"),
+    [
+        (24, (0, 0), 5),
+        (24, (11, 2), 1),
+        (24, (0, 23), 1),
+        (24, (3, 8), 16),
+        (7, (0, 0), 7),
+        (23, (4, 0), 19),
+        (23, (2, 17), 5),
+        (31, (15, 15), 16),
+        (55, (1, 20), 35),  # several blocks of queries
+    ],
 )
-def test_cached_attention_matches_the_definition(slots, cursor, length):
+def test_cached_attention_matches_the_definition(slots, lengths, count):
     rng = np.random.default_rng(2)
-    q = rng.normal(size=(2, length, HEADS, DIM)).astype(np.float32)
+    q = rng.normal(size=(2, count, HEADS, DIM)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, KV_HEADS, slots, DIM)).astype(np.float32)
-    real = rng.random((2, slots)) < 0.7
-    real[:, cursor : cursor + length] = True
-    filled = cursor + length
-    key[:, :, filled:], value[:, :, filled:] = 1e3, 1e3  # what lies behind the last slot must not matter
-    got = jax.jit(functools.partial(cached_attention, block=BLOCK))(q, key, value, np.int32(cursor), real)
-    padded = np.zeros((2, filled, HEADS, DIM), np.float32)
-    padded[:, cursor:] = q
-    want = oracles.softmax_attention(
-        padded, *(x[:, :, :filled].swapaxes(1, 2) for x in (key, value)), real[:, :filled].astype(int)
-    )
-    np.testing.assert_allclose(got, want[:, cursor:], rtol=1e-5, atol=1e-5)
-
-
-def test_cached_attention_of_a_row_without_tokens_is_zero():
-    """A row of padding alone, as in a ragged batch whose first chunk is all padding for one sequence."""
-    rng = np.random.default_rng(2)
-    q = rng.normal(size=(2, 4, HEADS, DIM)).astype(np.float32)
-    cache = rng.normal(size=(2, KV_HEADS, 24, DIM)).astype(np.float32)
-    real = np.zeros((2, 24), bool)
-    real[1, :4] = True
-    got = cached_attention(q, cache, cache, np.int32(0), real, block=BLOCK)
-    assert not np.any(got[0]) and np.all(np.any(got[1], axis=-1))
+    for row, length in enumerate(lengths):  # what lies behind the last token must not matter
+        key[row, :, length + count :], value[row, :, length + count :] = 1e3, 1e3
+    got = jax.jit(functools.partial(cached_attention, block=BLOCK))(q, key, value, np.int32(lengths))
+    for row, length in enumerate(lengths):
+        filled = length + count
+        padded = np.zeros((1, filled, HEADS, DIM), np.float32)
+        padded[0, length:] = q[row]
+        cache = (x[row : row + 1, :, :filled].swapaxes(1, 2) for x in (key, value))
+        want = oracles.softmax_attention(padded, *cache)
+        np.testing.assert_allclose(got[row], want[0, length:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -133,7 +130,7 @@ def test_memory_is_far_below_the_score_matrix(backward):
     shapes = [jax.ShapeDtypeStruct((1, length, n, 8), jnp.float32) for n in (2, 1, 1)]
 
     def run(q, k, v):
-        return jnp.sum(causal_attention(q, k, v, block=256))
+        return jnp.sum(softmax_attention(q, k, v, block=256))
 
     compiled = jax.jit(jax.grad(run, (0, 1, 2)) if backward else run).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
@@ -144,10 +141,10 @@ def test_layers_that_are_computed_again_keep_no_masks_of_all_blocks():
     """In a scan over layers with remat, documents are known before q, and so would be the mask of every block."""
     length, block = 1024, 64
 
-    def loss(x, runs):
+    def loss(x, segment_ids):
         def layer(x, _):
             q = x.reshape(1, length, 4, 8)
-            return causal_attention(q, q[:, :, :2], q[:, :, :2], runs, block=block).reshape(x.shape), None
+            return softmax_attention(q, q[:, :, :2], q[:, :, :2], segment_ids, block=block).reshape(x.shape), None
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, length=2)[0])
 
@@ -161,23 +158,23 @@ def test_memory_of_prefill_into_a_cache_is_far_below_the_score_matrix():
     length = 8192
     q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     cache = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
-    arguments = q, cache, cache, jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
+    arguments = q, cache, cache, jax.ShapeDtypeStruct((1,), jnp.int32)
     compiled = jax.jit(functools.partial(cached_attention, block=256)).lower(*arguments).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length * length * 4 / 4
 
 
 def test_bad_arguments_are_named():
     q, k, v = random_qkv(9)
-    with pytest.raises(ValueError, match="'flash' is not one of blockwise, cudnn, splash, auto"):
-        causal_attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="'flash' is not one of reference, blockwise, cudnn, splash, auto"):
+        softmax_attention(q, k, v, implementation="flash")
 
 
-def assert_same_with_gradients(implementation, q, k, v, runs, cotangent, tolerance):
+def assert_same_with_gradients(implementation, q, k, v, segment_ids, cotangent, tolerance):
     """Against "blockwise", which the tests above hold against float64."""
 
     @functools.partial(jax.jit, static_argnames="implementation")
     def both(q, k, v, implementation):
-        attend = lambda *x: causal_attention(*x, runs, implementation=implementation, block=BLOCK)  # noqa: E731
+        attend = lambda *x: softmax_attention(*x, segment_ids, implementation=implementation, block=BLOCK)  # noqa: E731
         output, vjp = jax.vjp(attend, q, k, v)
         return output, *vjp(cotangent)
 
@@ -189,10 +186,10 @@ def assert_same_with_gradients(implementation, q, k, v, runs, cotangent, toleran
 @pytest.mark.parametrize("segments", [None, *sorted(SEGMENTS)])
 def test_splash_is_blockwise_with_gradients(segments):
     """jax's kernel for TPU, interpreted."""
-    runs = None if segments is None else document_runs(jnp.asarray(SEGMENTS[segments]))
+    segment_ids = None if segments is None else number_segments(jnp.asarray(SEGMENTS[segments]))
     rng = np.random.default_rng(2)
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=(2, 33, n, 128)), jnp.float32) for n in (4, 2, 2, 4))
-    assert_same_with_gradients("splash", q, k, v, runs, cotangent, 2e-5)
+    assert_same_with_gradients("splash", q, k, v, segment_ids, cotangent, 2e-5)
 
 
 LENGTH = 32768  # a dq of every key block would take 64 tensors of the size of q, a [T, T] matrix more
@@ -206,13 +203,13 @@ def compile_splash(topology):
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def both(q, k, v, runs, cotangent):
-        output, vjp = jax.vjp(lambda *x: causal_attention(*x, runs), q, k, v)
+    def both(q, k, v, segment_ids, cotangent):
+        output, vjp = jax.vjp(lambda *x: softmax_attention(*x, segment_ids), q, k, v)
         return output, *vjp(cotangent)
 
-    q, k, runs = array(1, LENGTH, 8, 128), array(1, LENGTH, 2, 128), array(1, LENGTH, dtype=jnp.int32)
+    q, k, segment_ids = array(1, LENGTH, 8, 128), array(1, LENGTH, 2, 128), array(1, LENGTH, dtype=jnp.int32)
     with platform.target("tpu"):
-        program = jax.jit(both).lower(q, k, k, runs, q).compile()
+        program = jax.jit(both).lower(q, k, k, segment_ids, q).compile()
     assert "tpu_custom_call" in program.as_text()
     return program.memory_analysis().temp_size_in_bytes / (2 * q.size)
 
@@ -222,10 +219,39 @@ def test_splash_compiles_for_tpu_in_memory_linear_in_length():
     assert ahead_of_time.answer_of(__name__, "v5e:2x2") < 8
 
 
+@pytest.mark.parametrize(
+    ("target", "dtype", "dim", "chosen"),
+    [
+        ("cpu", "bfloat16", 128, "blockwise"),
+        ("gpu", "bfloat16", 64, "cudnn"),
+        ("gpu", "float32", 64, "blockwise"),
+        ("tpu", "float32", 128, "splash"),
+        ("tpu", "bfloat16", 64, "blockwise"),
+    ],
+)
+def test_the_default_is_the_kernel_of_the_platform_where_it_serves(target, dtype, dim, chosen):
+    q = jax.ShapeDtypeStruct((1, 16, 2, dim), dtype)
+    with platform.target(target):
+        assert default_implementation(q, q, q, segmented=True) == chosen
+        for backend in {"cudnn", "splash"} - {chosen}:
+            if target != "cpu" and backend == {"gpu": "cudnn", "tpu": "splash"}[target]:
+                with pytest.raises(NotImplementedError, match="use 'blockwise'"):
+                    IMPLEMENTATIONS[backend].check(q, q, q, segmented=True)
+
+
+@pytest.mark.parametrize("segments", [None, *sorted(SEGMENTS)])
+def test_the_reference_is_the_definition(segments):
+    q, k, v = random_qkv(33)
+    segment_ids = None if segments is None else number_segments(jnp.asarray(SEGMENTS[segments]))
+    got = softmax_attention(q, k, v, segment_ids, implementation="reference")
+    want = oracles.softmax_attention(q, k, v, segments and np.array(SEGMENTS[segments]))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_splash_refuses_other_head_dims():
     q = jnp.zeros((1, 8, 2, 64))
     with pytest.raises(NotImplementedError, match="multiple of 128"):
-        causal_attention(q, q, q, implementation="splash")
+        softmax_attention(q, q, q, implementation="splash")
 
 
 @jax.custom_vjp
@@ -263,33 +289,18 @@ class PaddedCudnnByItsContract:
         return output, jax.nn.logsumexp(scores, axis=-1)
 
 
-@pytest.mark.parametrize(
-    ("cursor", "padding", "on_cudnn"),
-    [
-        (0, (), True),
-        (16, (), True),
-        (16, [(0, 11, 16), (1, 30, 33)], True),  # (row, start, stop): behind the tokens of either part
-        (16, [(1, 0, 16)], True),
-        (16, [(1, 3, 5)], False),  # between tokens of the cache
-        (16, [(0, 16, 20)], False),  # before the new tokens
-    ],
-)
-def test_cache_on_cudnn_by_its_contract(monkeypatch, cursor, padding, on_cudnn):
+@pytest.mark.parametrize("lengths", [(0, 0), (16, 16), (16, 5), (23, 0)])
+def test_cache_on_cudnn_by_its_contract(monkeypatch, lengths):
     monkeypatch.setitem(sys.modules, "jax._src.cudnn.fused_attention_stablehlo", PaddedCudnnByItsContract)
-    length, slots = 17, 40
-    q = random_qkv(length)[0]
+    count, slots = 17, 40
+    q = random_qkv(count)[0]
     key, value = (x.swapaxes(1, 2) for x in random_qkv(slots, seed=1)[1:])
-    real = np.broadcast_to(np.arange(slots) < cursor + length, (2, slots)).copy()
-    for row, start, stop in padding:
-        real[row, start:stop] = False
-    blockwise = attention_ops._blockwise_over_cache
-    want = blockwise(q, key, value, cursor, real, BLOCK)
-    poison = jnp.nan if on_cudnn else 1.0
-    monkeypatch.setattr(attention_ops, "_blockwise_over_cache", lambda *inputs: blockwise(*inputs) * poison)
+    lengths = np.int32(lengths)
+    want = cached_attention(q, key, value, lengths, implementation="blockwise", block=BLOCK)
+    monkeypatch.setattr(blockwise_xla, "cached_forward", None)
     with jax.disable_jit():
-        got = cached_attention(q, key, value, cursor, real, implementation="cudnn", block=BLOCK)
-    queries = real[:, cursor : cursor + length]
-    np.testing.assert_allclose(np.asarray(got)[queries], np.asarray(want)[queries], rtol=2e-5, atol=2e-6)
+        got = cached_attention(q, key, value, lengths, implementation="cudnn", block=BLOCK)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
 class CudnnByItsContract:
@@ -326,11 +337,12 @@ class CudnnByItsContract:
 @pytest.mark.parametrize("segments", sorted(SEGMENTS))
 def test_packed_rows_on_cudnn_by_its_contract(monkeypatch, segments, documents):
     monkeypatch.setitem(sys.modules, "jax._src.cudnn.fused_attention_stablehlo", CudnnByItsContract)
-    monkeypatch.setattr(attention_ops, "_CUDNN_DOCUMENTS", documents)
-    runs = jax.jit(document_runs)(jnp.asarray(SEGMENTS[segments]))
+    monkeypatch.setattr(cudnn, "MAX_DOCUMENTS", documents)
+    monkeypatch.setattr(cudnn, "check", lambda q, k, v, *, segmented: None)  # it wants a GPU and bfloat16
+    segment_ids = jax.jit(number_segments)(jnp.asarray(SEGMENTS[segments]))
     q, k, v = random_qkv(33)
     cotangent = random_qkv(33, seed=1)[0]
-    assert_same_with_gradients("cudnn", q, k, v, runs, cotangent, 1e-5)
+    assert_same_with_gradients("cudnn", q, k, v, segment_ids, cotangent, 1e-5)
 
 
 if __name__ == "__main__":
