@@ -13,7 +13,18 @@ from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
 from mmx_jax.models.params import param_shardings
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
 from tests.support import fake_devices
-from tests.support.sharded_model import ALONE, CAPACITY_FACTORS, LENGTH, MESHES, ROWS, SCANNED, SEGMENTS, STEPS, config
+from tests.support.sharded_model import (
+    ALONE,
+    CAPACITY_FACTORS,
+    CASES,
+    LENGTH,
+    MESHES,
+    ROWS,
+    SCANNED,
+    SEGMENTS,
+    STEPS,
+    config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +34,7 @@ def report():
 
 
 @pytest.mark.parametrize("packing", SEGMENTS)
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("mode", CAPACITY_FACTORS)
+@pytest.mark.parametrize(("mode", "mesh"), CASES)
 def test_sharded_equals_unsharded(report, mode, mesh, packing):
     """Logits, metrics and gradients of the first step; the loss of ten steps and behind them; the parameters then."""
     for part, error in report[mode]["meshes"][mesh]["errors"][packing].items():
@@ -40,10 +50,10 @@ def test_a_scan_over_several_blocks_sharded_equals_unsharded(report, mesh, packi
     assert losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_each_mesh_divides_what_its_axes_say(report, mesh):
-    sizes = dict.fromkeys(MESH_AXES, 1) | MESHES[mesh]
-    found = report["dropless"]["meshes"][mesh]
+@pytest.mark.parametrize(("mode", "mesh"), CASES)
+def test_each_mesh_divides_what_its_axes_say(report, mode, mesh):
+    sizes = dict.fromkeys(MESH_AXES, 1) | MESHES[mode][mesh]
+    found = report[mode]["meshes"][mesh]
     rows = ROWS // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "expert_tensor"))
     assert found["tokens"] == [rows, LENGTH // sizes["seq"]]
     # Of the parameters all but the norms and the router; the experts alone are half of them and more.
@@ -56,12 +66,11 @@ def test_each_mesh_divides_what_its_axes_say(report, mesh):
         assert found["parameters"] < 0.7
 
 
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "fsdp" not in mesh and "seq" not in mesh])
-@pytest.mark.parametrize("mode", CAPACITY_FACTORS)
+@pytest.mark.parametrize(("mode", "mesh"), [case for case in CASES if "fsdp" not in case[1] and "seq" not in case[1]])
 def test_no_step_gathers_experts(report, mode, mesh):
     """Of arrays only their weights have the width of an expert, or of its slice on a device, as a dimension."""
     width = config().mlp_dim
-    widths = {str(width), str(width // MESHES[mesh].get("expert_tensor", 1))}
+    widths = {str(width), str(width // MESHES[mode][mesh].get("expert_tensor", 1))}
     gathered = [kind for kind in report[mode]["meshes"][mesh]["gathered"] if widths & set(re.findall(r"\d+", kind[3:]))]
     assert not gathered
 
