@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from mmx_jax.checkpoints.load import save_huggingface
-from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mmx_jax.config import Config, MeshConfig, ModelConfig, RuntimeConfig, TrainingConfig
 from mmx_jax.config import io as config_io
 from mmx_jax.models.cache import init_state
 from mmx_jax.models.decoder import Decoder
@@ -40,7 +40,6 @@ from pallas_kernels import platform
 WIDE = ModelConfig(
     vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, rotary_dim=64,
     mlp_dim=768, num_experts=8, experts_per_token=2, max_position_embeddings=16384, dtype="float32",
-    lightning_chunk=64, softmax_block=256,
 )  # fmt: skip
 _demo = config_io.load_config(Path(__file__).resolve().parent.parent / "configs/debug.py")
 DEBUG = _demo.training
@@ -49,13 +48,16 @@ DEBUG_MODEL = dataclasses.replace(_demo.model, rotary_dim=_demo.model.head_dim)
 
 class Case(NamedTuple):
     model: ModelConfig
+    runtime: RuntimeConfig
     rows: int  # of the training step
     length: int
 
 
 CASES = {
-    "debug": Case(DEBUG_MODEL, rows=DEBUG.batch_tokens // DEBUG.sequence_length, length=DEBUG.sequence_length),
-    "wide": Case(WIDE, rows=2, length=1024),
+    "debug": Case(
+        DEBUG_MODEL, _demo.runtime, rows=DEBUG.batch_tokens // DEBUG.sequence_length, length=DEBUG.sequence_length
+    ),
+    "wide": Case(WIDE, RuntimeConfig(lightning_chunk=64, softmax_block=256), rows=2, length=1024),
 }
 PREFILL, DECODE_STEPS, COMPARED = 4096, 32, 300
 TURNS, RUNS = 4, 2
@@ -94,13 +96,13 @@ def random_params(model):
 
 def our_runs(case):
     params, prompt = random_params(case.model), random_tokens(case.model, 1, PREFILL)
-    logits = jax.jit(lambda p, t: Decoder(case.model).apply({"params": p}, t).logits)
-    prefill, decode = our_inference(case.model, params, prompt)
+    logits = jax.jit(lambda p, t: Decoder(case.model, case.runtime).apply({"params": p}, t).logits)
+    prefill, decode = our_inference(case, params, prompt)
     return {
         "logits": lambda: np.asarray(logits(params, prompt[:, :COMPARED])),
         "prefill": prefill,
         "decode": decode,
-        "train": our_train_step(case.model, random_tokens(*case)),
+        "train": our_train_step(case, random_tokens(case.model, case.rows, case.length)),
     }
 
 
@@ -114,14 +116,15 @@ def peer_runs(case, folder):
     def logits():
         return peer(torch.tensor(prompt[:, :COMPARED], dtype=torch.long)).logits.numpy()
 
-    train = peer_train_step(peer, random_tokens(*case))
+    train = peer_train_step(peer, random_tokens(case.model, case.rows, case.length))
     return {"logits": logits, "prefill": prefill, "decode": decode, "train": train}
 
 
-def our_train_step(model, tokens):
+def our_train_step(case, tokens):
     rows, length = tokens.shape
     config = Config(
-        model=model,
+        model=case.model,
+        runtime=case.runtime,
         training=TrainingConfig(sequence_length=length, batch_tokens=rows * length, z_loss_coef=0.0),
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -159,18 +162,20 @@ def peer_train_step(peer, tokens):
     return once
 
 
-def our_inference(model, params, prompt):
+def our_inference(case, params, prompt):
+    model = Decoder(case.model, case.runtime)
+
     @functools.partial(jax.jit, compiler_options=platform.compiler_options())
     def prefill(params, tokens):
-        state = init_state(model, 1, PREFILL + 64)
+        state = init_state(case.model, 1, PREFILL + 64)
         last = jnp.full(1, PREFILL - 1)
-        out = Decoder(model).apply({"params": params}, tokens, state=state, last=last)
+        out = model.apply({"params": params}, tokens, state=state, last=last)
         return jnp.argmax(out.logits[:, 0], -1), out.state
 
     def decode(params, token, state):
         def one(carry, _):
             token, state = carry
-            out = Decoder(model).apply({"params": params}, token[:, None], state=state)
+            out = model.apply({"params": params}, token[:, None], state=state)
             return (jnp.argmax(out.logits[:, -1], -1).astype(jnp.int32), out.state), None
 
         return jax.lax.scan(one, (token, state), length=DECODE_STEPS)[0]

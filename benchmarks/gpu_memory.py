@@ -25,21 +25,21 @@ RESULT = "RESULT "
 # name -> overrides of the config. Rows have 8,192 tokens where nothing else is said.
 TRAINING = {
     "2 rows, nothing recomputed": (),
-    "2 rows, remat=dots": ("model.remat=dots",),
-    "2 rows, remat=attention_out": ("model.remat=attention_out",),
-    "2 rows, remat=full": ("model.remat=full",),
+    "2 rows, remat=dots": ("runtime.remat=dots",),
+    "2 rows, remat=attention_out": ("runtime.remat=attention_out",),
+    "2 rows, remat=full": ("runtime.remat=full",),
     "1 row, nothing recomputed": ("training.batch_tokens=8192",),
-    "4 rows, remat=dots": ("model.remat=dots", "training.batch_tokens=32768"),
-    "8 rows, remat=full": ("model.remat=full", "training.batch_tokens=65536"),
+    "4 rows, remat=dots": ("runtime.remat=dots", "training.batch_tokens=32768"),
+    "8 rows, remat=full": ("runtime.remat=full", "training.batch_tokens=65536"),
     "8 rows in micro-batches of 2, remat=full": (
-        "model.remat=full",
+        "runtime.remat=full",
         "training.batch_tokens=65536",
         "training.microbatch_rows=2",
     ),
     "8 rows of 2048 tokens, nothing recomputed": ("training.sequence_length=2048",),
     "hidden size 1024, 4 rows, nothing recomputed": ("model.hidden_size=1024", "training.batch_tokens=32768"),
     "two blocks of 8 layers, 2 rows, remat=full": (
-        "model.remat=full",
+        "runtime.remat=full",
         "model.layer_pattern=" + ",".join(["lightning"] * 7 + ["softmax"]),
     ),
     "dense, width 8448, 2 rows, nothing recomputed": (
@@ -129,7 +129,8 @@ def inference_child(name, compile_only):
 
     batch, prompt, context, chunk = INFERENCE[name]
     config = load(())
-    model = generate.inference_config(config.model, "bfloat16")
+    decoder = generate.inference_decoder(config.model, "bfloat16", config.runtime)
+    model = decoder.config
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     slots = generate.slots_for(prompt, context, chunk)
     bucket = max(bucket for _, _, bucket in generate.pieces(prompt, chunk))
@@ -139,10 +140,10 @@ def inference_child(name, compile_only):
     )
     state = aot_inference.abstract_state(model, mesh, batch, slots)
     with jax.set_mesh(mesh):
-        piece = compiled_bytes(aot_inference._lower_prefill(model, mesh, params, state, bucket).compile())
-        step = compiled_bytes(aot_inference._lower_decode(model, mesh, params, state).compile())
+        piece = compiled_bytes(aot_inference._lower_prefill(decoder, mesh, params, state, bucket).compile())
+        step = compiled_bytes(aot_inference._lower_decode(decoder, mesh, params, state).compile())
     for of, length, found in (("a piece", bucket, piece), ("a decoding step", 1, step)):
-        planned = memory_model.inference(model, dict(mesh.shape), batch=batch, length=length, slots=slots)
+        planned = memory_model.inference(decoder, dict(mesh.shape), batch=batch, length=length, slots=slots)
         parts = {"planned": planned.peak, "planned parts": dict(planned.memory)}
         print(RESULT + json.dumps({"program": f"{name}: {of}"} | parts | found), flush=True)
 

@@ -169,7 +169,7 @@ def main():
             report("train_packed" if packed else "train", **figures)
     if "unsharded" in arguments.only:
         report("train_unsharded", **time_training(config, packed=True, on_mesh=False))
-    model = dataclasses.replace(model, param_dtype=model.dtype, remat="none")
+    model = dataclasses.replace(model, param_dtype=model.dtype)
     params = random_params(model) if {"prefill", "decode"} & set(arguments.only.split(",")) else None
     if "prefill" in arguments.only:
         report("prefill_8k", tokens_per_s=time_prefill(model, params, 8192, 8192))

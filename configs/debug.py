@@ -1,6 +1,15 @@
 """The demo: a hybrid lightning-attention MoE that learns Python from the standard library on two CPU cores."""
 
-from mmx_jax.config import CheckpointConfig, Config, DataConfig, LearningRatePhase, ModelConfig, TrainingConfig
+from mmx_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LearningRatePhase,
+    ModelConfig,
+    MonitoringConfig,
+    RuntimeConfig,
+    TrainingConfig,
+)
 
 
 def get_config() -> Config:
@@ -20,8 +29,6 @@ def get_config() -> Config:
         experts_per_token=2,
         router_aux_loss_coef=0.01,
         dtype="float32",
-        lightning_chunk=64,
-        softmax_block=128,
     )
     training = TrainingConfig(
         total_tokens=500 * 4096,
@@ -32,13 +39,13 @@ def get_config() -> Config:
             LearningRatePhase(shape="linear", share=0.04, start=0.0, end=1.0),
             LearningRatePhase(shape="cosine", start=1.0, end=0.1),  # the rest of the run
         ),
-        eval_every_steps=125,
-        eval_batches=4,
     )
     return Config(
         name="debug",
         model=model,
+        runtime=RuntimeConfig(lightning_chunk=64, softmax_block=128),
         data=DataConfig(packing_bins=16),
         training=training,
         checkpoint=CheckpointConfig(save_every_steps=125, keep=2),
+        monitoring=MonitoringConfig(eval_every_steps=125, eval_batches=4),
     )

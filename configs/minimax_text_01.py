@@ -14,6 +14,8 @@ from mmx_jax.config import (
     LearningRatePhase,
     MeshConfig,
     ModelConfig,
+    MonitoringConfig,
+    RuntimeConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -53,16 +55,18 @@ def get_config() -> Config:
             LearningRatePhase(shape="constant", start=0.15, end=0.15),
         ),
         aux_loss_form="report",
-        loss_chunk=4096,
-        eval_every_steps=1000,
     )
     return Config(
         name="minimax_text_01",
         # 0.01 is the coefficient of the report, for its own form of the loss; the released config.json says 0.001.
-        model=ModelConfig(router_aux_loss_coef=0.01, remat="full"),
+        model=ModelConfig(
+            router_aux_loss_coef=0.01,
+        ),
+        runtime=RuntimeConfig(remat="full", loss_chunk=4096),
         mesh=MeshConfig(data=1, fsdp=-1),
         # Of a batch, a shard gives 8 rows of 8k, and of 1M tokens 16 take turns with one row, each with its open ones.
         data=DataConfig(shards=256),
         training=training,
         checkpoint=CheckpointConfig(save_every_steps=250),
+        monitoring=MonitoringConfig(eval_every_steps=1000),
     )

@@ -4,14 +4,22 @@ Two hybrid blocks of 7 lightning layers and 1 softmax layer, sequences of 8192. 
 scan over two would copy every parameter, gradient and kept activation into and out of stacks, a fifth of the memory
 traffic of a training step and almost half of the time of a decoding step on one H200.
 
-A step takes 73 GiB on an H100 and 78 GiB on an H200 with nothing recomputed, 61 GiB with `model.remat=dots`, and 51 GiB
-with `attention_out` or `full`. jax takes 75 % of a card: 105 GiB of an H200, but 59 GiB of an H100, where neither this
-file as it stands nor `dots` fits. There add `--set model.remat=attention_out`; or set
+A step takes 73 GiB on an H100 and 78 GiB on an H200 with nothing recomputed, 61 GiB with `runtime.remat=dots`, and
+GiB with `attention_out` or `full`. jax takes 75 % of a card: 105 GiB of an H200, but 59 GiB of an H100, where neither
+this file as it stands nor `dots` fits. There add `--set runtime.remat=attention_out`; or set
 `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`, which makes room for both. `train.py --plan --topology=h100` says the like of
 other settings.
 """
 
-from mmx_jax.config import CheckpointConfig, Config, LearningRatePhase, ModelConfig, TrainingConfig
+from mmx_jax.config import (
+    CheckpointConfig,
+    Config,
+    LearningRatePhase,
+    ModelConfig,
+    MonitoringConfig,
+    RuntimeConfig,
+    TrainingConfig,
+)
 
 LAYERS = 16
 
@@ -32,7 +40,6 @@ def get_config() -> Config:
         num_experts=8,
         experts_per_token=2,
         router_aux_loss_coef=0.01,
-        remat="none",
     )
     batch_tokens = 2 * 8192
     training = TrainingConfig(
@@ -44,8 +51,12 @@ def get_config() -> Config:
             LearningRatePhase(shape="linear", share=0.05, start=0.0, end=1.0),
             LearningRatePhase(shape="cosine", start=1.0, end=0.1),  # the rest of the run
         ),
-        loss_chunk=2048,
-        eval_every_steps=500,
-        log_every_steps=10,
     )
-    return Config(name="small_1b", model=model, training=training, checkpoint=CheckpointConfig(save_every_steps=500))
+    return Config(
+        name="small_1b",
+        model=model,
+        runtime=RuntimeConfig(loss_chunk=2048),
+        training=training,
+        checkpoint=CheckpointConfig(save_every_steps=500),
+        monitoring=MonitoringConfig(eval_every_steps=500, log_every_steps=10),
+    )

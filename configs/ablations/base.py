@@ -4,7 +4,7 @@ Length, batch (480 sequences), constant rate, and weight decay are those of the 
 2.2; arXiv 2406.16690, Table 7), width and heads those of its 160M model; they train on up to 300B tokens, this on 10B.
 """
 
-from mmx_jax.config import CheckpointConfig, Config, ModelConfig, TrainingConfig
+from mmx_jax.config import CheckpointConfig, Config, ModelConfig, MonitoringConfig, RuntimeConfig, TrainingConfig
 
 
 def get_config() -> Config:
@@ -22,7 +22,6 @@ def get_config() -> Config:
         num_experts=8,
         experts_per_token=2,
         router_aux_loss_coef=0.01,
-        remat="full",
     )
     training = TrainingConfig(
         total_tokens=10_000_000_000,
@@ -30,9 +29,12 @@ def get_config() -> Config:
         batch_tokens=480 * 8192,
         microbatch_rows=8,
         learning_rate=3e-4,
-        loss_chunk=2048,
-        eval_every_steps=250,
     )
     return Config(
-        name="ablation_base", model=model, training=training, checkpoint=CheckpointConfig(save_every_steps=250)
+        name="ablation_base",
+        model=model,
+        runtime=RuntimeConfig(remat="full", loss_chunk=2048),
+        training=training,
+        checkpoint=CheckpointConfig(save_every_steps=250),
+        monitoring=MonitoringConfig(eval_every_steps=250),
     )

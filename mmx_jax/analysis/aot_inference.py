@@ -38,7 +38,8 @@ def dry_run(
       GenerationError: lengths that do not go together.
     """
     inputs.check_lengths(config.model, prompt_length, context)
-    model = generate.inference_config(config.model, dtype)
+    decoder = generate.inference_decoder(config.model, dtype, config.runtime)
+    model = decoder.config
     devices = aot.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     model_params.check_sharded(model, mesh.shape)
@@ -58,8 +59,8 @@ def dry_run(
         f"key-value caches {aot.gib(caches)}, lightning states {aot.gib(lightning)}",
     ]
     bucket = max(bucket for _, _, bucket in pieces)
-    prefill = functools.partial(_lower_prefill, model, mesh, params, state, bucket)
-    decode = functools.partial(_lower_decode, model, mesh, params, state)
+    prefill = functools.partial(_lower_prefill, decoder, mesh, params, state, bucket)
+    decode = functools.partial(_lower_decode, decoder, mesh, params, state)
     lines.append(f"prefill of {prompt_length} tokens in pieces of up to {bucket}, {len(pieces)} of them; one piece:")
     head = aot.bytes_per_device(params["lm_head"])  # a program of its own, behind the last piece
     lines += aot.report(prefill, mesh, topology, of="piece", beside=head)
@@ -90,15 +91,16 @@ def _placed(mesh, x, axes=()):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*parts)))
 
 
-def _lower_prefill(config, mesh, params, state, bucket):
-    batch = state.lengths.shape[0]
+def _lower_prefill(decoder, mesh, params, state, bucket):
+    batch, config = state.lengths.shape[0], decoder.config
     tokens = jax.ShapeDtypeStruct((batch, bucket), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch, bucket), jnp.bool)
     last = _placed(mesh, jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.dtype(config.dtype)))
-    return generate.prefill_piece.lower(config, params, tokens, mask, last, state)
+    return generate.prefill_piece.lower(decoder, params, tokens, mask, last, state)
 
 
-def _lower_decode(config, mesh, params, state):
+def _lower_decode(decoder, mesh, params, state):
+    config = decoder.config
     batch = state.lengths.shape[0]
     logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32)
     carry = generate.DecodeCarry(
@@ -111,6 +113,5 @@ def _lower_decode(config, mesh, params, state):
     keys = jax.eval_shape(lambda: sampling.row_keys(0, batch))
     sampler = sampling.SamplingParams().sampler()
     stop_ids = jax.ShapeDtypeStruct((generate.power_of_two(0),), jnp.int32)
-    return generate.decode.lower(
-        config, params, carry, keys, sampler, stop_ids, np.int32(1), vocab_size=config.vocab_size
-    )
+    inputs = generate.SamplingInputs(keys, sampler, stop_ids)
+    return generate.decode.lower(decoder, params, carry, inputs, np.int32(1), vocab_size=config.vocab_size)

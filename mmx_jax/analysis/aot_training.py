@@ -10,7 +10,7 @@ from mmx_jax.config import Config
 from mmx_jax.data import device_batch
 from mmx_jax.models import flops
 from mmx_jax.models import params as model_params
-from mmx_jax.training import schedule, train_step, trainer
+from mmx_jax.training import batches, schedule, train_step
 
 
 def dry_run(config: Config, topology: str = "") -> list[str]:
@@ -28,10 +28,12 @@ def dry_run(config: Config, topology: str = "") -> list[str]:
     devices = aot.topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     model_params.check_sharded(config.model, mesh.shape)
-    trainer.check_batches(config, mesh)
+    batches.check_batches(config, mesh)
     plan = schedule.plan_step(config.training, 0)
     state = train_step.abstract_state(config, mesh)
-    per_token = flops.training_flops_per_token(config.model, plan.stage.sequence_length)
+    per_token = flops.training_flops_per_token(
+        config.model, plan.stage.sequence_length, chunk=config.runtime.lightning_chunk
+    )
     lines = [
         f"parameters {model_params.count_parameters(config.model):,}; {per_token:.3e} training FLOPs per token",
         f"batch {plan.rows} rows of {plan.stage.sequence_length} tokens in {plan.microbatches} micro-batches; "

@@ -21,14 +21,15 @@ import jax
 
 from mmx_jax import sharding
 from mmx_jax.analysis import aot
-from mmx_jax.config import Config, ConfigError, ModelConfig
+from mmx_jax.config import Config, ConfigError, ModelConfig, RuntimeConfig
 from mmx_jax.inference import generate, inputs
 from mmx_jax.layers.moe import expert_capacity
 from mmx_jax.models import params as model_params
+from mmx_jax.models.decoder import Decoder
 from mmx_jax.parallel.expert_parallel import token_axes
 from mmx_jax.parallel.mesh_group import reduce_scatter_factors
 from mmx_jax.parallel.token_dispatch import BUFFER_ALIGNMENT
-from mmx_jax.training import schedule, trainer
+from mmx_jax.training import batches, schedule
 from pallas_kernels.platform import cdiv
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -116,7 +117,7 @@ class Target:
                 "XLA_PYTHON_CLIENT_MEM_FRACTION"
             )
             if wanted > 95:
-                lines[-1] += "; no part of one card is enough: see model.remat, training.microbatch_rows and mesh"
+                lines[-1] += "; no part of one card is enough: see runtime.remat, training.microbatch_rows and mesh"
             elif max(peaks) > self.room:
                 lines[-1] += f"; {wanted / 100:.2f} of it is enough"
         return [*lines, _FITTED[self.platform]]
@@ -170,6 +171,7 @@ class Share:
     sizes: Mapping[str, int]
     batch: int
     length: int
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def along(self, axis: str) -> int:
         """Devices that divide a logical axis."""
@@ -230,14 +232,14 @@ class Share:
     @property
     def received(self) -> int:
         """Rows that come to a device, or the buffer that is kept for them, the slices of experts taken together."""
-        model, group = self.model, cdiv(self.routed, self.model.token_groups)
+        model, group = self.model, cdiv(self.routed, self.runtime.token_groups)
         if model.capacity_factor is not None and math.prod(self.sizes.values()) == 1:
             return model.num_experts * expert_capacity(model, self.routed)
         rows = self.owners * group * min(model.experts_per_token, model.num_experts // self.owners)
         if model.expert_buffer is not None:
             bound = math.ceil(model.expert_buffer * group * model.experts_per_token)
             rows = min(rows, cdiv(bound, BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT)
-        return rows * model.token_groups * self.width
+        return rows * self.runtime.token_groups * self.width
 
     @property
     def expert_weights(self) -> int:
@@ -307,7 +309,7 @@ def layer_work(share: Share, kind: str, *, looped: bool) -> int:
     Args:
       looped: the layer is in a loop over blocks.
     """
-    again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.model.remat)
+    again = kept_bytes(share, kind, "none") - kept_bytes(share, kind, share.runtime.remat)
     matrices = share.expert_weights * share.item
     wide = share.received * share.model.mlp_dim // share.width * share.item
     narrow = share.received * share.model.hidden_size * share.item
@@ -354,7 +356,7 @@ def _worst_moment_tpu(share: Share, gradients: Mapping[str, float]) -> tuple[flo
     """
     model = share.model
     looped = model.num_blocks > 1
-    kept = [kept_bytes(share, kind, model.remat) for kind in model.layer_pattern]
+    kept = [kept_bytes(share, kind, share.runtime.remat) for kind in model.layer_pattern]
     work = [layer_work(share, kind, looped=looped) for kind in model.layer_pattern]
     # The last hidden state and its gradient, and the gradient of the head, whole and in float32.
     loss = 2 * share.stream * share.item + share.vocabulary * ITEM_BYTES["float32"]
@@ -374,8 +376,8 @@ def _worst_moment_gpu(share: Share, gradients: Mapping[str, float], *, accumulat
     summed over micro-batches. Matrices that are not gathered are rounded again rather than kept.
     """
     model = share.model
-    kept = model.num_blocks * sum(kept_bytes(share, kind, model.remat) for kind in model.layer_pattern)
-    if model.remat == "none" and not share.gathered:
+    kept = model.num_blocks * sum(kept_bytes(share, kind, share.runtime.remat) for kind in model.layer_pattern)
+    if share.runtime.remat == "none" and not share.gathered:
         kept -= model.num_layers * share.expert_weights * share.item
     waiting = _GPU_POSTPONED * len(model.layer_pattern) * postponed(share)
     every = sum(gradients.values())
@@ -395,7 +397,7 @@ def training(config: Config, sizes: Mapping[str, int], room: int | None = None, 
       platform: "gpu" for what XLA:GPU makes of it; anything else is taken as a TPU.
     """
     model, step = config.model, schedule.plan_step(config.training, 0)
-    share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length)
+    share = Share(model, sizes, step.rows // step.microbatches, step.stage.sequence_length, config.runtime)
     parameters = model_params.bytes_of_share(model, sizes)
     gradients = {name: size * 4 // ITEM_BYTES[model.param_dtype] for name, size in parameters.items()}
     if platform == "gpu":
@@ -422,7 +424,7 @@ def training(config: Config, sizes: Mapping[str, int], room: int | None = None, 
 def spared(share: Share) -> int:
     """What the compiler need not keep for the backward pass in a program that keeps everything: all but products."""
     model = share.model
-    if model.remat != "none":
+    if share.runtime.remat != "none":
         return 0
     return sum(kept_bytes(share, kind, "none") - kept_bytes(share, kind, "dots") for kind in model.layer_kinds)
 
@@ -444,7 +446,7 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
       the queries and of the outputs, and their gradients.
     """
     model, sizes = share.model, share.sizes
-    f32, slices, again = ITEM_BYTES["float32"], share.along("embed"), model.remat in ("full", "attention_out")
+    f32, slices, again = ITEM_BYTES["float32"], share.along("embed"), share.runtime.remat in ("full", "attention_out")
     dense = sum(map(share.dense_weights, model.layer_kinds))
     experts = share.expert_weights * model.num_layers
     copies = sizes["data"]
@@ -452,7 +454,7 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
         ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"), 0
     )
     if slices > 1:
-        traffic["all-gather"] += experts * share.item * (1 if model.remat == "none" else 2)
+        traffic["all-gather"] += experts * share.item * (1 if share.runtime.remat == "none" else 2)
         traffic["all-gather"] += (dense * (3 if again else 2) + share.vocabulary) * share.item
         # The compiler sums a matrix as a whole where a slice of it is narrower than a register.
         whole = experts // 3 if model.hidden_size // slices % 128 else 0
@@ -467,7 +469,7 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
         traffic["all-reduce"] += (1 + (share.along("tokens") > slices)) * share.vocabulary * f32
     if copies > 1:
         traffic["all-reduce"] += (experts + share.vocabulary) * f32 // slices
-    passes = 2 if model.remat == "none" else 3
+    passes = 2 if share.runtime.remat == "none" else 3
     if sizes["tensor"] > 1:
         # A layer: the output of attention and the gradient of its input, and tokens that the experts had in parts. The
         # embedding, and the gradient of the head's input.
@@ -491,7 +493,7 @@ def _training_traffic(share: Share, microbatches: int) -> dict[str, int]:
 
 
 def inference(
-    model: ModelConfig, sizes: Mapping[str, int], *, batch: int, length: int, slots: int, platform: str = "tpu"
+    decoder: Decoder, sizes: Mapping[str, int], *, batch: int, length: int, slots: int, platform: str = "tpu"
 ) -> Plan:
     """A pass over `length` new tokens of each of `batch` sequences: a piece of a prompt, or a step of decoding.
 
@@ -499,11 +501,12 @@ def inference(
     head behind a step; and in decoding what lies there in another layout from beginning to end.
 
     Args:
-      model: of `generate.inference_config`.
+      decoder: of `generate.inference_decoder`.
       sizes: devices along each mesh axis.
       slots: of the key-value caches.
     """
-    share = Share(model, sizes, batch, length)
+    model = decoder.config
+    share = Share(model, sizes, batch, length, decoder.runtime)
     caches, lightning = state_bytes(share, slots)
     attention = max(attention_work(share, kind, slots) for kind in _whole_layers(share))
     if length == 1:  # a step is short: the matrices of the experts are on their way while attention works
@@ -550,8 +553,8 @@ def attention_work(share: Share, kind: str, slots: int) -> int:
         return (elements + 7 * share.inner) * share.item
     heads = model.num_heads // share.along("heads_act")
     # As `softmax_attention.cached_attention` cuts them; one token meets all slots at once.
-    queries = min(share.length, 16 * model.softmax_block)
-    scores = share.rows * heads * queries * (slots if share.length == 1 else min(slots, model.softmax_block))
+    queries = min(share.length, 16 * share.runtime.softmax_block)
+    scores = share.rows * heads * queries * (slots if share.length == 1 else min(slots, share.runtime.softmax_block))
     elements += 2 * share.inner + 2 * share.keys
     return elements * share.item + 2 * scores * f32 + cache_taken_out(share, slots)
 
@@ -633,7 +636,7 @@ def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str
     mesh = sharding.abstract_mesh(sizes)
     model_params.check_sharded(config.model, sizes)
     model_params.param_shardings(config.model, mesh)
-    trainer.check_batches(config, mesh)
+    batches.check_batches(config, mesh)
     return training(config, sizes, target.room, platform=target.platform), sizes, target.room
 
 
@@ -663,7 +666,8 @@ def inference_lines(
 ) -> list[str]:
     """What `infer.py --plan` prints; arguments and errors are those of `mmx_jax.analysis.aot_inference.dry_run`."""
     inputs.check_lengths(config.model, prompt_length, context)
-    model = generate.inference_config(config.model, dtype)
+    decoder = generate.inference_decoder(config.model, dtype, config.runtime)
+    model = decoder.config
     target = target_of(topology)
     sizes = sharding.mesh_sizes(config.mesh, target.count)
     model_params.check_sharded(model, sizes)
@@ -681,7 +685,7 @@ def inference_lines(
         ("decoding, one step:", "step", 1),
     )  # fmt: skip
     for title, name, length in passes:
-        plan = inference(model, sizes, batch=batch, length=length, slots=slots, platform=target.platform)
+        plan = inference(decoder, sizes, batch=batch, length=length, slots=slots, platform=target.platform)
         lines += [title, *plan.lines(name, target.room)]
         peaks.append(plan.peak)
     return [*lines, *target.remarks(peaks)]

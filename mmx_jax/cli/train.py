@@ -122,7 +122,7 @@ def main(argv):
         logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of what it also raises
     # Imported late, so that --help and a mistyped flag answer at once.
     from mmx_jax import distributed, metrics
-    from mmx_jax.training import trainer
+    from mmx_jax.training import run
 
     name = flags_parser.program_name()
     if not FLAGS["verbosity"].present:
@@ -136,13 +136,13 @@ def main(argv):
             return
         if FLAGS.wandb:
             metrics.check_wandb()
-        result = trainer.train(
+        result = run.train(
             config,
             FLAGS.workdir or f"runs/{config.name}",
             steps=FLAGS.steps,
             resume=FLAGS.resume,
             init_from=FLAGS.init_from or "",
-            watch=trainer.Watch(profile_steps=profile_steps(), wandb=FLAGS.wandb or ""),
+            watch=run.Watch(profile_steps=profile_steps(), wandb=FLAGS.wandb or ""),
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         # Ours say what to do; of the others the traceback is worth having with --verbosity=0.

@@ -5,21 +5,20 @@ file costs nothing to load.
 """
 
 from mmx_jax.config.base import ConfigError, Section
-from mmx_jax.config.data import ON_BAD_ROW, SOURCE_FORMATS, DataConfig, SourceConfig
+from mmx_jax.config.data import ON_BAD_ROW, SOURCE_FORMATS, DataConfig, ReadingConfig, SourceConfig
 from mmx_jax.config.io import apply_overrides, config_from_json, config_to_json, format_config, load_config
 from mmx_jax.config.model import (
     BRANCHES,
     CAPACITY_SCOPES,
     FLOAT_DTYPES,
     LAYER_KINDS,
-    REMAT_POLICIES,
-    SEQUENCE_METHODS,
     ModelConfig,
     deepnorm_alpha,
     shortest_period,
 )
 from mmx_jax.config.parallel import MeshConfig
-from mmx_jax.config.run import CheckpointConfig, Config
+from mmx_jax.config.run import RESUMABLE, CheckpointConfig, Config, MonitoringConfig
+from mmx_jax.config.runtime import REMAT_POLICIES, SEQUENCE_METHODS, RuntimeConfig
 from mmx_jax.config.training import (
     AUX_LOSS_FORMS,
     AUX_LOSS_POOLING,
@@ -42,6 +41,7 @@ __all__ = [
     "ON_BAD_ROW",
     "PRNG_IMPLEMENTATIONS",
     "REMAT_POLICIES",
+    "RESUMABLE",
     "SEQUENCE_METHODS",
     "SOURCE_FORMATS",
     "BatchRampStep",
@@ -52,6 +52,9 @@ __all__ = [
     "LearningRatePhase",
     "MeshConfig",
     "ModelConfig",
+    "MonitoringConfig",
+    "ReadingConfig",
+    "RuntimeConfig",
     "Section",
     "SourceConfig",
     "StageConfig",

@@ -5,6 +5,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 # The largest size of a dimension, which indices of 32 bits reach, and the smallest positive number of float32.
@@ -20,7 +21,17 @@ class Section:
     """Base of every configuration dataclass: no way of building one leads past the check of its fields.
 
     A subclass is a frozen dataclass whose annotations are int, float, bool, str, X | None, tuple[X, ...] or a Section.
+
+    Attributes:
+      MOVED: fields that earlier versions had here, with their path in a `Config` now.
     """
+
+    MOVED: typing.ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, **fields):
+        for name in fields.keys() & cls.MOVED.keys():
+            raise ConfigError(f"{cls.__name__} has no field {name!r} any more: it is {cls.MOVED[name]} now")
+        return super().__new__(cls)
 
     def __post_init__(self):
         for name, kind in field_kinds(type(self)).items():

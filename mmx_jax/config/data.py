@@ -1,6 +1,8 @@
 """Sources of documents, their tokenizer, and how they are packed."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 from mmx_jax.config.base import (
     Section,
@@ -33,6 +35,19 @@ class SourceConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadingConfig(Section):
+    """How data are read; which batches a run sees does not depend on it."""
+
+    prefetch: int = 2  # batches read ahead
+    on_bad_row: str = "error"  # or "skip": rows that cannot be read are left out and counted
+    cache_dir: str = ""  # of decompressed copies of compressed JSON lines; empty: ~/.cache/mmx_jax/decompressed
+
+    def check(self):
+        require_choice(self, on_bad_row=ON_BAD_ROW)
+        require_not_negative(self, "prefetch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """What is read and how it is packed. With no source, the standard library's own `.py` files."""
 
@@ -44,13 +59,16 @@ class DataConfig(Section):
     packing_bins: int = 32  # rows kept open by first-fit packing
     packing_alignment: int = 1  # documents start at multiples of this (the lightning chunk, for aligned kernels)
     shuffle_buffer: int = 0  # 0: a global shuffle by index, every epoch anew
-    prefetch: int = 2
     seed: int = 0
-    on_bad_row: str = added("error")  # or "skip": rows that cannot be read are left out and counted
-    cache_dir: str = added("")  # of decompressed copies of compressed JSON lines; empty: ~/.cache/mmx_jax/decompressed
+    reading: ReadingConfig = added(ReadingConfig())
+
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "prefetch": "data.reading.prefetch",
+        "on_bad_row": "data.reading.on_bad_row",
+        "cache_dir": "data.reading.cache_dir",
+    }
 
     def check(self):
-        require_choice(self, on_bad_row=ON_BAD_ROW)
         require(0 <= self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
         require_sizes(self, "shards", "packing_bins", "packing_alignment")
-        require_not_negative(self, "tokenizer_vocab_size", "shuffle_buffer", "prefetch")
+        require_not_negative(self, "tokenizer_vocab_size", "shuffle_buffer")

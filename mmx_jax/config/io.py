@@ -7,6 +7,7 @@ into the dataclasses by their annotations, which refuse what does not fit, and n
 import dataclasses
 import decimal
 import difflib
+import functools
 import json
 import os
 import runpy
@@ -67,13 +68,15 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     Raises ConfigError: unknown path (with the nearest valid one), wrong type, impossible value, or an axis of the mesh
     that is named twice: the product of the axes is checked, so that an override that was forgotten would only surprise.
     """
-    root = _plain(config)
+    root, moved = _plain(config), moved_paths()
     axes = {}
     for override in overrides:
         path, equals, text = override.partition("=")
         path = path.strip()
         if not equals:
             raise ConfigError(f"{override!r} is not of the form path.to.field=value")
+        if path in moved:
+            raise ConfigError(f"no field {path!r} any more: it is {moved[path]!r} now")
         if path in axes:
             raise ConfigError(f"{path} is named twice, with {axes[path]} and with {text}: give each axis once")
         if path.startswith("mesh."):
@@ -96,7 +99,7 @@ def resolved(plain: dict[str, Any]) -> dict[str, Any]:
     Args:
       plain: what `config_to_json` wrote, of this version or an earlier one, parsed; fields left out take their default.
     """
-    config = _build(Config, plain, "", fill=True)
+    config = from_plain(plain)
     plain = _plain(config) | {"model": _plain(config.model.resolved())}
     for phase, end in zip(plain["training"]["learning_rate_phases"], config.training.phase_ends, strict=True):
         phase |= {"end_tokens": end, "tokens": 0, "share": 0.0}
@@ -109,12 +112,17 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_json(text: str) -> Config:
-    """The inverse of `config_to_json`. Unknown, missing and repeated keys are refused by name."""
+    """The inverse of `config_to_json`, also of earlier versions. Unknown, missing and repeated keys are refused."""
     try:
         plain = json_io.loads(text)
     except json_io.JsonError as error:
         raise ConfigError(f"the config: {error}") from error
-    return _build(Config, plain, "")
+    return _build(Config, _upgraded(plain), "")
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The Config of a parsed config.json of this version or an earlier one; fields left out take their default."""
+    return _build(Config, _upgraded(plain), "", fill=True)
 
 
 def format_config(config: Config) -> str:
@@ -130,6 +138,47 @@ def format_config(config: Config) -> str:
 def field_paths() -> list[str]:
     """The dotted path of every field of a Config."""
     return list(_paths(Config, ""))
+
+
+@functools.cache
+def moved_paths() -> dict[str, str]:
+    """Paths of fields that earlier versions had, and where these are now."""
+    return dict(_moved(Config, ""))
+
+
+def _moved(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, path in cls.MOVED.items():
+        yield f"{prefix}{name}", path
+    for name, kind in field_kinds(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _moved(kind, f"{prefix}{name}.")
+
+
+def _upgraded(plain: Any) -> Any:
+    """A plain config as this version writes it: fields of earlier versions are put where they are now."""
+    if not isinstance(plain, dict):
+        return plain
+    root = _copy(plain)
+    for old, new in moved_paths().items():
+        *parents, leaf = old.split(".")
+        node = functools.reduce(lambda node, name: node.get(name) if isinstance(node, dict) else None, parents, root)
+        if not isinstance(node, dict) or leaf not in node:
+            continue
+        *new_parents, new_leaf = new.split(".")
+        value, kind, target = node.pop(leaf), Config, root
+        for name in new_parents:
+            kind = field_kinds(kind)[name]
+            target = target.setdefault(name, _defaults(kind)) if isinstance(target, dict) else None
+        if isinstance(target, dict):  # or the error is raised where it is built
+            target[new_leaf] = value
+    return root
+
+
+def _copy(plain: Any, depth: int = 3) -> Any:
+    """Dicts copied down to `depth`, that of the sections of a `Config`; other values are shared."""
+    if not isinstance(plain, dict) or not depth:
+        return plain
+    return {key: _copy(value, depth - 1) for key, value in plain.items()}
 
 
 # Plain values: what JSON knows. Tuples become lists, dataclasses dicts.

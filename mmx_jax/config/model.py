@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 from mmx_jax.config.base import (
-    MAX_SIZE,
     ConfigError,
     Section,
     require,
@@ -17,9 +18,7 @@ from mmx_jax.config.base import (
 LAYER_KINDS = ("lightning", "softmax")
 BRANCHES = (*LAYER_KINDS, "mlp")  # of a layer, each with its residual
 FLOAT_DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full", "dots", "attention_out")
 CAPACITY_SCOPES = ("global", "local")
-SEQUENCE_METHODS = ("gather", "ring")
 _MAX_LAYERS = 100_000  # the kinds of all layers are listed one by one
 
 
@@ -38,7 +37,7 @@ def deepnorm_alpha(num_layers: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Shapes and constants of one decoder. The defaults are those of MiniMax-Text-01.
+    """Shapes and constants of one decoder: what is computed, not how. The defaults are those of MiniMax-Text-01.
 
     `layer_pattern` is repeated `num_layers / len(layer_pattern)` times; every repetition is one hybrid
     block, and the blocks are scanned. An aperiodic stack is one block of its own length.
@@ -59,10 +58,9 @@ class ModelConfig(Section):
     num_experts: int = 32  # 1 is a dense SwiGLU layer
     experts_per_token: int = 2
     capacity_factor: float | None = None  # None: dropless; else tokens over the capacity are dropped
-    # Of a mesh of several devices:
+    # On a mesh of several devices, where these drop rows by the layout of the mesh:
     capacity_scope: str = "global"  # "local": every device drops what its own tokens have too many of
     expert_buffer: float | None = None  # rows a device takes at once, times the even share; None: all that may come
-    token_groups: int = 1  # parts of the tokens that travel to experts one by one, each while another is multiplied
     router_aux_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
 
@@ -84,30 +82,28 @@ class ModelConfig(Section):
 
     dtype: str = "bfloat16"  # activations and matmul inputs; float32 asks for full float32 products
     param_dtype: str = "float32"  # the router is float32 whatever this says
-    scan_blocks: bool = True
-    remat: str = "none"
-    lightning_implementation: str = "auto"
-    lightning_chunk: int | None = None  # None: chosen from shape and device, see pallas_kernels/block_sizes.py
-    softmax_implementation: str = "auto"
-    softmax_block: int = 512
-    moe_implementation: str = "auto"
-    # What moves where mesh.seq divides the tokens of a row. Lightning: the states of all devices at once (LASP+), or
-    # from neighbour to neighbour (LASP). Softmax: keys and values round a ring, or those of all devices at once.
-    sequence_lightning: str = "gather"
-    sequence_softmax: str = "ring"
+
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "scan_blocks": "runtime.scan_blocks",
+        "remat": "runtime.remat",
+        "lightning_implementation": "runtime.lightning_implementation",
+        "lightning_chunk": "runtime.lightning_chunk",
+        "softmax_implementation": "runtime.softmax_implementation",
+        "softmax_block": "runtime.softmax_block",
+        "moe_implementation": "runtime.moe_implementation",
+        "sequence_lightning": "runtime.sequence_lightning",
+        "sequence_softmax": "runtime.sequence_softmax",
+        "token_groups": "runtime.token_groups",
+    }
 
     def check(self):
         require_sizes(
             self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-            "num_experts", "experts_per_token", "max_position_embeddings", "softmax_block", "token_groups",
+            "num_experts", "experts_per_token", "max_position_embeddings",
         )  # fmt: skip
         require_positive(self, "rope_theta", "rms_norm_eps", "lightning_norm_eps")
         require_not_negative(self, "router_aux_loss_coef", "initializer_range")
         require(self.num_layers <= _MAX_LAYERS, f"num_layers={self.num_layers} is more than {_MAX_LAYERS:,}")
-        require(
-            self.lightning_chunk is None or 0 < self.lightning_chunk <= MAX_SIZE,
-            f"lightning_chunk={self.lightning_chunk} must be positive, or None for one chosen from shape and device",
-        )
         require(bool(self.layer_pattern), "layer_pattern is empty: name at least one layer kind")
         for kind in self.layer_pattern:
             require(kind in LAYER_KINDS, f"layer_pattern holds {kind!r}; the kinds are {', '.join(LAYER_KINDS)}")
@@ -144,10 +140,12 @@ class ModelConfig(Section):
             f"router_jitter_noise={self.router_jitter_noise} is not supported; the released models use 0",
         )
         require_choice(
-            self, dtype=FLOAT_DTYPES, param_dtype=FLOAT_DTYPES, remat=REMAT_POLICIES,
-            initializer=("deepnorm_xavier", "normal"), sequence_lightning=SEQUENCE_METHODS,
-            sequence_softmax=SEQUENCE_METHODS, capacity_scope=CAPACITY_SCOPES,
-        )  # fmt: skip
+            self,
+            dtype=FLOAT_DTYPES,
+            param_dtype=FLOAT_DTYPES,
+            initializer=("deepnorm_xavier", "normal"),
+            capacity_scope=CAPACITY_SCOPES,
+        )
 
     @property
     def num_blocks(self) -> int:

@@ -1,16 +1,17 @@
-"""A whole run: its model, mesh, data, recipe and checkpoints."""
+"""A whole run: its model, mesh, data, recipe, checkpoints and monitoring; what of it a resumption may change."""
 
 import dataclasses
 
-from mmx_jax.config.base import (
-    Section,
-    require,
-    require_positive,
-)
+from mmx_jax.config.base import Section, added, require, require_not_negative, require_positive, require_sizes
 from mmx_jax.config.data import DataConfig
 from mmx_jax.config.model import ModelConfig
 from mmx_jax.config.parallel import MeshConfig
+from mmx_jax.config.runtime import RuntimeConfig
 from mmx_jax.config.training import TrainingConfig
+
+# What may change between a run and its resumption: fields of these sections change neither the data nor the function
+# nor the optimizer, only where, how fast and how closely watched it is computed (rounding included).
+RESUMABLE = ("name", "mesh.", "runtime.", "checkpoint.", "monitoring.", "data.reading.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,32 @@ class CheckpointConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MonitoringConfig(Section):
+    """How closely a run is watched, and what ends it."""
+
+    eval_every_steps: int = 0  # 0: only at the end
+    eval_batches: int = 8
+    log_every_steps: int = 1
+    max_nonfinite_steps: int = 0  # steps in a row with a non-finite loss or gradient that are skipped before stopping
+
+    def check(self):
+        require_positive(self, "log_every_steps")
+        require_sizes(self, "eval_batches")
+        require_not_negative(self, "eval_every_steps", "max_nonfinite_steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """Everything a run is made of."""
 
     name: str = "minimax_text_01"
     model: ModelConfig = ModelConfig()
+    runtime: RuntimeConfig = added(RuntimeConfig())
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = added(MonitoringConfig())
 
     def check(self):
         for stage in self.training.resolved_stages:
@@ -61,3 +79,19 @@ class Config(Section):
         if base is None:
             return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, rope_theta=base))
+
+    @property
+    def resumable(self) -> tuple[str, ...]:
+        """Paths and beginnings of paths of the fields that a resumption may change.
+
+        Where rows are dropped by what comes to a device, the layout of the mesh decides which, and so do the groups in
+        which tokens travel.
+        """
+        fields = set(RESUMABLE)
+        local_capacity = self.model.capacity_factor is not None and self.model.capacity_scope == "local"
+        if local_capacity or self.model.expert_buffer is not None:
+            fields.remove("mesh.")
+        if self.model.expert_buffer is not None:
+            names = {field.name for field in dataclasses.fields(RuntimeConfig)} - {"token_groups"}
+            fields = fields - {"runtime."} | {f"runtime.{name}" for name in names}
+        return tuple(sorted(fields))

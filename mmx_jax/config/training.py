@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 from mmx_jax.config.base import (
     Section,
@@ -91,7 +93,8 @@ class TrainingConfig(Section):
     total_tokens: int = _DEFAULT_TOTAL_TOKENS
     sequence_length: int = 8192
     batch_tokens: int = 131072  # of one optimizer step: sequence_length x rows x accumulation
-    microbatch_rows: int = 0  # rows of one forward and backward pass; 0: the whole batch at once
+    # Rows of one forward and backward pass; 0: the whole batch at once. The balancing loss is that of a micro-batch.
+    microbatch_rows: int = 0
     batch_ramp: tuple[BatchRampStep, ...] = ()
     stages: tuple[StageConfig, ...] = ()  # empty: one stage of total_tokens at sequence_length
 
@@ -105,23 +108,23 @@ class TrainingConfig(Section):
 
     z_loss_coef: float = 0.0
     aux_loss_form: str = "switch"  # "switch": E sum f P; "report": (1/E) sum f P
-    aux_loss_pooling: str = "pooled"  # "pooled": f and P are means over layers (spec C.8); "per_layer": mean of losses
-    loss_chunk: int = 1024  # tokens whose logits a device holds at one time
-    max_nonfinite_steps: int = 0  # steps in a row with a non-finite loss or gradient that are skipped before stopping
+    aux_loss_pooling: str = "pooled"  # "pooled": f and P are means over layers; "per_layer": mean of losses
 
-    eval_every_steps: int = 0  # 0: only at the end
-    eval_batches: int = 8
-    log_every_steps: int = 1
     seed: int = 0
     prng_implementation: str = "unsafe_rbg"
 
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "loss_chunk": "runtime.loss_chunk",
+        "max_nonfinite_steps": "monitoring.max_nonfinite_steps",
+        "eval_every_steps": "monitoring.eval_every_steps",
+        "eval_batches": "monitoring.eval_batches",
+        "log_every_steps": "monitoring.log_every_steps",
+    }
+
     def check(self):
-        require_positive(self, "total_tokens", "batch_tokens", "learning_rate", "adam_eps", "log_every_steps")
-        require_sizes(self, "sequence_length", "loss_chunk", "eval_batches")
-        require_not_negative(
-            self, "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef", "max_nonfinite_steps",
-            "eval_every_steps",
-        )  # fmt: skip
+        require_positive(self, "total_tokens", "batch_tokens", "learning_rate", "adam_eps")
+        require_sizes(self, "sequence_length")
+        require_not_negative(self, "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef")
         require(0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1, f"{self.adam_b1=}, {self.adam_b2=} must lie in [0, 1)")
         require_choice(
             self,

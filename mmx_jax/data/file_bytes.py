@@ -26,7 +26,7 @@ class DataError(ValueError):
 
 
 class BadRowError(DataError):
-    """One row or document that cannot be used; `data.on_bad_row=skip` leaves it out."""
+    """One row or document that cannot be used; `data.reading.on_bad_row=skip` leaves it out."""
 
 
 @contextlib.contextmanager
@@ -191,5 +191,5 @@ def _write(copy: BinaryIO, block: bytes, path: pathlib.Path, folder: pathlib.Pat
 def _copy_error(path: pathlib.Path, folder: pathlib.Path, error: OSError) -> DataError:
     return DataError(
         f"{path} is compressed, and its decompressed copy cannot be written to {folder}: {error.strerror or error}; "
-        "set data.cache_dir to a folder with room, or decompress the file yourself"
+        "set data.reading.cache_dir to a folder with room, or decompress the file yourself"
     )

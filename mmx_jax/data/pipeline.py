@@ -39,7 +39,7 @@ _SCANNED_DOCUMENTS = 2000
 
 def open_sources(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[CheckedSource]:
     """The sources of a config, in order; the standard library's own code where it names none."""
-    options = {"on_bad_row": data.on_bad_row, "cache_dir": data.cache_dir}
+    options = {"on_bad_row": data.reading.on_bad_row, "cache_dir": data.reading.cache_dir}
     eos_id = tokenizer.eos_id if tokenizer else None
     return [open_source(source, eos_id, **options) for source in data.sources] or [open_standard_library()]
 
@@ -500,8 +500,8 @@ def make_train_iterator(
 
     groups = {group: {number: open_shard(number) for number in members} for group, members in numbers.items()}
     iterator = _Batches(groups, rows // math.gcd(rows, data.shards), own_rows)
-    if data.prefetch:
-        iterator = grain.experimental.ThreadPrefetchDatasetIterator(iterator, data.prefetch)
+    if data.reading.prefetch:
+        iterator = grain.experimental.ThreadPrefetchDatasetIterator(iterator, data.reading.prefetch)
     identity = {
         "sources": corpus.identity,
         "tokenizer": data_identity.tokenizer_identity(tokenizer),

@@ -81,7 +81,7 @@ class CheckedSource:
     def leave_out(self, key: Hashable, error: BadRowError):
         """Counts a bad row; raises where the config wants no row left out."""
         if not self._skips:
-            remedy = "mend or remove it, or set data.on_bad_row=skip to leave out such rows"
+            remedy = "mend or remove it, or set data.reading.on_bad_row=skip to leave out such rows"
             raise BadRowError(f"{error}: {remedy}") from error
         self.bad_rows.setdefault(key, str(error))
 

@@ -1,4 +1,7 @@
-"""Decoding: prefill in buckets and chunks, a loop of steps inside one jit, sequences that go on where they stopped."""
+"""Decoding: prefill in buckets and chunks, and a loop of decoding steps inside one jit.
+
+The jitted functions take a `Decoder` as static argument: the config of a model and of its runtime.
+"""
 
 import contextlib
 import dataclasses
@@ -12,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.inference import sampling
 from mmx_jax.inference.inputs import GenerationError, left_align
 from mmx_jax.layers.softmax_attention import KeyValueCache
@@ -28,13 +31,16 @@ _SCORE_PIECE = 64  # tokens whose logits are held at once
 
 
 def inference_config(config: ModelConfig, dtype: str) -> ModelConfig:
-    """The model as it generates, with weights and computation in `dtype`.
+    """The config of the model as it generates, with weights and computation in `dtype`.
 
     A token's result must not hang on its neighbours, so nothing is dropped whatever training did.
     """
-    return dataclasses.replace(
-        config, dtype=dtype, param_dtype=dtype, capacity_factor=None, expert_buffer=None, remat="none"
-    )
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype, capacity_factor=None, expert_buffer=None)
+
+
+def inference_decoder(config: ModelConfig, dtype: str, runtime: RuntimeConfig = RuntimeConfig()) -> Decoder:
+    """The decoder of `inference_config`; nothing is differentiated, so that nothing is computed again."""
+    return Decoder(inference_config(config, dtype), dataclasses.replace(runtime, remat="none"))
 
 
 def power_of_two(n: int) -> int:
@@ -53,10 +59,10 @@ def on_mesh(mesh):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def forward(config: ModelConfig, params, tokens, segment_ids):
+@functools.partial(jax.jit, static_argnames="model")
+def forward(model: Decoder, params, tokens, segment_ids):
     """(float32 logits [B, T, V] of whole rows, bool [B, T] that is True where all of them are finite)."""
-    logits = Decoder(config).apply({"params": params}, tokens, segment_ids).logits
+    logits = model.apply({"params": params}, tokens, segment_ids).logits
     return logits, jnp.all(jnp.isfinite(logits), axis=-1)
 
 
@@ -86,10 +92,10 @@ def not_finite_error(config: ModelConfig, params, where: str) -> GenerationError
     return GenerationError(f"the logits at {where} are NaN or infinite: {cause}")
 
 
-def beside(params, tree):
-    """Arrays put where the parameters are, or on all their devices.
+def place_like(params, tree):
+    """Arrays on the device of the parameters, or replicated over all of their devices.
 
-    What jit returns is committed to a device; an argument that is not would make its first call compile apart.
+    Results of jit are committed to a device; arguments that are not would make the first call compile apart.
     """
     place = jax.tree.leaves(params)[0].sharding
     if isinstance(place, NamedSharding):
@@ -100,7 +106,7 @@ def beside(params, tree):
 def new_state(config: ModelConfig, params, batch: int, slots: int) -> DecodeState:
     """An empty state where the parameters are, sharded over the ambient mesh if there is one."""
     state = _new_state(config, batch, slots)
-    return beside(params, state) if jax.sharding.get_abstract_mesh().empty else state
+    return place_like(params, state) if jax.sharding.get_abstract_mesh().empty else state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "slots"))
@@ -121,19 +127,26 @@ def with_slots(state: DecodeState, slots: int) -> DecodeState:
     return state.replace(layers={name: widen(layer) for name, layer in state.layers.items()})
 
 
-def _advance(config, params, tokens, mask, state, last=None):
+def _advance(model, params, tokens, token_mask, state, last=None):
     """(hidden [B, T, M], state) after one piece of tokens; `last` as the decoder takes it."""
-    ids = mask.astype(jnp.int32)
-    out = Decoder(config).apply({"params": params}, tokens, ids, state=state, last=last, logits=False)
+    segment_ids = token_mask.astype(jnp.int32)
+    out = model.apply({"params": params}, tokens, segment_ids, state=state, last=last, logits=False)
     return out.hidden, out.state
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("last", "state"))
-def prefill_piece(config: ModelConfig, params, tokens, mask, last, state: DecodeState):
-    """(last, state) behind one piece of a prompt: tokens, mask [B, T]; last [B, M], the hidden state of the last real
-    token of each row so far."""
-    index = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), -1), axis=1)  # of the last real token, or -1
-    hidden, state = _advance(config, params, tokens, mask, state, jnp.maximum(index, 0))
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("last", "state"))
+def prefill_piece(model: Decoder, params, tokens, token_mask, last, state: DecodeState):
+    """One piece of prompts.
+
+    Args:
+      tokens: int32 [B, T]; token_mask: bool [B, T], True at tokens, which stand at the left of their row.
+      last: [B, M], hidden state of the last token of each row so far; it is donated, as is `state`.
+
+    Returns:
+      (last, state) after the piece.
+    """
+    index = jnp.max(jnp.where(token_mask, jnp.arange(token_mask.shape[1]), -1), axis=1)  # of the last token, or -1
+    hidden, state = _advance(model, params, tokens, token_mask, state, jnp.maximum(index, 0))
     return jnp.where((index >= 0)[:, None], hidden[:, 0], last), state
 
 
@@ -164,27 +177,28 @@ def slots_for(prompt_length: int, context: int, chunk: int) -> int:
     return slot_bucket(max(slots_needed(prompt_length, chunk), context))
 
 
-def prefill(config: ModelConfig, params, tokens, mask, state: DecodeState, *, chunk: int = PREFILL_CHUNK):
+def prefill(model: Decoder, params, tokens, token_mask, state: DecodeState, *, chunk: int = PREFILL_CHUNK):
     """Runs prompts through the model; it continues `state`, so that the next turn of a chat is a prefill too.
 
-    Compiles once for `chunk` and each smaller power of two. Only the last real token of a row meets the head.
+    Compiles once for `chunk` and each smaller power of two. Only the last token of a row meets the head.
 
     Args:
-      tokens: int [B, T]; mask: bool [B, T], True at tokens, which stand at the left of their row.
+      tokens: int [B, T]; token_mask: bool [B, T], True at tokens, which stand at the left of their row.
       state: with `slots_needed(T, chunk)` free slots; it is donated.
       chunk: tokens of a row in one pass.
 
     Returns:
-      (float32 logits [B, V] behind the last real token, state). A row needs a real token for its logits.
+      (float32 logits [B, V] after the last token, state). A row needs a token for its logits.
     """
-    last = beside(params, np.zeros((tokens.shape[0], config.hidden_size), jnp.dtype(config.dtype)))
+    config = model.config
+    last = place_like(params, np.zeros((tokens.shape[0], config.hidden_size), jnp.dtype(config.dtype)))
     for piece in pieces(tokens.shape[1], chunk):
-        last, state = prefill_piece(config, params, _piece(tokens, *piece), _piece(mask, *piece), last, state)
+        last, state = prefill_piece(model, params, _piece(tokens, *piece), _piece(token_mask, *piece), last, state)
     return _head(params, last), state
 
 
 class DecodeCarry(NamedTuple):
-    """What goes from one decoding step to the next."""
+    """State of a batch between two decoding steps."""
 
     state: DecodeState
     logits: jax.Array  # float32 [B, V] of the next token
@@ -193,14 +207,19 @@ class DecodeCarry(NamedTuple):
     seen: jax.Array | None  # bool [B, V], tokens of the context, for the repetition penalty
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="carry")
-def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_ids, steps, *, vocab_size):
+class SamplingInputs(NamedTuple):
+    """How tokens are drawn and what ends a row."""
+
+    keys: jax.Array  # jax keys [B]
+    sampler: sampling.Sampler
+    stop_ids: jax.Array  # int32 [n]; a row is done after one of these. -1 stands for none
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size"), donate_argnames="carry")
+def decode(model: Decoder, params, carry: DecodeCarry, inputs: SamplingInputs, steps, *, vocab_size: int):
     """Draws up to `steps` tokens of each row, fewer once all rows are done.
 
     Args:
-      keys: jax keys [B].
-      sampler: `mmx_jax.inference.sampling.Sampler`.
-      stop_ids: int32 [n]; the row is done behind one of these. -1 stands for none.
       steps: int32 (), at most `DECODE_STEPS`; the state needs as many free slots.
       vocab_size: ids from here on are never drawn.
 
@@ -208,7 +227,6 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
       (tokens int32 [B, DECODE_STEPS], -1 where none was drawn, number of steps int32 (), carry). A row whose logits
       are not finite is done, and has `NOT_FINITE` there.
     """
-    model = Decoder(config)
 
     def more(loop):
         step, _, carry = loop
@@ -216,21 +234,21 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
 
     def draw(loop):
         step, tokens, carry = loop
-        real = ~carry.done
-        token = sampling.choose(carry.logits, keys, carry.count, sampler, carry.seen, vocab_size)
+        active = ~carry.done
+        token = sampling.choose(carry.logits, inputs.keys, carry.count, inputs.sampler, carry.seen, vocab_size)
         unused = jnp.arange(carry.logits.shape[-1]) >= vocab_size
         finite = jnp.all(jnp.isfinite(carry.logits) | unused, axis=-1)
-        drawn = jnp.where(finite, token, NOT_FINITE)
-        tokens = lax.dynamic_update_slice_in_dim(tokens, jnp.where(real, drawn, -1)[:, None], step, axis=1)
-        out = model.apply({"params": params}, token[:, None], real[:, None].astype(jnp.int32), state=carry.state)
+        drawn = jnp.where(active, jnp.where(finite, token, NOT_FINITE), -1)
+        tokens = lax.dynamic_update_slice_in_dim(tokens, drawn[:, None], step, axis=1)
+        out = model.apply({"params": params}, token[:, None], active[:, None].astype(jnp.int32), state=carry.state)
         seen = carry.seen
         if seen is not None:
-            seen = seen.at[jnp.arange(token.shape[0]), token].max(real)
+            seen = seen.at[jnp.arange(token.shape[0]), token].max(active)
         carry = DecodeCarry(
             state=out.state,
-            logits=jnp.where(real[:, None], out.logits[:, 0], carry.logits),
+            logits=jnp.where(active[:, None], out.logits[:, 0], carry.logits),
             count=carry.count + 1,
-            done=carry.done | ~finite | jnp.any(token[:, None] == stop_ids, axis=1),
+            done=carry.done | ~finite | jnp.any(token[:, None] == inputs.stop_ids, axis=1),
             seen=seen,
         )
         return step + 1, tokens, carry
@@ -240,9 +258,17 @@ def decode(config: ModelConfig, params, carry: DecodeCarry, keys, sampler, stop_
     return tokens, step, carry
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _score_piece(config, params, tokens, mask, targets, state):
-    hidden, state = _advance(config, params, tokens, mask, state)
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _score_piece(model, params, tokens, token_mask, targets, state):
+    hidden, state = _advance(model, params, tokens, token_mask, state)
+    batch, length = tokens.shape
+    size = min(length, _SCORE_PIECE)
+    count = -(-length // size)
+
+    def split(x):
+        """[B, T, ...] -> [count, B, size, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
 
     def log_probability(piece):
         hidden, targets = piece
@@ -250,35 +276,34 @@ def _score_piece(config, params, tokens, mask, targets, state):
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    batch, length = tokens.shape
-    size = min(length, _SCORE_PIECE)
-    count = -(-length // size)
-    cut = lambda x: jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    split = lambda x: cut(x).reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
     scores = lax.map(log_probability, (split(hidden), split(targets)))
     return scores.swapaxes(0, 1).reshape(batch, count * size)[:, :length], state
 
 
-def score(config: ModelConfig, params, tokens, mask, *, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+def score(model: Decoder, params, tokens, mask, *, chunk: int = PREFILL_CHUNK) -> np.ndarray:
     """Log-probabilities (nats) float32 [B, T] of each token given those before it in the row.
 
-    The first real token of a row is given and has 0, as has padding. Runs in chunks that carry the state.
+    The first token of a row is given and has 0, as has padding. Runs in chunks that carry the state.
+
+    Args:
+      tokens: int [B, T]; mask: bool [B, T], True at tokens, wherever they stand.
     """
     result = np.zeros(tokens.shape, np.float32)
     tokens, aligned = left_align(tokens, mask)
-    inputs, targets, real = tokens[:, :-1], tokens[:, 1:], aligned[:, 1:]
+    inputs, targets, token_mask = tokens[:, :-1], tokens[:, 1:], aligned[:, 1:]
     if inputs.shape[1] == 0:
         return result
-    state = new_state(config, params, len(tokens), slot_bucket(slots_needed(inputs.shape[1], chunk)))
+    state = new_state(model.config, params, len(tokens), slot_bucket(slots_needed(inputs.shape[1], chunk)))
     scores = np.zeros(tokens.shape, np.float32)
     for piece in pieces(inputs.shape[1], chunk):
         start, stop, _ = piece
-        values, state = _score_piece(config, params, *(_piece(x, *piece) for x in (inputs, real, targets)), state)
-        values = np.where(real[:, start:stop], np.asarray(values)[:, : stop - start], 0)
+        arrays = (_piece(x, *piece) for x in (inputs, token_mask, targets))
+        values, state = _score_piece(model, params, *arrays, state)
+        values = np.where(token_mask[:, start:stop], np.asarray(values)[:, : stop - start], 0)
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
             column = np.flatnonzero(mask[row])[start + 1 + column]
-            raise not_finite_error(config, params, f"row {row}, column {column}")
+            raise not_finite_error(model.config, params, f"row {row}, column {column}")
         scores[:, start + 1 : stop + 1] = values
     result[mask] = scores[aligned]
     return result

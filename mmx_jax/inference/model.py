@@ -1,22 +1,29 @@
 """The Python interface: a model with its tokenizer, to evaluate, to generate from, to export."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from mmx_jax.checkpoints import generation_config, hf_config, load
-from mmx_jax.config import FLOAT_DTYPES, ModelConfig
+from mmx_jax.config import FLOAT_DTYPES, ModelConfig, RuntimeConfig
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.inference import complete as text_completion
 from mmx_jax.inference import generate, inputs
 from mmx_jax.inference.generate import PREFILL_CHUNK
 from mmx_jax.inference.inputs import GenerationError
 from mmx_jax.inference.sampling import SamplingParams
-from mmx_jax.inference.session import Session
+from mmx_jax.inference.session import Session, SessionSettings
+from mmx_jax.models.decoder import Decoder
 
 
-def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "Model":
+def from_pretrained(
+    path,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    runtime: RuntimeConfig = RuntimeConfig(),
+) -> "Model":
     """Loads a model.
 
     Args:
@@ -25,6 +32,7 @@ def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None
       dtype: of the weights and the computation. "float32" gives the exact function; with "bfloat16" router,
         lightning states, decays and logits are still float32.
       mesh: of `mmx_jax.sharding.make_mesh`; None: one device.
+      runtime: kernels and block sizes.
 
     Raises:
       ValueError: an unknown dtype; a path that is no checkpoint, or a damaged one (`ConversionError`).
@@ -36,7 +44,8 @@ def from_pretrained(path, dtype: str = "float32", mesh: jax.sharding.Mesh | None
     config, params = load.load_params(path, param_dtype=dtype, mesh=mesh)
     config = generate.inference_config(config, dtype)
     has_tokenizer = source.tokenizer_dir is not None and (source.tokenizer_dir / "tokenizer.json").is_file()
-    return Model(config, params, source.tokenizer_dir if has_tokenizer else None, mesh, eos_ids=eos_ids)
+    tokenizer_dir = source.tokenizer_dir if has_tokenizer else None
+    return Model(config, params, tokenizer_dir, mesh, eos_ids=eos_ids, runtime=runtime)
 
 
 class Model:
@@ -48,6 +57,7 @@ class Model:
       tokenizer_dir: folder with tokenizer.json, or None.
       mesh: where `params` lie; None: one device.
       eos_ids: tokens that end a text, besides those of the config and the tokenizer.
+      runtime: kernels and block sizes.
 
     Attributes:
       tokenizer: `mmx_jax.data.tokenizer.Tokenizer`, or None where the checkpoint has none.
@@ -66,8 +76,10 @@ class Model:
         mesh: jax.sharding.Mesh | None = None,
         *,
         eos_ids: Sequence[int] = (),
+        runtime: RuntimeConfig = RuntimeConfig(),
     ):
         self.config, self.params, self.mesh = config, params, mesh
+        self.decoder = Decoder(config, dataclasses.replace(runtime, remat="none"))
         self._tokenizer_dir = tokenizer_dir
         self.tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
         own = () if config.eos_token_id is None else (config.eos_token_id,)
@@ -100,7 +112,7 @@ class Model:
         mask = np.pad(mask, right)
         segment_ids = None if mask.all() else mask.astype(np.int32)
         with generate.on_mesh(self.mesh):
-            logits, finite = generate.forward(self.config, self.params, np.pad(tokens, right), segment_ids)
+            logits, finite = generate.forward(self.decoder, self.params, np.pad(tokens, right), segment_ids)
             if (wrong := np.argwhere(mask & ~np.asarray(finite))).size:
                 row, column = wrong[0]
                 raise generate.not_finite_error(self.config, self.params, f"row {row}, column {column}")
@@ -119,22 +131,32 @@ class Model:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk={prefill_chunk} must be positive")
         with generate.on_mesh(self.mesh):
-            return generate.score(self.config, self.params, tokens, mask, chunk=prefill_chunk)
+            return generate.score(self.decoder, self.params, tokens, mask, chunk=prefill_chunk)
 
     def session(
-        self, batch: int, *, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-        min_p: float | None = None, repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
-        stop_tokens: Sequence[int] = (), prefill_chunk: int = PREFILL_CHUNK,
-    ) -> Session:  # fmt: skip
-        """`batch` sequences to read and write turn by turn; see `mmx_jax.inference.generate.Session`."""
-        params = SamplingParams(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-        )
-        return Session(
-            self.config, self.params, batch, sampling_params=params, seed=seed, stop_tokens=stop_tokens,
+        self,
+        batch: int,
+        *,
+        seed: int | Sequence[int] = 0,
+        stop_tokens: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
+        **sampling,
+    ) -> Session:
+        """`batch` sequences to read and write turn by turn; see `mmx_jax.inference.session.Session`.
+
+        Args:
+          seed, stop_tokens, prefill_chunk: as in `generate`.
+          sampling: fields of `mmx_jax.inference.sampling.SamplingParams`: temperature, top_k, top_p, min_p,
+            repetition_penalty.
+        """
+        settings = SessionSettings(
+            sampling_params=SamplingParams(**sampling),
+            seed=seed,
+            stop_tokens=stop_tokens,
             vocab_size=None if self.tokenizer is None else self.tokenizer.vocab_size,
-            prefill_chunk=prefill_chunk, mesh=self.mesh,
-        )  # fmt: skip
+            prefill_chunk=prefill_chunk,
+        )
+        return Session(self.decoder, self.params, batch, settings, mesh=self.mesh)
 
     def stream(self, tokens, mask=None, max_new_tokens: int = 16, **settings) -> Iterator[np.ndarray]:
         """As `generate`, in pieces int32 [B, n] as they are made: the first token alone, then up to 8; it ends early
@@ -146,20 +168,18 @@ class Model:
         session.extend(tokens, mask, reserve=max_new_tokens)
         return (np.where(piece < 0, self.pad_id, piece) for piece in session.stream(max_new_tokens))
 
-    def generate(
-        self, tokens, mask=None, max_new_tokens: int = 16, temperature: float = 0.0, top_k: int | None = None,
-        top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] = 0, stop_tokens: Sequence[int] = (), prefill_chunk: int = PREFILL_CHUNK,
-    ) -> np.ndarray:  # fmt: skip
+    def generate(self, tokens, mask=None, max_new_tokens: int = 16, **settings) -> np.ndarray:
         """Continues every row.
 
         Args:
-          temperature: 0 is greedy; the other settings of the draw are those of
-          `mmx_jax.inference.sampling.SamplingParams`. seed: row b draws with seed + b, or with its own if there is one
-          for each row; the other rows of a batch
-            and the padding do not matter to it.
-          stop_tokens: a row ends with one of these, which is its last token. The model's eos is not implied.
-          prefill_chunk: prompts longer than this are read in pieces.
+          settings: of `session`, of which
+
+            - temperature (0 is greedy, the default), top_k, top_p, min_p and repetition_penalty are those of
+              `mmx_jax.inference.sampling.SamplingParams`;
+            - seed: row b draws with seed + b, or with its own if there is one for each row; the other rows of a batch
+              and the padding do not matter to it;
+            - stop_tokens: a row ends with one of these, which is its last token. The model's eos is not implied;
+            - prefill_chunk: prompts longer than this are read in pieces.
 
         Returns:
           int32 [B, max_new_tokens]; `pad_id` (the config's `pad_token_id`, else 0) behind a row's stop token.
@@ -172,10 +192,7 @@ class Model:
         tokens, mask = inputs.check_tokens(self.config, tokens, mask)
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens={max_new_tokens} must be positive")
-        session = self.session(
-            len(tokens), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens, prefill_chunk=prefill_chunk,
-        )  # fmt: skip
+        session = self.session(len(tokens), **settings)
         session.extend(tokens, mask, reserve=max_new_tokens)
         result = np.full((len(tokens), max_new_tokens), self.pad_id, np.int32)
         at = 0

@@ -1,22 +1,23 @@
 """Sequences in decoding that are read and written in turns."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from mmx_jax.config import ModelConfig
 from mmx_jax.inference import sampling
 from mmx_jax.inference.generate import (
     DECODE_STEPS,
     NOT_FINITE,
     PREFILL_CHUNK,
     DecodeCarry,
-    beside,
+    SamplingInputs,
     decode,
     new_state,
     not_finite_error,
     on_mesh,
+    place_like,
     power_of_two,
     prefill,
     slot_bucket,
@@ -25,18 +26,27 @@ from mmx_jax.inference.generate import (
 )
 from mmx_jax.inference.inputs import GenerationError, check_tokens, left_align
 from mmx_jax.models.cache import DecodeState
+from mmx_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """How the sequences of a `Session` are drawn and read."""
+
+    sampling_params: sampling.SamplingParams = sampling.SamplingParams()
+    seed: int | Sequence[int] = 0  # see `mmx_jax.inference.sampling.row_keys`
+    stop_tokens: Sequence[int] = ()  # a row ends after one of these
+    vocab_size: int | None = None  # ids from here on are never drawn; None: the model's
+    prefill_chunk: int = PREFILL_CHUNK  # tokens of a row in one pass of `extend`
 
 
 class Session:
     """A batch of sequences in decoding: `extend` reads tokens, `decode` writes tokens, in any order.
 
     Args:
-      config, params: the model.
-      sampling_params: how tokens are drawn.
-      seed: see `mmx_jax.inference.sampling.row_keys`.
-      stop_tokens: a row ends behind one of these.
-      vocab_size: ids from here on are never drawn. None: the model's.
-      prefill_chunk: tokens of a row in one pass of `extend`.
+      model: config and runtime of the model.
+      params: its parameters.
+      settings: how tokens are drawn and read.
       mesh: where the parameters lie; None: on one device.
 
     Raises:
@@ -44,17 +54,18 @@ class Session:
     """
 
     def __init__(
-        self, config: ModelConfig, params, batch: int, *, sampling_params: sampling.SamplingParams, seed=0,
-        stop_tokens: Sequence[int] = (), vocab_size: int | None = None, prefill_chunk: int = PREFILL_CHUNK, mesh=None,
-    ):  # fmt: skip
+        self, model: Decoder, params, batch: int, settings: SessionSettings, *, mesh: jax.sharding.Mesh | None = None
+    ):
+        config = model.config
+        prefill_chunk, stop_tokens = settings.prefill_chunk, settings.stop_tokens
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk={prefill_chunk} must be positive")
         for token in stop_tokens:
             if not 0 <= token < config.vocab_size:
                 raise GenerationError(f"stop token {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
-        self._config, self._params, self._mesh, self._chunk = config, params, mesh, prefill_chunk
-        self._vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-        self._sampler, self._keys = sampling_params.sampler(), sampling.row_keys(seed, batch)
+        self._model, self._params, self._mesh, self._chunk = model, params, mesh, prefill_chunk
+        self._vocab_size = min(settings.vocab_size or config.vocab_size, config.vocab_size)
+        self._sampler, self._keys = settings.sampling_params.sampler(), sampling.row_keys(settings.seed, batch)
         # In buckets too, so that one more stop token does not compile anew.
         self._stop_ids = np.full(power_of_two(len(stop_tokens)), -1, np.int32)
         self._stop_ids[: len(stop_tokens)] = stop_tokens
@@ -69,7 +80,7 @@ class Session:
         lengths = ", ".join(map(str, self.lengths[:8])) + (", ..." if self._batch > 8 else "")
         return (
             f"Session(batch={self._batch}, lengths=[{lengths}], done={int(self.done.sum())}, slots={self._slots}, "
-            f"dtype={self._config.dtype})"
+            f"dtype={self._model.config.dtype})"
         )
 
     @property
@@ -80,7 +91,7 @@ class Session:
         logits = np.asarray(self._carry.logits)
         if not (finite := np.isfinite(logits[:, : self._vocab_size]).all(axis=1)).all():
             row = int(np.argmin(finite))
-            raise not_finite_error(self._config, self._params, f"row {row} behind {self.lengths[row]} tokens")
+            raise not_finite_error(self._model.config, self._params, f"row {row} behind {self.lengths[row]} tokens")
         return logits
 
     @property
@@ -99,7 +110,7 @@ class Session:
           GenerationError: tokens that cannot be, or more than `max_position_embeddings`.
         """
         self._check_alive()
-        tokens, mask = check_tokens(self._config, tokens, mask)
+        tokens, mask = check_tokens(self._model.config, tokens, mask)
         if len(tokens) != self._batch:
             raise GenerationError(f"{len(tokens)} rows of tokens for {self._batch} sequences")
         if not mask.any(axis=1).all():
@@ -109,7 +120,7 @@ class Session:
         width = tokens.shape[1]
         with on_mesh(self._mesh):
             state = self._room(max(slots_needed(width, self._chunk), width + reserve))
-            logits, state = prefill(self._config, self._params, tokens, mask, state, chunk=self._chunk)
+            logits, state = prefill(self._model, self._params, tokens, mask, state, chunk=self._chunk)
             seen, count = None, np.int32(0)
             if self._seen is not None:
                 seen = self._seen if self._carry is None else np.array(self._carry.seen)
@@ -117,7 +128,7 @@ class Session:
                 seen[rows[mask], tokens[mask]] = True
             if self._carry is not None:
                 count = self._carry.count
-            count, done, seen = beside(self._params, (count, np.zeros(self._batch, bool), seen))
+            count, done, seen = place_like(self._params, (count, np.zeros(self._batch, bool), seen))
             self._carry = DecodeCarry(state, logits, count, done, seen)
             jax.block_until_ready(logits)
         self.done = np.zeros(self._batch, bool)
@@ -141,10 +152,10 @@ class Session:
         self._check_context(self.lengths[~self.done] + steps)
         with on_mesh(self._mesh):
             carry = self._carry._replace(state=self._room(steps))
+            inputs = SamplingInputs(self._keys, self._sampler, self._stop_ids)
             tokens, taken, self._carry = decode(
-                self._config, self._params, carry, self._keys, self._sampler, self._stop_ids, np.int32(steps),
-                vocab_size=self._vocab_size,
-            )  # fmt: skip
+                self._model, self._params, carry, inputs, np.int32(steps), vocab_size=self._vocab_size
+            )
         taken = int(taken)
         tokens = np.asarray(tokens)[:, :taken]
         self._check_finite(tokens)
@@ -162,7 +173,7 @@ class Session:
     def finish(self, row: int):
         """Lets a row end here."""
         self.done[row] = True
-        self._carry = self._carry._replace(done=beside(self._params, self.done.copy()))
+        self._carry = self._carry._replace(done=place_like(self._params, self.done.copy()))
 
     def _check_alive(self):
         if self._failure is not None:
@@ -173,11 +184,11 @@ class Session:
         if (failed := np.argwhere(tokens == NOT_FINITE)).size:
             row, column = failed[0]
             where = f"row {row} behind {self.lengths[row] + column} tokens"
-            self._failure = not_finite_error(self._config, self._params, where)
+            self._failure = not_finite_error(self._model.config, self._params, where)
             raise self._failure
 
     def _check_context(self, lengths):
-        limit = self._config.max_position_embeddings
+        limit = self._model.config.max_position_embeddings
         if (longest := int(lengths.max(initial=0))) > limit:
             raise GenerationError(
                 f"{longest} tokens of prompt and continuation exceed max_position_embeddings={limit} of the model; "
@@ -189,7 +200,7 @@ class Session:
         needed = int(self.lengths.max()) + more
         if self._carry is None:
             self._slots = slot_bucket(needed)
-            return new_state(self._config, self._params, self._batch, self._slots)
+            return new_state(self._model.config, self._params, self._batch, self._slots)
         if needed > self._slots:
             self._slots = slot_bucket(needed)
             return with_slots(self._carry.state, self._slots)

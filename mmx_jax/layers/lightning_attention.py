@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.layers.linear import deepnorm_gain, einsum, product, silu, weight
 from mmx_jax.layers.norm import gated_rms_norm
 from mmx_jax.layers.segments import at_positions
@@ -17,7 +17,7 @@ from pallas_kernels.lightning_attention import gated_step, recurrent_step, serve
 
 
 def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
-    """Decay rates float32 [L, H]: the ALiBi ladder times (1 - l / (L - 1) + 1e-5), l the absolute layer (spec C.3)."""
+    """Decay rates float32 [L, H]: the ALiBi ladder times (1 - l / (L - 1) + 1e-5), l the absolute layer."""
 
     def ladder(n):
         return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
@@ -29,17 +29,20 @@ def decay_slopes(num_layers: int, num_heads: int) -> np.ndarray:
 
 
 class LightningAttention(nn.Module):
-    """Spec C.3. Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one.
+    """Lightning attention of one layer (docs/model.md, "Lightning attention"; arXiv 2501.08313, section 2.2).
+
+    Returns the attention output [B, T, M] and, given a state float32 [B, H, D, D], the next one.
 
     `segment_ids`: int32 [B, T] as `number_segments` gives them, or None.
     `last`: int32 [B], the only position of each row whose output is wanted; it is [B, 1, M] then.
     """
 
     config: ModelConfig
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @nn.compact
     def __call__(self, x, slopes, segment_ids, state=None, last=None):
-        c = self.config
+        c, runtime = self.config, self.runtime
         heads, dim, embed = c.num_heads, c.head_dim, c.hidden_size
         inner = heads * dim
         gain = deepnorm_gain(c)
@@ -56,11 +59,11 @@ class LightningAttention(nn.Module):
         scale = self.param("norm", ones, (heads, dim), jnp.dtype(c.param_dtype))
 
         decoding = state is not None and x.shape[1] == 1
-        real = None if segment_ids is None else segment_ids[:, 0] > 0
-        # The states of several blocks are one stack: for a kernel, a copy out of it and one into it.
+        token_mask = None if segment_ids is None else segment_ids[:, 0] > 0
+        # The states of several blocks lie in one stack, which a kernel would have to copy from and to.
         alone = decoding and c.num_blocks == 1
-        if alone and serves_gated_step(x.dtype, slopes, state, implementation=c.lightning_implementation):
-            return _few_kernels_step(x, w_qkv, w_gate, w_out, scale, c.lightning_norm_eps, slopes, real, state)
+        if alone and serves_gated_step(x.dtype, slopes, state, implementation=runtime.lightning_implementation):
+            return _few_kernels_step(x, w_qkv, w_gate, w_out, scale, c.lightning_norm_eps, slopes, token_mask, state)
         # Activations stay merged, [B, T, H*D]: a 4-D kernel argument triples the traffic on TPU.
         qkv = einsum("btm,mcf->btcf", x, w_qkv.reshape(embed, 3, inner))
         if decoding and x.shape[0] > 1:
@@ -69,15 +72,18 @@ class LightningAttention(nn.Module):
         parts = jnp.split(qkv, 3, axis=2)  # the gradient of a split is one concatenation
         q, k, v = (constrain(silu(part.squeeze(2)), "batch", "length", "heads_act") for part in parts)
         if decoding:
-            output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, real)
+            output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, token_mask)
             # The barrier keeps the sum of squares behind it over one axis, as XLA's kernel for a whole norm needs it.
             output = lax.optimization_barrier(output[:, None])
         else:
             axis = row_axis(x.shape[1])
             attend = functools.partial(
-                lasp.lightning_attention, axis=axis, method=c.sequence_lightning, chunk_size=c.lightning_chunk,
-                implementation=c.lightning_implementation,
-            )  # fmt: skip
+                lasp.lightning_attention,
+                axis=axis,
+                method=runtime.sequence_lightning,
+                chunk_size=runtime.lightning_chunk,
+                implementation=runtime.lightning_implementation,
+            )
             length = axis and "length"
             tokens, states = ("batch", length, "heads_act"), ("batch", "heads_act", None, None)
             in_axes = [tokens, tokens, tokens, ("heads_act",), ("batch", length), states]
@@ -89,19 +95,21 @@ class LightningAttention(nn.Module):
         return einsum("btf,fm->btm", output, w_out.reshape(inner, embed)), state
 
 
-def _few_kernels_step(x, w_qkv, w_gate, w_out, scale, eps, slopes, real, state):
+def _few_kernels_step(x, w_qkv, w_gate, w_out, scale, eps, slopes, token_mask, state):
     """One token x [B, 1, M] of decoding: a product, the kernel of the step, a product."""
     batch, _, embed = x.shape
-    # Of a single row XLA would make products in memory and a sum over them, two kernels for one.
+    # Two rows at least: of a single one XLA would write products to memory and sum them, two kernels instead of one.
     count = max(2, batch)
     rows = jnp.broadcast_to(x[:, 0], (count, embed))
-    # XLA makes both products at once, and the kernel takes them as they come.
+    # XLA merges both products into one, and the kernel takes its result as it is.
     projected = [einsum("rm,mf->rf", rows, w.reshape(embed, -1)) for w in (w_qkv, w_gate)]
-    output, squares, state = gated_step(jnp.concatenate(projected, axis=1), slopes, state, scale.reshape(-1), real)
-    # One by one they are added where the sum is read; as a sum of a row it would be a kernel of its own.
+    output, squares, state = gated_step(
+        jnp.concatenate(projected, axis=1), slopes, state, scale.reshape(-1), token_mask
+    )
+    # Add the columns one by one: XLA would turn the sum of a row into a kernel of its own.
     total = sum(jnp.split(squares, squares.shape[1], axis=1))
     rms = lax.rsqrt(total / output.shape[1] + eps)
     rows = jnp.broadcast_to(output, (count, output.shape[1]))
-    # The norm is a factor of a row, before the product or behind it.
+    # The norm is one factor a row, so it may follow the product.
     update = product("rf,fm->rm", rows, w_out.reshape(-1, embed).astype(x.dtype))[:batch] * rms
     return update.astype(x.dtype)[:, None], state

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.layers.linear import deepnorm_gain, weight
 from mmx_jax.layers.norm import rms_norm
 from mmx_jax.parallel.expert_parallel import MoESpec, MoEWeights, expert_parallel_moe
@@ -70,12 +70,12 @@ def route(x, router, experts_per_token) -> Routing:
     return Routing(experts, _renormalised(chosen), probability, ranking)
 
 
-def takes_norm(config: ModelConfig, x) -> bool:
+def takes_norm(config: ModelConfig, runtime: RuntimeConfig, x) -> bool:
     """Whether `MixtureOfExperts` computes the norm in front of it, of x [B, T, M], in one kernel with its router."""
     if config.capacity_factor is not None:
         return False
     rows = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
-    return serves_norm_and_route(rows, config.num_experts, implementation=config.moe_implementation)
+    return serves_norm_and_route(rows, config.num_experts, implementation=runtime.moe_implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 4))
@@ -126,40 +126,40 @@ def expert_capacity(config: ModelConfig, tokens: int) -> int:
     return min(tokens, max(1, math.ceil(config.capacity_factor * fair)))
 
 
-def dropless(config: ModelConfig, x, routing: Routing, w_gate, w_up, w_down):
-    """Every token through its k experts. x: [R, M]; returns [R, M]."""
-    weights = tuple(w.astype(x.dtype) for w in (w_gate, w_up, w_down))
-    k = config.experts_per_token
-    if serves_few_tokens(x, k, weights[0], implementation=config.moe_implementation):
-        rows = _few_tokens(config, x, routing.ranking, *weights)
+def dropless(x, routing: Routing, weights: MoEWeights, *, implementation: str = "auto") -> jax.Array:
+    """Every token through its k experts on one device: x [R, M] -> [R, M]."""
+    experts = tuple(w.astype(x.dtype) for w in (weights.gate, weights.up, weights.down))
+    k = routing.experts.shape[1]
+    if serves_few_tokens(x, k, experts[0], implementation=implementation):
+        rows = _few_tokens(k, implementation, x, routing.ranking, *experts)
     else:
-        rows = _sorted_by_expert(config, x, routing.experts, *weights)
+        rows = _sorted_by_expert(implementation, x, routing.experts, *experts)
     return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
 
 
-def _sorted_by_expert(config, x, experts, *weights):
+def _sorted_by_expert(implementation, x, experts, *weights):
     """[R, k, M]: tokens x [R, M] through experts [R, k], rows sorted by expert."""
-    k = config.experts_per_token
-    order, inverse, group_sizes = order_by_group(experts.reshape(-1), config.num_experts)
+    k = experts.shape[1]
+    order, inverse, group_sizes = order_by_group(experts.reshape(-1), weights[0].shape[0])
     rows = jnp.repeat(x, k, axis=0)
     if x.shape[0] > 1:  # the rows of one token are the same in every order
         rows = permute_rows(rows, order, inverse)
-    rows = grouped_swiglu(rows, *weights, group_sizes, implementation=config.moe_implementation)
+    rows = grouped_swiglu(rows, *weights, group_sizes, implementation=implementation)
     return permute_rows(rows, inverse, order).reshape(x.shape[0], k, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _few_tokens(config, x, ranking, *weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _few_tokens(k, implementation, x, ranking, *weights):
     """As `_sorted_by_expert`, by kernels that need no order of rows. ranking: as of `Routing`."""
-    return few_tokens_swiglu(x, ranking, config.experts_per_token, *weights)
+    return few_tokens_swiglu(x, ranking, k, *weights)
 
 
-def _few_tokens_forward(config, x, ranking, *weights):
-    experts = ranking[:, : config.experts_per_token]
-    return jax.vjp(lambda x, *weights: _sorted_by_expert(config, x, experts, *weights), x, *weights)
+def _few_tokens_forward(k, implementation, x, ranking, *weights):
+    experts = ranking[:, :k]
+    return jax.vjp(lambda x, *weights: _sorted_by_expert(implementation, x, experts, *weights), x, *weights)
 
 
-def _few_tokens_backward(config, vjp, d_rows):
+def _few_tokens_backward(k, implementation, vjp, d_rows):
     d_x, *d_weights = vjp(d_rows)
     return d_x, None, *d_weights
 
@@ -183,6 +183,7 @@ class MixtureOfExperts(nn.Module):
     """
 
     config: ModelConfig
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @nn.compact
     def __call__(self, x, segment_ids, norm=None) -> MoEOutput:
@@ -201,8 +202,8 @@ class MixtureOfExperts(nn.Module):
                 capacity=None if c.capacity_factor is None else functools.partial(expert_capacity, c),
                 shared_capacity=c.capacity_scope == "global",
                 buffer=c.expert_buffer if sharded else None,
-                token_groups=c.token_groups if sharded else 1,
-                implementation=c.moe_implementation,
+                token_groups=self.runtime.token_groups if sharded else 1,
+                implementation=self.runtime.moe_implementation,
             )
             return MoEOutput(*expert_parallel_moe(x, token_mask, weights, spec, on_mesh=sharded))
         return self._dropless_on_one_device(x, token_mask, weights, norm)
@@ -234,6 +235,6 @@ class MixtureOfExperts(nn.Module):
                 rows, experts, chosen = norm(rows, apply)
                 routing = Routing(experts, _renormalised(chosen), _probability(rows, weights.router), experts)
         with jax.named_scope("experts"):
-            output = dropless(c, rows, routing, weights.gate, weights.up, weights.down).reshape(x.shape)
+            output = dropless(rows, routing, weights, implementation=self.runtime.moe_implementation)
         stats = router_stats(routing, row_mask, jnp.ones(routing.experts.shape, bool))
-        return MoEOutput(output, stats, None if norm is None else rows.reshape(x.shape))
+        return MoEOutput(output.reshape(x.shape), stats, None if norm is None else rows.reshape(x.shape))

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from jax import lax
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.layers.linear import deepnorm_gain, einsum, weight
 from mmx_jax.layers.rotary import apply_rotary
 from mmx_jax.layers.segments import at_positions
@@ -33,10 +33,11 @@ class SoftmaxAttention(nn.Module):
     """
 
     config: ModelConfig
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @nn.compact
     def __call__(self, x, positions, segment_ids, cache: KeyValueCache | None = None, lengths=None, last=None):
-        c = self.config
+        c, runtime = self.config, self.runtime
         heads, kv_heads, dim, embed = c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size
 
         def project(x, name, n, axis, gain=1.0):
@@ -63,9 +64,9 @@ class SoftmaxAttention(nn.Module):
             attend = functools.partial(
                 ring_attention.softmax_attention,
                 axis=axis,
-                method=c.sequence_softmax,
-                implementation=c.softmax_implementation,
-                block=c.softmax_block,
+                method=runtime.sequence_softmax,
+                implementation=runtime.softmax_implementation,
+                block=runtime.softmax_block,
             )
             length = axis and "length"
             tokens = "batch", length, "heads_act", None
@@ -75,7 +76,12 @@ class SoftmaxAttention(nn.Module):
             cache = KeyValueCache(*(_write(old, new, lengths) for old, new in zip(cache, (k, v), strict=True)))
             first = lengths if last is None else lengths + last  # slot of the first query
             output = cached_attention(
-                q, cache.key, cache.value, first, implementation=c.softmax_implementation, block=c.softmax_block
+                q,
+                cache.key,
+                cache.value,
+                first,
+                implementation=runtime.softmax_implementation,
+                block=runtime.softmax_block,
             )
         output = output.reshape(*asking.shape[:2], heads * dim)
         return einsum("btf,fm->btm", output, w_out.reshape(heads * dim, embed)), cache

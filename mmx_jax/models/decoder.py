@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.layers.lightning_attention import LightningAttention, decay_slopes
 from mmx_jax.layers.linear import product
 from mmx_jax.layers.moe import MixtureOfExperts, RouterStats, takes_norm
@@ -29,17 +29,17 @@ class LayerInputs(NamedTuple):
     last: jax.Array | None = None  # int32 [B], the only position of each row that is wanted behind this layer
 
 
-def _attend_lightning(config, x, shared, slopes, state):
-    return LightningAttention(config, name="attention")(x, slopes, shared.segment_ids, state, shared.last)
+def _attend_lightning(config, runtime, x, shared, slopes, state):
+    return LightningAttention(config, runtime, name="attention")(x, slopes, shared.segment_ids, state, shared.last)
 
 
-def _attend_softmax(config, x, shared, slopes, state):
+def _attend_softmax(config, runtime, x, shared, slopes, state):
     del slopes
-    attention = SoftmaxAttention(config, name="attention")
+    attention = SoftmaxAttention(config, runtime, name="attention")
     return attention(x, shared.positions, shared.segment_ids, state, shared.lengths, shared.last)
 
 
-# Kind of layer -> (config, x, LayerInputs, slopes [H], state) -> (output, state).
+# Kind of layer -> (config, runtime, x, LayerInputs, slopes [H], state) -> (output, state).
 LAYER_KINDS = {"lightning": _attend_lightning, "softmax": _attend_softmax}
 
 _POLICIES = jax.checkpoint_policies
@@ -59,6 +59,7 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     kind: str
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @nn.compact
     def __call__(self, x, shared: LayerInputs, slopes, state):
@@ -81,12 +82,12 @@ class DecoderLayer(nn.Module):
             return constrain(alpha * (r if c.postnorm else x) + beta * update, "batch", "length", "embed_act")
 
         r = normed(attention_norm, x)
-        update, state = LAYER_KINDS[self.kind](c, r, shared, slopes, state)
+        update, state = LAYER_KINDS[self.kind](c, self.runtime, r, shared, slopes, state)
         update = checkpoint_name(update, "attention_out")
         x, r, segment_ids = (at_positions(y, shared.last) for y in (x, r, shared.segment_ids))
         x = residual(x, r, update, alpha, beta)
-        experts = MixtureOfExperts(c, name="mlp")
-        if decoding and takes_norm(c, x):
+        experts = MixtureOfExperts(c, self.runtime, name="mlp")
+        if decoding and takes_norm(c, self.runtime, x):
             moe = experts(x, segment_ids, mlp_norm)
             r = moe.normed
         else:
@@ -99,19 +100,20 @@ class HybridBlock(nn.Module):
     """One repetition of the layer pattern: the body of the scan over blocks."""
 
     config: ModelConfig
+    runtime: RuntimeConfig
 
     @nn.compact
     def __call__(self, carry, scanned, shared: LayerInputs):
-        c = self.config
+        c, runtime = self.config, self.runtime
         x, states = carry
         index, slopes = scanned  # int32 (), float32 [P, H]
         layer_class = DecoderLayer
-        if c.remat != "none":
+        if runtime.remat != "none":
             # Barriers, but where the repeated layer is alone in its loop. Without a loop (one trip is none) XLA would
             # find it beside the first one, and keep that; in a loop of several layers it would begin to repeat a layer
             # before the gradient of the layer behind it is there.
-            alone = c.scan_blocks and c.num_blocks > 1 and len(c.layer_pattern) == 1
-            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[c.remat], prevent_cse=not alone)
+            alone = runtime.scan_blocks and c.num_blocks > 1 and len(c.layer_pattern) == 1
+            layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=not alone)
         stats = []
         for i, kind in enumerate(c.layer_pattern):
             name = f"layer_{i}"
@@ -122,7 +124,7 @@ class HybridBlock(nn.Module):
             if states is not None:
                 # The stacked states ride in the carry: as scan inputs and outputs they would be copied whole.
                 state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, index, keepdims=False), states[name])
-            x, state, layer_stats = layer_class(c, kind, name=name)(x, own, slopes[i], state)
+            x, state, layer_stats = layer_class(c, kind, runtime, name=name)(x, own, slopes[i], state)
             if states is not None:
                 put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
                 states = {**states, name: jax.tree.map(lambda s, new, put=put: put(s, new), states[name], state)}
@@ -147,30 +149,41 @@ class VocabularyMatrix(nn.Module):
 
 
 class DecoderOutput(NamedTuple):
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
-    hidden: jax.Array  # [B, T, M] behind the final norm
+    hidden: jax.Array  # [B, T, M] after the final norm
     logits: jax.Array | None  # float32 [B, T, V]
     state: DecodeState | None
     router: RouterStats  # leaves [L, ...]
 
 
 class Decoder(nn.Module):
-    """A MiniMax-Text-01 decoder of any size and layer pattern."""
+    """A MiniMax-Text-01 decoder of any size and layer pattern (docs/model.md)."""
 
     config: ModelConfig
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @nn.compact
     def __call__(
-        self, tokens, segment_ids=None, positions=None, *, state: DecodeState | None = None, last=None, logits=True
-    ):
+        self,
+        tokens,
+        segment_ids=None,
+        positions=None,
+        *,
+        embeddings=None,
+        state: DecodeState | None = None,
+        last=None,
+        logits=True,
+    ) -> "DecoderOutput":
         """Runs the model over whole rows, or over the next tokens of the sequences in `state`.
 
         Args:
-          tokens: int32 [B, T].
+          tokens: int32 [B, T]; None with `embeddings`.
           segment_ids: int32 [B, T]; 0 is padding, a run of one positive id is a document. None: one document a
             row. With `state` a row is one sequence whose tokens stand at the left, and only padding is read from it.
           positions: int32 [B, T] for RoPE; None counts the real tokens of each document from 0.
+          embeddings: [B, T, M] in the model's dtype, in place of those of tokens: as `embed` gives them, some of them
+            replaced, say, by those of an image.
           state: continue from it, each row at its own length; its slots must hold T more tokens.
           last: with `state`, int32 [B]: the last real position of each row, where it alone is wanted. Hidden and
             logits are then [B, 1, ...], and the last layer leaves out what only other positions need.
@@ -179,9 +192,10 @@ class Decoder(nn.Module):
         c = self.config
         table = VocabularyMatrix(c, "embedding", name="embed")()
         head = VocabularyMatrix(c, "kernel", name="lm_head")()
-        shared, state = _layer_inputs(tokens, segment_ids, positions, state)
+        x = _look_up(c, table, tokens) if embeddings is None else embeddings
+        shared, state = _layer_inputs(x.shape[:2], segment_ids, positions, state)
         shared = shared._replace(last=last)
-        x = constrain(jnp.take(table, tokens, axis=0).astype(c.dtype), "batch", "length", "embed_act")
+        x = constrain(x, "batch", "length", "embed_act")
 
         blocks = nn.scan(
             HybridBlock,
@@ -189,9 +203,9 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.num_blocks,
-            unroll=1 if c.scan_blocks else c.num_blocks,
+            unroll=1 if self.runtime.scan_blocks else c.num_blocks,
             metadata_params={nn.PARTITION_NAME: "block"},
-        )(c, name="blocks")
+        )(c, self.runtime, name="blocks")
         slopes = decay_slopes(c.num_layers, c.num_heads).reshape(c.num_blocks, len(c.layer_pattern), c.num_heads)
         scanned = jnp.arange(c.num_blocks), jnp.asarray(slopes)
         (x, layers), (stats, picked) = blocks((x, state.layers if state is not None else None), scanned, shared)
@@ -208,15 +222,24 @@ def head_logits(hidden, head):
     return product("...m,vm->...v", hidden, head.astype(hidden.dtype))
 
 
-def _layer_inputs(tokens, segment_ids, positions, state):
+def embed(config: ModelConfig, params, tokens) -> jax.Array:
+    """Embeddings [B, T, M] of tokens int32 [B, T] in the model's dtype: the first step of `Decoder`, apart."""
+    return _look_up(config, params["embed"]["embedding"], tokens)
+
+
+def _look_up(config, table, tokens):
+    return jnp.take(table, tokens, axis=0).astype(config.dtype)
+
+
+def _layer_inputs(shape, segment_ids, positions, state):
     """(LayerInputs, the state with the lengths after this pass)."""
     if state is None:
         segment_ids = None if segment_ids is None else number_segments(segment_ids)
         if positions is None:
-            positions = segment_positions(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+            positions = segment_positions(jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids)
         return LayerInputs(positions, segment_ids, None), None
-    token_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+    token_mask = jnp.ones(shape, bool) if segment_ids is None else segment_ids > 0
     if positions is None:
-        positions = state.lengths[:, None] + jnp.arange(tokens.shape[1])
+        positions = state.lengths[:, None] + jnp.arange(shape[1])
     shared = LayerInputs(positions, None if segment_ids is None else token_mask.astype(jnp.int32), state.lengths)
     return shared, state.replace(lengths=state.lengths + jnp.sum(token_mask, axis=1, dtype=jnp.int32))

@@ -8,7 +8,7 @@ import math
 
 from mmx_jax.config import ModelConfig
 
-_CHUNK = 256  # of lightning attention, where the config leaves it open
+_CHUNK = 256  # of lightning attention, where the runtime leaves it open
 
 # Dense bfloat16 peak of one device, FLOP/s, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -38,16 +38,18 @@ def mfu(flops_per_second: float, device_kind: str, num_devices: int) -> float | 
     return None if peak is None else flops_per_second / (peak * num_devices)
 
 
-def forward_flops(config: ModelConfig, length: int, *, causal: str = "half", logits: bool = True) -> dict[str, float]:
+def forward_flops(
+    config: ModelConfig, length: int, *, chunk: int | None = None, causal: str = "half", logits: bool = True
+) -> dict[str, float]:
     """FLOPs per token of a forward pass over sequences of `length` tokens, by component.
 
     Args:
       config: shapes; dropless routing is assumed, so every token visits `experts_per_token` experts.
       length: tokens of one sequence.
+      chunk: C of lightning attention; None: 256.
       causal: "full" counts every query against every key, as the report's Table 1 does; "half" only the
         length * (length + 1) / 2 pairs that a causal kernel needs. It concerns softmax attention. Lightning
-        attention is counted as its chunks execute: whole C x C tiles, the last one filled up; C is 256 where the
-        config leaves it open.
+        attention is counted as its chunks execute: whole C x C tiles, the last one filled up.
       logits: whether the head is applied to every token (not so in prefill).
 
     Returns:
@@ -58,7 +60,7 @@ def forward_flops(config: ModelConfig, length: int, *, causal: str = "half", log
     kv_heads = config.num_kv_heads * config.head_dim
     num_softmax = config.layer_kinds.count("softmax")
     num_lightning = config.num_layers - num_softmax
-    chunk = config.lightning_chunk or _CHUNK
+    chunk = chunk or _CHUNK
     filled = math.ceil(length / chunk) * chunk / length
     # q, k, v, gate and out of a lightning layer; q, k, v and out of a softmax layer
     projections = 2 * config.hidden_size * (num_lightning * 5 * heads + num_softmax * (2 * heads + 2 * kv_heads))
@@ -74,23 +76,11 @@ def forward_flops(config: ModelConfig, length: int, *, causal: str = "half", log
     }
 
 
-def training_flops_per_token(config: ModelConfig, length: int, *, causal: str = "half") -> float:
+def training_flops_per_token(
+    config: ModelConfig, length: int, *, chunk: int | None = None, causal: str = "half"
+) -> float:
     """FLOPs per token of forward and backward: three forward passes; what remat repeats is not counted."""
-    return 3 * sum(forward_flops(config, length, causal=causal).values())
-
-
-def prefill_flops_per_token(config: ModelConfig, length: int, *, causal: str = "half") -> float:
-    """FLOPs per token of a prefill of `length` tokens, without the head (which sees one token)."""
-    return sum(forward_flops(config, length, causal=causal, logits=False).values())
-
-
-def decode_flops_per_token(config: ModelConfig, context: int) -> float:
-    """FLOPs of one decoded token that attends to `context` tokens, itself included."""
-    recurrent = 4 * config.num_heads * config.head_dim**2  # the state's update, and query times state
-    parts = forward_flops(config, 1)
-    parts["lightning_chunks"] = config.layer_kinds.count("lightning") * recurrent
-    parts["softmax_scores"] = config.layer_kinds.count("softmax") * 4 * context * config.num_heads * config.head_dim
-    return sum(parts.values())
+    return 3 * sum(forward_flops(config, length, chunk=chunk, causal=causal).values())
 
 
 def report_parameters(kind: str, *, layers: int, width: int, heads: int) -> float:

@@ -21,12 +21,7 @@ from mmx_jax.storage import json_io
 from mmx_jax.training import optimizer, train_step
 
 # How the function is computed, and how weights begin that are not loaded.
-RUN_FIELDS = frozenset(
-    """
-    dtype param_dtype remat scan_blocks lightning_implementation lightning_chunk softmax_implementation softmax_block
-    moe_implementation sequence_lightning sequence_softmax token_groups initializer initializer_range
-    """.split()
-)
+RUN_FIELDS = frozenset("dtype param_dtype initializer initializer_range".split())
 # What a run may change on purpose: the length of the context, what training drops and adds to the loss, token roles.
 TOLD_FIELDS = frozenset(
     """

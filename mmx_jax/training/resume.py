@@ -6,26 +6,13 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from mmx_jax import distributed, metrics
-from mmx_jax.checkpoints.manager import Checkpointer
+from mmx_jax.checkpoints.manager import Checkpointer, CheckpointError
 from mmx_jax.config import Config
 from mmx_jax.storage import locking
 from mmx_jax.training import schedule
+from mmx_jax.training.errors import TrainingError
 
 LOCK = "run.lock"
-
-# Fields that may differ, besides the harmless ones, from a step that --resume=N names: they steer the optimizer and the
-# order of the data from there on, and leave what was learned so far as it is.
-BRANCH_FIELDS = (
-    "training.learning_rate",  # and its phases
-    "training.adam_",
-    "training.weight_decay",
-    "training.gradient_clip",
-    "training.z_loss_coef",
-    "training.aux_loss_",
-    "training.total_tokens",
-    "model.router_aux_loss_coef",
-    "data.seed",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +59,7 @@ def _nothing():
 
 
 def look_at(checkpointer: Checkpointer, step: int, workdir: pathlib.Path, *, data_begins_anew: bool) -> Start:
-    """What is known of the step of a run, the same in every process."""
+    """The start of a run at a step of its checkpoints, the same in every process."""
     rows = metrics.read_rows(workdir / "metrics.jsonl") if distributed.is_first() else []
     rows = distributed.gather([row for row in rows if row.get("step") == step])[0]
     return Start(
@@ -92,7 +79,34 @@ def is_finished(config: Config, start: Start, steps: int) -> bool:
 
 
 def finished_line(config: Config, start: Start, workdir: pathlib.Path) -> str:
-    """What is said of a run that is started again after its end."""
+    """The message of a run that is started again after its end."""
     at_end = schedule.plan_step(config.training, start.tokens_seen) is None
     more = "raise training.total_tokens" if at_end else "give a larger --steps"
     return f"the run in {workdir} is finished at step {start.step}: nothing is changed. To go on, {more}"
+
+
+def how_to_continue(checkpointer: Checkpointer) -> str:
+    """Advice about a run whose processes have ended."""
+    steps = checkpointer.steps_on_disk()
+    where = f"continues from step {steps[-1]} in" if steps else "begins anew: there is no checkpoint in"
+    return f"start all processes again with the same --workdir, and the run {where} {checkpointer.directory}"
+
+
+def resume_step(checkpointer: Checkpointer, resume: str) -> int:
+    """The step that --resume names; 0: from the beginning."""
+    steps = checkpointer.steps()
+    if resume == "auto":
+        return steps[-1] if steps else 0
+    if resume == "no":
+        if steps:
+            raise TrainingError(
+                f"{checkpointer.directory} holds steps {', '.join(map(str, steps))} and --resume=no was given: "
+                "choose another --workdir, or --resume=auto"
+            )
+        return 0
+    if not resume.isdigit() or int(resume) not in steps:
+        raise CheckpointError(
+            f"--resume={resume}: give auto, no or one of the steps of {checkpointer.directory}: "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
+    return int(resume)

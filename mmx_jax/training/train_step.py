@@ -3,6 +3,8 @@
 The training state is a plain pytree, {"step": int32 scalar, "params": tree, "opt_state": ScaleByAdamState}.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def init_state(config: Config, mesh):
 
 
 def microbatch_objective(config: Config, params, batch):
-    """What one micro-batch adds to the objective, and its sums.
+    """Cross entropy, z-loss and load-balancing loss of one micro-batch, as sums over its tokens.
 
     The cross entropy and z-loss are sums over tokens, so that accumulation over micro-batches equals one big
     batch. The load-balancing loss is not linear in the batch: as in the report it is that of the
@@ -66,7 +68,7 @@ def microbatch_objective(config: Config, params, batch):
       (objective, sums): float32 scalar, to be divided by the count of the whole batch; dict of float32 sums.
     """
     model, training = config.model, config.training
-    out = decoder.Decoder(model).apply(
+    out = decoder.Decoder(model, config.runtime).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], logits=False
     )
     mesh = jax.sharding.get_abstract_mesh()
@@ -75,7 +77,7 @@ def microbatch_objective(config: Config, params, batch):
         out.hidden,
         params["lm_head"]["kernel"],
         batch["targets"],
-        chunk=training.loss_chunk,
+        chunk=config.runtime.loss_chunk,
         z_loss_coef=training.z_loss_coef,
         groups=batch_shards(mesh),
         parts=1 if axis is None else mesh.shape[axis],
@@ -95,17 +97,20 @@ def microbatch_objective(config: Config, params, batch):
     return entropy.objective + model.router_aux_loss_coef * aux * entropy.count, jax.lax.stop_gradient(sums)
 
 
-def accumulate_gradients(config: Config, params, batch, microbatches: int):
+def accumulate_gradients(config: Config, params, batch, microbatches: int, loss_fn=microbatch_objective):
     """Gradients of the mean objective over the whole batch, in float32.
 
+    Args:
+      microbatches: number of parts of the batch, one after the other.
+      loss_fn: as `make_train_step` takes it.
+
     Returns:
-      (gradients, sums): the tree of `params` and the sums of `microbatch_objective` over all micro-batches.
+      (gradients, sums): the tree of `params` and the sums of `loss_fn` over all micro-batches.
     """
 
     def gradients_of(part):
-        (_, sums), gradients = jax.value_and_grad(
-            lambda p: microbatch_objective(config, p, part), has_aux=True
-        )(params)  # fmt: skip
+        value_and_grad = jax.value_and_grad(lambda p: loss_fn(config, p, part), has_aux=True)
+        (_, sums), gradients = value_and_grad(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
     if microbatches == 1:
@@ -125,8 +130,25 @@ def accumulate_gradients(config: Config, params, batch, microbatches: int):
     return jax.tree.map(lambda g: g * scale, gradients), sums
 
 
-def make_train_step(config: Config, mesh):
+def frozen(loss_fn: Callable, trainable) -> Callable:
+    """`loss_fn` whose gradient to the leaves that are not `trainable` is 0, and costs nothing."""
+
+    def loss(config, params, batch):
+        params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable)
+        return loss_fn(config, params, batch)
+
+    return loss
+
+
+def make_train_step(config: Config, mesh, loss_fn: Callable = microbatch_objective, trainable=None) -> Callable:
     """Builds the jitted step.
+
+    Args:
+      loss_fn: (config, params, batch) -> (objective, sums), both sums over the tokens of a micro-batch: the objective
+        is a float32 scalar, `sums` a dict of float32 with at least those of `microbatch_objective` that `step_metrics`
+        reads: "nll" (its mean is the loss), "count" and "router". Any other entry becomes a metric of its name, divided
+        by the count.
+      trainable: tree of bool like params; False leaves a parameter and its moments as they are. None: all are trained.
 
     Returns:
       step(state, batch, learning_rate) -> (state, metrics). `state` is donated. `batch`: int32 [rows, T] for each of
@@ -135,11 +157,12 @@ def make_train_step(config: Config, mesh):
       scalars (loss, z_loss, aux_loss, accuracy, gradient_norm, parameter_norm before the step, tokens, finite),
       "router": dict of [L], and "gradient_norms": tree like params, [N] for leaves stacked over blocks.
     """
+    loss_fn = loss_fn if trainable is None else frozen(loss_fn, trainable)
 
     def train_step(state, batch, learning_rate):
         rows = batch["tokens"].shape[0]
         microbatches = rows // (config.training.microbatch_rows or rows)
-        gradients, sums = accumulate_gradients(config, state["params"], batch, microbatches)
+        gradients, sums = accumulate_gradients(config, state["params"], batch, microbatches, loss_fn)
         squared = optimizer.squared_norms(gradients)
         norm = optimizer.total_norm(squared)
         metrics = step_metrics(config, sums)
@@ -147,8 +170,11 @@ def make_train_step(config: Config, mesh):
         # The guard reads nothing that the update writes, so that the update is one pass, in place.
         finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"], metrics["aux_loss"], norm, parameter_norm])))
         old = state["params"], state["opt_state"]
-        new = optimizer.apply_gradients(config.training, *old, gradients, norm, learning_rate)
-        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        with jax.named_scope("optimizer"):
+            new = optimizer.apply_gradients(config.training, *old, gradients, norm, learning_rate)
+            params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        if trainable is not None:
+            params, opt_state = _keep_frozen(trainable, (params, opt_state), old)
         metrics |= {
             "gradient_norm": norm,
             "parameter_norm": parameter_norm,
@@ -165,6 +191,17 @@ def make_train_step(config: Config, mesh):
     )
 
 
+def _keep_frozen(trainable, new, old):
+    """(params, optimizer state) with the old values where `trainable` is False."""
+
+    def choose(new, old):
+        return jax.tree.map(lambda train, n, o: n if train else o, trainable, new, old)
+
+    (params, opt_state), (old_params, old_opt_state) = new, old
+    moments = {name: choose(getattr(opt_state, name), getattr(old_opt_state, name)) for name in ("mu", "nu")}
+    return choose(params, old_params), opt_state._replace(**moments)
+
+
 def make_eval_step(config: Config):
     """Builds the jitted evaluation: eval_step(params, batch) -> {"nll", "correct", "count"}, float32 sums."""
 
@@ -175,6 +212,10 @@ def make_eval_step(config: Config):
     return jax.jit(eval_step, compiler_options=platform.compiler_options())
 
 
+# Sums of a loss function -> metrics that are their means over tokens. Others keep their name.
+_MEANS = {"nll": "loss", "z": "z_loss", "aux": "aux_loss", "correct": "accuracy"}
+
+
 def step_metrics(config: Config, sums):
     """Means from the sums of a batch. Loads of the router are relative to the uniform one (1 is balanced)."""
     count = jnp.maximum(sums["count"], 1.0)
@@ -182,11 +223,8 @@ def step_metrics(config: Config, sums):
     tokens = jnp.maximum(router.tokens, 1.0)
     uniform = tokens * config.model.experts_per_token / config.model.num_experts
     load = router.assignments / uniform[:, None]
-    return {
-        "loss": sums["nll"] / count,
-        "z_loss": sums["z"] / count,
-        "aux_loss": sums["aux"] / count,
-        "accuracy": sums["correct"] / count,
+    means = {name: sums[name] / count for name in sums if name not in ("count", "router", "aux_per_layer")}
+    return {_MEANS.get(name, name): mean for name, mean in means.items()} | {
         "tokens": sums["count"],
         "router": {
             "max_load": load.max(-1),

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from mmx_jax import distributed, metrics
 from mmx_jax.config.io import config_from_json
-from mmx_jax.training import trainer
+from mmx_jax.training import errors, same_run
 from tests.support import fake_devices
 from tests.support.paths import REPOSITORY
 from tests.support.patience import HANG_SECONDS, wait_until
@@ -291,8 +291,8 @@ def test_rows_of_a_process_are_those_of_its_devices(one, two):
 
 
 def test_a_run_from_before_there_were_shards_is_refused():
-    with pytest.raises(trainer.TrainingError, match="position belongs to its processes.*continue with that version"):
-        trainer.check_same_run({"data": {"seed": 0}}, {"data": {"seed": 0, "shards": 8}})
+    with pytest.raises(errors.TrainingError, match="position belongs to its processes.*continue with that version"):
+        same_run.check_same_run({"data": {"seed": 0}}, {"data": {"seed": 0, "shards": 8}})
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, resumed):

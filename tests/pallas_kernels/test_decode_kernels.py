@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.models import decoder
 from mmx_jax.models import params as model_params
 from mmx_jax.models.cache import init_state
@@ -77,7 +77,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def layer_output(batch, **changes):
+def layer_output(batch, dtype="bfloat16", runtime=RuntimeConfig()):
     """[6, 1, M]: one token each through the first layer, `batch` at a time; for the error of one alone is chance."""
     rng = np.random.default_rng(batch)
     x = jnp.asarray(rng.normal(size=(6 // batch, batch, 1, MODEL.hidden_size)), jnp.bfloat16)
@@ -85,10 +85,10 @@ def layer_output(batch, **changes):
     params = model_params.init_params(MODEL, jax.random.key(0))["blocks"]["layer_0"]
     params = jax.tree.map(lambda w: w[0], params)
     shared = decoder.LayerInputs(jnp.zeros((batch, 1), jnp.int32), None, None)
-    layer = decoder.DecoderLayer(dataclasses.replace(MODEL, **changes), "lightning")
+    layer = decoder.DecoderLayer(dataclasses.replace(MODEL, dtype=dtype), "lightning", runtime)
     slopes = jnp.array([0.5, 0.01])
     run = jax.jit(lambda params, x, state: layer.apply({"params": params}, x, shared, slopes, state)[0])
-    x = x.astype(changes.get("dtype", x.dtype))
+    x = x.astype(dtype)
     return jnp.concatenate([run(params, *inputs) for inputs in zip(x, states, strict=True)])
 
 
@@ -106,7 +106,7 @@ def compute_all(path):
         results = jax.jit(lambda *operands, chosen=chosen: norm_and_route(*operands[:2], EPS, operands[2], chosen))
         for name, y in zip(("normed", "experts", "chosen"), results(x, scale, router), strict=True):
             arrays[f"route/{case}/{name}"] = np.asarray(y, np.float32)
-    kernels = dict(lightning_implementation="mosaic_gpu", moe_implementation="mosaic_gpu")
+    kernels = dict(runtime=RuntimeConfig(lightning_implementation="mosaic_gpu", moe_implementation="mosaic_gpu"))
     for batch in (1, 3):
         for name, changes in dict(float32=dict(dtype="float32"), xla={}, kernels=kernels).items():
             arrays[f"layer/{batch}/{name}"] = np.asarray(layer_output(batch, **changes), np.float32)
@@ -202,11 +202,11 @@ def test_a_step_of_a_model_is_few_kernels_unless_differentiated():
     state = jax.eval_shape(lambda: init_state(MODEL, 3, 16))
 
     def calls(compute, length=1, **changes):
-        variant = dataclasses.replace(MODEL, **changes)
+        model = decoder.Decoder(MODEL, RuntimeConfig(**changes))
         tokens = jax.ShapeDtypeStruct((3, length), jnp.int32)
 
         def logits(params, tokens, state):
-            return jnp.sum(decoder.Decoder(variant).apply({"params": params}, tokens, state=state).logits)
+            return jnp.sum(model.apply({"params": params}, tokens, state=state).logits)
 
         with platform.target("gpu"):
             traced = jax.jit(compute(logits)).trace(params, tokens, state)

@@ -33,10 +33,13 @@ from mmx_jax.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    MonitoringConfig,
+    RuntimeConfig,
     SourceConfig,
     TrainingConfig,
 )
 from mmx_jax.data import device_batch
+from mmx_jax.training import run as training_run
 from mmx_jax.training import train_step, trainer
 from tests.support.paths import FIXTURES
 from tests.support.patience import HANG_SECONDS
@@ -45,10 +48,11 @@ TINY = FIXTURES / "text/tiny/hf"
 MODEL = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
     head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=2, experts_per_token=1,
-    router_aux_loss_coef=0.01, dtype="float32", lightning_chunk=16, softmax_block=32,
+    router_aux_loss_coef=0.01, dtype="float32", 
 )  # fmt: skip
+RUNTIME = RuntimeConfig(lightning_chunk=16, softmax_block=32, loss_chunk=64)
 TRAINING = TrainingConfig(
-    total_tokens=16 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, loss_chunk=64, eval_batches=2,
+    total_tokens=16 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, 
     adam_eps=1e-3,  # so that the rounding of a gradient of about nothing stays what it is
 )  # fmt: skip
 
@@ -63,8 +67,10 @@ def config_of_run(folder, **mesh):
             sources=(SourceConfig(path=str(folder / "text")),), tokenizer_vocab_size=300, eval_fraction=0.2,
             packing_bins=4,
         ),
+        runtime=RUNTIME,
         training=TRAINING,
         checkpoint=CheckpointConfig(save_every_steps=2, keep=8),
+        monitoring=MonitoringConfig(eval_batches=2),
     )  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def whole(arrays, mesh):
 def steps(folder, index, count, *, layers=MODEL.layer_pattern, **mesh_sizes):
     """Three training steps on a global batch of which this process feeds what its devices hold."""
     model = dataclasses.replace(MODEL, num_layers=len(layers), layer_pattern=tuple(layers))
-    config = Config(model=model, training=TRAINING, mesh=MeshConfig(**mesh_sizes))
+    config = Config(model=model, runtime=RUNTIME, training=TRAINING, mesh=MeshConfig(**mesh_sizes))
     mesh = sharding.make_mesh(config.mesh)
     rng = np.random.default_rng(1)
     losses, norms = [], []
@@ -165,14 +171,14 @@ def load(folder, index, count, **mesh_sizes):
 
 def hang_before_step(number, index):
     """Process `index` waits for ever before the step of that number, in which the others wait for it."""
-    make_batch = trainer._Run._global_batch
+    take_step = trainer.Trainer._take_step
 
-    def global_batch(run, plan):
-        while jax.process_index() == index and run.step + 1 == number:
+    def wait_and_step(self, plan):
+        while jax.process_index() == index and self.step + 1 == number:
             time.sleep(1)
-        return make_batch(run, plan)
+        return take_step(self, plan)
 
-    trainer._Run._global_batch = global_batch
+    trainer.Trainer._take_step = wait_and_step
 
 
 def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.total_tokens, save_every_steps=2):
@@ -186,7 +192,7 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
     out = io.StringIO()
     console = rich.console.Console(file=out, width=200) if index == 0 else None
     batches, read = [], []  # of each, the digests of the rows that lie on all devices, and of those that were read here
-    to_devices, run_loop = device_batch.to_devices, trainer._Run.loop
+    to_devices, run_steps = device_batch.to_devices, trainer.Trainer.run
 
     def note(batch, mesh, rows):
         arrays = to_devices(batch, mesh, rows)
@@ -194,20 +200,19 @@ def train(folder, index, count, *, name, steps=0, mesh, total_tokens=TRAINING.to
         read.append(digests(batch))
         return arrays
 
-    def loop_and_keep(run, *arguments):
-        result = run_loop(run, *arguments)
-        params = whole({"/".join(path): leaf for path, leaf in flatten(run.state["params"]).items()}, run.mesh)
+    def run_and_keep(self, *arguments):
+        run_steps(self, *arguments)
+        params = whole({"/".join(path): leaf for path, leaf in flatten(self.state["params"]).items()}, self.mesh)
         if index == 0:
             np.savez(folder / f"{name}.npz", **params)
-        return result
 
-    device_batch.to_devices, trainer._Run.loop = note, loop_and_keep
+    device_batch.to_devices, trainer.Trainer.run = note, run_and_keep
     try:
-        result = trainer.train(config, folder / name, steps=steps, console=console)
+        result = training_run.train(config, folder / name, steps=steps, console=console)
     except (ConfigError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        device_batch.to_devices, trainer._Run.loop = to_devices, run_loop
+        device_batch.to_devices, trainer.Trainer.run = to_devices, run_steps
     return dataclasses.asdict(result) | {"batches": batches, "read": read, "out": out.getvalue()}
 
 

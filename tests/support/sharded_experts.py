@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
+from mmx_jax.config import ConfigError, MeshConfig, ModelConfig, RuntimeConfig
 from mmx_jax.layers.moe import MixtureOfExperts
 from mmx_jax.sharding import axes_size, logical_to_spec, make_mesh, mesh_axes
 from tests.support import oracles
@@ -82,9 +82,9 @@ def place(mesh, params, x, segment_ids):
 
 
 @functools.cache
-def gradient_function(model_config):
+def gradient_function(model_config, runtime=RuntimeConfig()):
     def objective(params, x, segment_ids):
-        output, stats, _ = MixtureOfExperts(model_config).apply({"params": params}, x, segment_ids)
+        output, stats, _ = MixtureOfExperts(model_config, runtime).apply({"params": params}, x, segment_ids)
         real = (segment_ids > 0)[..., None]
         output = jnp.where(real, output, 0)
         weights = jnp.sin(jnp.arange(output.size)).reshape(output.shape)
@@ -122,7 +122,7 @@ def equality():
     results = []
     for name, shape, groups, capacity_factor in CASES:
         mesh = make_mesh(MeshConfig(**{"data": 1, **MESHES[name]}))
-        run = gradient_function(config(capacity_factor=capacity_factor, token_groups=groups))
+        run = gradient_function(config(capacity_factor=capacity_factor), RuntimeConfig(token_groups=groups))
         alone = gradient_function(config(capacity_factor=capacity_factor))
         batches = [inputs(shape, skewed=skewed, padded=shape[1] > 1) for skewed in (False, True)]
         with jax.set_mesh(mesh):

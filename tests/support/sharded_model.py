@@ -5,6 +5,7 @@ A program of its own, because the number of devices is fixed when jax starts; te
 alone.
 """
 
+import dataclasses
 import gc
 import json
 import sys
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx_jax.analysis.aot import bytes_per_device
-from mmx_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mmx_jax.config import Config, MeshConfig, ModelConfig, RuntimeConfig, TrainingConfig
 from mmx_jax.data.device_batch import batch_sharding
 from mmx_jax.models.decoder import Decoder
 from mmx_jax.models.params import init_params
@@ -50,11 +51,14 @@ PACKED = np.array(
 SEGMENTS = {"packed": PACKED, "unpacked": np.ones_like(PACKED)}
 
 
+RUNTIME = RuntimeConfig(lightning_chunk=4, softmax_block=8)
+
+
 def config(num_layers=2, **changes):
     return ModelConfig(
         vocab_size=64, hidden_size=32, num_layers=num_layers, layer_pattern=("lightning", "softmax"), num_heads=16,
         num_kv_heads=8, head_dim=4, rotary_dim=2, rope_theta=1e4, mlp_dim=48, num_experts=8, experts_per_token=2,
-        dtype="float32", lightning_chunk=4, softmax_block=8, **changes,
+        dtype="float32", **changes,
     )  # fmt: skip
 
 
@@ -79,7 +83,7 @@ def train(run_config, mesh, state):
 
     def logits_and_step(state, batch):
         inputs = (batch[name] for name in ("tokens", "segment_ids", "positions"))
-        logits = Decoder(run_config.model).apply({"params": state["params"]}, *inputs).logits
+        logits = Decoder(run_config.model, run_config.runtime).apply({"params": state["params"]}, *inputs).logits
         return logits, *step(state, batch, LEARNING_RATE)
 
     state = jax.device_put(state, shardings)
@@ -118,10 +122,11 @@ def error(got, want):
     return max(jax.tree.leaves(jax.tree.map(leaf_error, got, want)))
 
 
-def report_of(model_config, meshes):
+def report_of(model_config, meshes, runtime=RUNTIME):
     """What one device makes of a model, and how far each mesh is from it."""
     run_config = Config(
         model=model_config,
+        runtime=runtime,
         training=TrainingConfig(sequence_length=LENGTH, batch_tokens=ROWS * LENGTH, adam_eps=EPSILON),
     )
     params = jax.jit(init_params, static_argnums=0)(run_config.model, jax.random.key(0))
@@ -155,7 +160,7 @@ def main():
     report = {
         mode: report_of(config(capacity_factor=factor), MESHES[mode]) for mode, factor in CAPACITY_FACTORS.items()
     }
-    report["scanned"] = report_of(config(num_layers=4, remat="full"), SCANNED)
+    report["scanned"] = report_of(config(num_layers=4), SCANNED, dataclasses.replace(RUNTIME, remat="full"))
     print(json.dumps(report))
 
 

@@ -190,9 +190,9 @@ def visits_report():
     return report
 
 
-def gradient_function(config, weights):
+def gradient_function(model, weights):
     def objective(params, tokens, segment_ids):
-        output = Decoder(config).apply({"params": params}, tokens, segment_ids)
+        output = model.apply({"params": params}, tokens, segment_ids)
         return jnp.sum(weights * output.logits), output.logits
 
     return jax.jit(jax.grad(objective, has_aux=True))
@@ -204,10 +204,11 @@ def model_report():
     report = {}
     config = sharded_model.config()
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    gradient, logits = gradient_function(config, weights)(params, tokens, SEGMENTS)
+    model = Decoder(config, sharded_model.RUNTIME)
+    gradient, logits = gradient_function(model, weights)(params, tokens, SEGMENTS)
     for name, sizes in MODELS.items():
-        other = sharded_model.config(sequence_lightning="ring", sequence_softmax="gather")
-        run = gradient_function(other if name == "seq=8" else config, weights)
+        ring = dataclasses.replace(sharded_model.RUNTIME, sequence_lightning="ring", sequence_softmax="gather")
+        run = gradient_function(Decoder(config, ring) if name == "seq=8" else model, weights)
         mesh = make_mesh(MeshConfig(**sizes))
         with jax.set_mesh(mesh):
             got, got_logits = run(jax.device_put(params, param_shardings(config, mesh)), tokens, SEGMENTS)
@@ -218,7 +219,7 @@ def model_report():
 
     def prefill():
         state = generate.new_state(config, params, BATCH, 64)
-        logits, state = generate.prefill(config, params, *left_align(tokens, SEGMENTS > 0), state, chunk=16)
+        logits, state = generate.prefill(model, params, *left_align(tokens, SEGMENTS > 0), state, chunk=16)
         return logits, state.layers["layer_0"]
 
     want = prefill()
@@ -240,7 +241,9 @@ def layers_report():
     for length in (LENGTH, 2 * LENGTH):
         rows = jax.ShapeDtypeStruct((BATCH, length), jnp.int32, sharding=batch_sharding(mesh))
         with jax.set_mesh(mesh):
-            compiled = gradient_function(config, 1.0).lower(params, rows, rows).compile()
+            compiled = (
+                gradient_function(Decoder(config, sharded_model.RUNTIME), 1.0).lower(params, rows, rows).compile()
+            )
         report[str(length)] = sharded_experts.collectives(compiled.as_text()).get("all-gather", [])
     return report
 

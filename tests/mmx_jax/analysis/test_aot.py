@@ -30,10 +30,11 @@ from tests.support.paths import REPOSITORY
 SMALL = (
     "model.num_layers=4", "model.layer_pattern=lightning,softmax", "model.hidden_size=512", "model.mlp_dim=1024",
     "model.vocab_size=4096", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=128", "model.rotary_dim=64",
-    "model.num_experts=8", "model.dtype=bfloat16", "model.lightning_chunk=none", "model.max_position_embeddings=65536",
+    "model.num_experts=8", "model.dtype=bfloat16", "runtime.lightning_chunk=none",
+    "model.max_position_embeddings=65536",
     "training.sequence_length=4096", "training.batch_tokens=65536", "training.total_tokens=65536", "mesh.data=1",
 )  # fmt: skip
-TRAINING = "model.remat=full", "mesh.fsdp=2", "mesh.expert=2"
+TRAINING = "runtime.remat=full", "mesh.fsdp=2", "mesh.expert=2"
 INFERENCE = dict(dtype="bfloat16", batch=16, prompt_length=4096, context=32768, chunk=4096)
 
 
@@ -258,9 +259,9 @@ def test_a_large_parameter_that_no_axis_divides_is_refused():
 BLOCK_OF_8 = "model.layer_pattern=" + ",".join(["lightning"] * 7 + ["softmax"])
 MEASURED_ON_H100 = {
     (): (73.11, 78.23),
-    ("model.remat=full", "training.batch_tokens=65536"): (102.14,),
+    ("runtime.remat=full", "training.batch_tokens=65536"): (102.14,),
     ("model.num_experts=1", "model.experts_per_token=1", "model.mlp_dim=8448"): (54.37,),
-    ("model.remat=full", BLOCK_OF_8): (58.79,),
+    ("runtime.remat=full", BLOCK_OF_8): (58.79,),
 }
 
 
@@ -281,7 +282,7 @@ def test_the_plan_of_a_prompt_agrees_with_a_gpu():
 def test_a_plan_for_a_gpu_tells_of_the_part_of_the_card(monkeypatch):
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
-    remat = small_1b("model.remat=dots")
+    remat = small_1b("runtime.remat=dots")
     text = "\n".join(memory_model.training_lines(remat, "h100"))
     assert "of 59.385 GiB: does not fit" in text and "a process takes 75% of the 79.180 GiB of H100" in text
     assert re.search(r"MEM_FRACTION; 0\.8\d of it is enough", text) and "compiled on one H100" in text
@@ -289,7 +290,7 @@ def test_a_plan_for_a_gpu_tells_of_the_part_of_the_card(monkeypatch):
     assert "of 104.851 GiB: fits" in text and "is enough" not in text
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     assert memory_model.shortage(remat, "h100") == ""
-    large = small_1b("model.remat=dots", "training.batch_tokens=32768")
+    large = small_1b("runtime.remat=dots", "training.batch_tokens=32768")
     assert "no part of one card is enough" in "\n".join(memory_model.training_lines(large, "h100"))
     sharded = memory_model.training_plan(
         small_1b("mesh.data=1", "mesh.fsdp=2", "training.batch_tokens=32768"), "h100:2"

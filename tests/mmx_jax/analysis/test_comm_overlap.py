@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from mmx_jax.analysis import aot
 from mmx_jax.analysis.comm_overlap import overlap
-from mmx_jax.config import MeshConfig, ModelConfig
+from mmx_jax.config import MeshConfig, ModelConfig, RuntimeConfig
 from mmx_jax.layers.moe import MixtureOfExperts
 from mmx_jax.sharding import logical_to_spec, make_mesh
 from pallas_kernels import platform
@@ -63,9 +63,9 @@ def exposed_of(token_groups, topology):
     config = ModelConfig(
         vocab_size=512, hidden_size=2048, num_layers=1, layer_pattern=("softmax",), num_heads=16, num_kv_heads=4,
         head_dim=128, rotary_dim=64, mlp_dim=2816, num_experts=8, experts_per_token=2, dtype="bfloat16",
-        token_groups=token_groups, expert_buffer=2.0,
+        expert_buffer=2.0,
     )  # fmt: skip
-    layer = MixtureOfExperts(config)
+    layer = MixtureOfExperts(config, RuntimeConfig(token_groups=token_groups))
 
     def placed(shape, dtype, axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, logical_to_spec(axes)))

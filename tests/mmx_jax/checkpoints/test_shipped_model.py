@@ -37,7 +37,7 @@ SHAPES = dict(
     vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=8,
     rope_theta=1e4, max_position_embeddings=512, mlp_dim=24, num_experts=4, experts_per_token=2, lightning_alpha=1.3,
     softmax_alpha=1.7, mlp_alpha=1.5, lightning_beta=0.9, softmax_beta=1.1, mlp_beta=0.8, router_aux_loss_coef=0.01,
-    dtype="float32", lightning_chunk=64, softmax_block=128,
+    dtype="float32",
 )  # fmt: skip
 HYBRID = {"layer_pattern": ("lightning", "softmax")}
 CONFIGS = {
@@ -312,8 +312,7 @@ def test_saved_weights_load_again_there_and_here(case, tmp_path):
     tokens = random_tokens()
     assert_close(logits_of(load(tmp_path / "saved"), tokens), logits_of(model, tokens))
     loaded_config, loaded = load_params(tmp_path / "saved")
-    changed = {"dtype", "lightning_chunk", "softmax_block"}  # of this machine, in no file of theirs
-    assert dataclasses.replace(loaded_config, **{name: getattr(config, name) for name in changed}) == config
+    assert dataclasses.replace(loaded_config, dtype=config.dtype) == config  # dtype is in no file of theirs
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 

@@ -23,6 +23,9 @@ from mmx_jax.config import (
     LearningRatePhase,
     MeshConfig,
     ModelConfig,
+    MonitoringConfig,
+    ReadingConfig,
+    RuntimeConfig,
     SourceConfig,
     StageConfig,
     TrainingConfig,
@@ -82,7 +85,6 @@ def models(draw):
         bos_token_id=draw(optional_id),
         eos_token_id=draw(optional_id),
         dtype=draw(st.sampled_from(config_lib.FLOAT_DTYPES)),
-        lightning_implementation=draw(name),
     )
 
 
@@ -184,7 +186,7 @@ def test_ablations_differ_from_their_base_only_in_the_model():
 def test_recipe_of_the_report():
     config = load_config(REPOSITORY / "configs/minimax_text_01.py")
     training = config.training
-    assert dataclasses.replace(config.model, remat="none", router_aux_loss_coef=0.001) == ModelConfig()
+    assert dataclasses.replace(config.model, router_aux_loss_coef=0.001) == ModelConfig()
     assert [step.batch_tokens // 2**20 for step in training.batch_ramp] == [32, 64, 128]
     assert [(stage.sequence_length, stage.rope_theta) for stage in training.stages] == [
         (8192, 1e4), (131072, 5e6), (524288, 1e7), (1048576, 1e7),
@@ -341,7 +343,10 @@ def test_load_config_checks_types_and_names_the_file(tmp_path):
 PHASE, STAGE = LearningRatePhase(), StageConfig(tokens=1, sequence_length=8, rope_theta=1e4, source_weights=(1.0, 2.0))
 RAMP = BatchRampStep(from_tokens=0, batch_tokens=8)
 SECTIONS = (
-    ModelConfig(capacity_factor=1.0, expert_buffer=1.0, lightning_chunk=64),
+    ModelConfig(capacity_factor=1.0, expert_buffer=1.0),
+    RuntimeConfig(lightning_chunk=64),
+    MonitoringConfig(),
+    ReadingConfig(),
     MeshConfig(),
     SourceConfig(path="/a"),
     DataConfig(sources=(SourceConfig(path="/a"),)),
@@ -398,7 +403,7 @@ def test_numbers_are_what_their_annotations_say():
         (lambda: ModelConfig(vocab_size=2**31), "vocab_size=2147483648 is larger than any array"),
         (lambda: ModelConfig(num_layers=8 * 10**9), "num_layers=8000000000 is larger than any array"),
         (lambda: ModelConfig(num_layers=8 * 10**8), "num_layers=800000000 is more than 100,000"),
-        (lambda: ModelConfig(lightning_chunk=2**40), "lightning_chunk=1099511627776"),
+        (lambda: RuntimeConfig(lightning_chunk=2**40), "lightning_chunk=1099511627776"),
         (lambda: TrainingConfig(sequence_length=2**40, batch_tokens=2**40), "sequence_length=1099511627776 is larger"),
         (lambda: TrainingConfig(adam_eps=1e-50), "adam_eps=1e-50 is zero in float32"),
         (lambda: ModelConfig(router_aux_loss_coef=-1.0), "router_aux_loss_coef=-1.0 must not be negative"),

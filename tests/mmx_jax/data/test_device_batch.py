@@ -13,7 +13,7 @@ from mmx_jax.analysis import aot
 from mmx_jax.config import Config, ConfigError, TrainingConfig
 from mmx_jax.config import io as config_io
 from mmx_jax.data import device_batch
-from mmx_jax.training import trainer
+from mmx_jax.training import batches
 from tests.support import ahead_of_time
 
 
@@ -72,11 +72,11 @@ def test_a_mesh_that_does_not_divide_a_batch_is_refused_with_those_that_do():
     training = TrainingConfig(total_tokens=6 * 32, sequence_length=32, batch_tokens=6 * 32)
     config = Config(training=training)
     sizes = dict.fromkeys(sharding.MESH_AXES, 1)
-    trainer.check_batches(config, sharding.abstract_mesh(sizes | {"data": 3, "seq": 4}))
+    batches.check_batches(config, sharding.abstract_mesh(sizes | {"data": 3, "seq": 4}))
     with pytest.raises(
         ConfigError, match=r"6 rows of 32 tokens .* over 4 batch shards; mesh\.data x .* 1, 2, 3, 6, other"
     ):
-        trainer.check_batches(config, sharding.abstract_mesh(sizes | {"data": 2, "expert": 2}))
+        batches.check_batches(config, sharding.abstract_mesh(sizes | {"data": 2, "expert": 2}))
 
 
 def lines_of(topology):

@@ -134,7 +134,7 @@ def test_long_prompt_in_chunks_equals_whole(fixture):
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=2, num_kv_heads=1,
     head_dim=16, rotary_dim=8, max_position_embeddings=256, mlp_dim=32, num_experts=2, experts_per_token=1,
-    lightning_chunk=16, pad_token_id=1, dtype="float32",
+    pad_token_id=1, dtype="float32",
 )  # fmt: skip
 TEXT = "the quick brown fox jumps over the lazy dog, äöü and 日本語 too; "
 

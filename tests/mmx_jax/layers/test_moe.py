@@ -39,7 +39,7 @@ def random_layer(rows, num_experts=5, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_dropless(config, x, router, *weights):
-    return dropless(config, x, route(x, router, config.experts_per_token), *weights)
+    return dropless(x, route(x, router, config.experts_per_token), MoEWeights(router, *weights))
 
 
 @functools.partial(jax.jit, static_argnums=0)

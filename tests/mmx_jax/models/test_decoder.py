@@ -11,13 +11,13 @@ import pytest
 
 from mmx_jax.checkpoints import hf_mapping
 from mmx_jax.checkpoints.load import load_params
-from mmx_jax.config import REMAT_POLICIES, ModelConfig
+from mmx_jax.config import REMAT_POLICIES, ModelConfig, RuntimeConfig
 from mmx_jax.layers.lightning_attention import decay_slopes
 from mmx_jax.layers.moe import route
 from mmx_jax.layers.norm import RMSNorm, rms_norm
 from mmx_jax.layers.rotary import apply_rotary
 from mmx_jax.models.cache import init_state
-from mmx_jax.models.decoder import Decoder, DecoderLayer, LayerInputs, head_logits
+from mmx_jax.models.decoder import Decoder, DecoderLayer, LayerInputs, embed, head_logits
 from mmx_jax.models.params import abstract_params, init_params, logical_axes
 from mmx_jax.training.loss import chunked_cross_entropy, load_balancing_loss
 from tests.support import oracles
@@ -41,9 +41,12 @@ def assert_trees_close(got, want, tolerance):
 jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@jit
-def forward(config, params, tokens, segment_ids=None, state=None):
-    return Decoder(config).apply({"params": params}, tokens, segment_ids, state=state)
+RUNTIME = RuntimeConfig(lightning_chunk=8, softmax_block=8)  # shorter than the rows
+
+
+@functools.partial(jit, static_argnames="runtime")
+def forward(config, params, tokens, segment_ids=None, state=None, runtime=RUNTIME):
+    return Decoder(config, runtime).apply({"params": params}, tokens, segment_ids, state=state)
 
 
 # --- the oracle
@@ -51,9 +54,9 @@ def forward(config, params, tokens, segment_ids=None, state=None):
 
 @functools.cache
 def tiny(variant):
-    """(config, params, oracle arrays) of a fixture, in float32, with chunks shorter than the rows."""
+    """(config, params, oracle arrays) of a fixture, in float32."""
     config, params = load_params(TEXT / variant / "orig", param_dtype="float32")
-    config = dataclasses.replace(config, dtype="float32", lightning_chunk=16, softmax_block=16)
+    config = dataclasses.replace(config, dtype="float32")
     with np.load(TEXT / variant / "oracle.npz") as arrays:
         return config, params, {name: arrays[name] for name in arrays.files}
 
@@ -125,8 +128,8 @@ def test_logits_and_router_loss_with_padding(variant, rows):
 def test_logits_of_600_tokens(chunk):
     for variant in VARIANTS:
         config, params, oracle = tiny(variant)
-        config = dataclasses.replace(config, lightning_chunk=chunk, softmax_block=chunk)
-        output = forward(config, params, oracle["long_ids"].astype(np.int32))
+        runtime = RuntimeConfig(lightning_chunk=chunk, softmax_block=chunk)
+        output = forward(config, params, oracle["long_ids"].astype(np.int32), runtime=runtime)
         assert_close(output.logits, oracle["long_logits_b256"])
 
 
@@ -144,8 +147,8 @@ def test_lightning_states_and_keys_and_values(variant):
 
 
 def next_token_loss(config, params, tokens):
-    """(loss, (cross entropy, router loss)) as in spec C.8."""
-    output = Decoder(config).apply({"params": params}, tokens, logits=False)
+    """(loss, (cross entropy, router loss)) as in docs/model.md, "Losses"."""
+    output = Decoder(config, RUNTIME).apply({"params": params}, tokens, logits=False)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     entropy = chunked_cross_entropy(output.hidden, params["lm_head"]["kernel"], targets, chunk=32)
     aux, _ = load_balancing_loss(output.router)
@@ -274,7 +277,7 @@ def small_config(**changes):
         vocab_size=64, hidden_size=24, num_layers=4, layer_pattern=("lightning", "softmax"), num_heads=4,
         num_kv_heads=2, head_dim=8, rotary_dim=4, rope_theta=1e4, mlp_dim=32, num_experts=4, experts_per_token=2,
         lightning_alpha=1.3, softmax_alpha=1.7, mlp_alpha=1.5, lightning_beta=0.9, softmax_beta=1.1, mlp_beta=0.8,
-        dtype="float32", lightning_chunk=8, softmax_block=8,
+        dtype="float32",
     )  # fmt: skip
     return ModelConfig(**(values | changes))
 
@@ -295,12 +298,12 @@ def random_tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 64, shape).astype(np.int32)
 
 
-@jit
-def weighted_outputs(config, params, tokens, segment_ids, weights):
+@functools.partial(jit, static_argnames="runtime")
+def weighted_outputs(config, params, tokens, segment_ids, weights, runtime=RUNTIME):
     """Gradients of sum(weights [B, T, V] * logits) + a function of the router; (logits, stats) beside them."""
 
     def objective(params):
-        output = Decoder(config).apply({"params": params}, tokens, segment_ids)
+        output = Decoder(config, runtime).apply({"params": params}, tokens, segment_ids)
         # Sums over tokens, so that they add up over documents, however these are laid out.
         router = jnp.sum(output.router.probability * jnp.arange(config.num_experts))
         return jnp.sum(weights * output.logits) + router, (output.logits, output.router)
@@ -329,23 +332,26 @@ def test_packed_equals_separate(layout):
     assert_trees_close(gradient, want_gradient, 1e-5)
 
 
-def assert_same_function(config, changed):
+def assert_same_function(config, **changes):
+    """That another runtime computes the same: logits and gradients."""
     params, tokens = small_params(config), random_tokens(3, 9)
     weights = np.random.default_rng(1).normal(size=(3, 9, 64)).astype(np.float32)
     want_gradient, (want_logits, _) = weighted_outputs(config, params, tokens, None, weights)
-    gradient, (logits, _) = weighted_outputs(changed, params, tokens, None, weights)
+    gradient, (logits, _) = weighted_outputs(
+        config, params, tokens, None, weights, runtime=dataclasses.replace(RUNTIME, **changes)
+    )
     assert_close(logits, want_logits, 1e-6)
     assert_trees_close(gradient, want_gradient, 2e-6)
 
 
 def test_scan_equals_unrolled():
-    assert_same_function(small_config(), small_config(scan_blocks=False))
+    assert_same_function(small_config(), scan_blocks=False)
 
 
 @pytest.mark.parametrize("policy", [policy for policy in REMAT_POLICIES if policy != "none"])
 def test_rematerialisation_changes_nothing(policy):
     config = small_config(layer_pattern=("lightning",), num_layers=2)
-    assert_same_function(config, dataclasses.replace(config, remat=policy))
+    assert_same_function(config, remat=policy)
 
 
 def test_scanned_blocks_equal_layers_one_after_another():
@@ -502,7 +508,9 @@ def test_last_positions_alone_are_those_of_all(pattern):
     whole = forward(config, params, tokens[:, 9:], real[:, 9:], state)
     last = np.array([10, 13])
     alone = jit(
-        lambda config, *inputs: Decoder(config).apply({"params": inputs[0]}, *inputs[1:3], state=state, last=last)
+        lambda config, *inputs: Decoder(config, RUNTIME).apply(
+            {"params": inputs[0]}, *inputs[1:3], state=state, last=last
+        )
     )(config, params, tokens[:, 9:], real[:, 9:])
     assert alone.logits.shape == (2, 1, config.vocab_size)
     assert_close(alone.logits[:, 0], np.asarray(whole.logits)[np.arange(2), last], 2e-6)
@@ -515,3 +523,31 @@ def filled_slots(leaf, lengths, slots=48):
         return leaf
     filled = np.arange(slots) < np.asarray(lengths)[:, None]
     return np.asarray(leaf) * filled[None, :, None, :, None]
+
+
+def test_embeddings_may_be_given_in_place_of_tokens():
+    """As those of an image are: `embed` is a step of its own, and rows that are replaced are read like any other."""
+    config = small_config()
+    params, tokens = small_params(config), random_tokens(2, 11)
+    embeddings = embed(config, params, tokens)
+    model = Decoder(config, RUNTIME)
+
+    @jax.jit
+    def forward_of(embeddings, state=None):
+        return model.apply({"params": params}, None, embeddings=embeddings, state=state)
+
+    want = forward(config, params, tokens)
+    assert_close(forward_of(embeddings).logits, want.logits, 1e-6)
+    # Token 5 of a row becomes another one, by its embedding alone: what is before it stays, bit for bit.
+    other = tokens.copy()
+    other[:, 5] = (tokens[:, 5] + 1) % 64
+    merged = embeddings.at[:, 5].set(params["embed"]["embedding"][other[:, 5]])
+    got = forward_of(merged)
+    assert_close(got.logits, forward(config, params, other).logits, 1e-6)
+    np.testing.assert_array_equal(got.logits[:, :5], forward_of(embeddings).logits[:, :5])
+    assert np.all(np.any(np.asarray(got.logits)[:, 5:] != np.asarray(want.logits)[:, 5:], axis=-1))
+    # In prefill, and differentiable.
+    state = forward_of(merged, init_state(config, 2, 16)).state
+    assert_trees_close(state.layers, forward(config, params, other, state=init_state(config, 2, 16)).state.layers, 1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(forward_of(x).logits[:, 7]))(embeddings)
+    assert np.any(gradient[:, :8]) and not np.any(gradient[:, 8:])

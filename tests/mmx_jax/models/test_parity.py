@@ -33,7 +33,7 @@ SHAPES = dict(
     vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=16,
     rope_theta=1e4, max_position_embeddings=512, mlp_dim=48, num_experts=4, experts_per_token=2,
     lightning_alpha=1.3, softmax_alpha=1.7, mlp_alpha=1.5, lightning_beta=0.9, softmax_beta=1.1, mlp_beta=0.8,
-    router_aux_loss_coef=0.01, dtype="float32", lightning_chunk=64, softmax_block=128,
+    router_aux_loss_coef=0.01, dtype="float32",
 )  # fmt: skip
 PATTERNS = {"hybrid": ("lightning", "softmax"), "aperiodic": ("softmax", "lightning", "lightning", "softmax")}
 

@@ -11,11 +11,11 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx_jax.config import ConfigError, MeshConfig, ModelConfig
+from mmx_jax.config import ConfigError, MeshConfig, ModelConfig, RuntimeConfig
 from mmx_jax.layers.moe import MixtureOfExperts
 from mmx_jax.parallel.mesh_group import MeshGroup
 from mmx_jax.sharding import MESH_AXES, logical_to_spec, make_mesh
-from mmx_jax.training.trainer import check_tokens
+from mmx_jax.training.batches import check_tokens
 from pallas_kernels import platform
 from tests.support import ahead_of_time, fake_devices
 from tests.support.sharded_experts import CASES, EMBED, EXPERTS, INNER, MESHES, collectives
@@ -95,19 +95,18 @@ def test_a_mesh_that_does_not_divide_the_experts_is_an_error(report):
 
 def test_a_mesh_that_does_not_divide_the_tokens_is_an_error():
     mesh = AbstractMesh((1, 1, 1, 1, 4, 2), MESH_AXES)
-    check_tokens(ModelConfig(token_groups=2), mesh, 1, 16)
+    check_tokens(2, mesh, 1, 16)
     message = "sequence_length: a row of size 20 does not divide over the 8 devices of mesh.seq=2 x mesh.tensor=4"
     with pytest.raises(ConfigError, match=message):
-        check_tokens(ModelConfig(), mesh, 1, 20)
+        check_tokens(1, mesh, 1, 20)
     with pytest.raises(ConfigError, match="token_groups=4 does not divide the 6 tokens of a device"):
-        check_tokens(ModelConfig(token_groups=4), mesh, 3, 16)
+        check_tokens(4, mesh, 3, 16)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(expert_buffer=0.0), "expert_buffer=0.0 must be positive, or None"),
-        (dict(token_groups=0), "token_groups=0 must be positive"),
         (dict(capacity_scope="device"), "capacity_scope='device' is not one of 'global', 'local'"),
     ],
 )
@@ -121,7 +120,7 @@ def schedule(topology, groups):
     embed, inner = 512, 1024
     config = ModelConfig(
         vocab_size=8, hidden_size=embed, num_layers=1, layer_pattern=("softmax",), num_heads=2, num_kv_heads=1,
-        head_dim=4, rotary_dim=2, mlp_dim=inner, num_experts=8, token_groups=groups, expert_buffer=1.5,
+        head_dim=4, rotary_dim=2, mlp_dim=inner, num_experts=8, expert_buffer=1.5,
     )  # fmt: skip
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
@@ -136,7 +135,11 @@ def schedule(topology, groups):
     }  # fmt: skip
     x = array(("batch", "length", None), len(devices), 512, embed, dtype=jnp.bfloat16)
     with platform.target("tpu"), jax.set_mesh(mesh):
-        layer = jax.jit(lambda params, x: MixtureOfExperts(config).apply({"params": params}, x, None))
+        layer = jax.jit(
+            lambda params, x: MixtureOfExperts(config, RuntimeConfig(token_groups=groups)).apply(
+                {"params": params}, x, None
+            )
+        )
         hlo = layer.lower(params, x).compile(compiler_options=platform.compiler_options()).as_text()
     entry = hlo[hlo.index("\nENTRY") :]
     pattern = (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from mmx_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from mmx_jax.config import Config, ConfigError, MeshConfig, RuntimeConfig
 from mmx_jax.parallel import lasp, ring_attention
 from mmx_jax.sharding import MESH_AXES, RULES, over_mesh, row_axis
 from pallas_kernels import platform
@@ -171,7 +171,7 @@ def test_tokens_are_batch_and_length():
 
 def test_unknown_methods_are_an_error():
     with pytest.raises(ConfigError, match="sequence_lightning='all' is not one of 'gather', 'ring'"):
-        ModelConfig(sequence_lightning="all")
+        RuntimeConfig(sequence_lightning="all")
     with pytest.raises(ValueError, match="method 'all' of sequence parallelism is not one of gather, ring"):
         ring_attention.softmax_attention(*[jnp.zeros((1, 4, 2, 2))] * 3, method="all")
 

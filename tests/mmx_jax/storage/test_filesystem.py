@@ -70,7 +70,7 @@ def test_a_folder_has_one_holder_who_is_named_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-HOLDER = "import sys, pathlib, time; from mmx_jax import locking\n"
+HOLDER = "import sys, pathlib, time; from mmx_jax.storage import locking\n"
 HOLDER += "lock = locking.FolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
 

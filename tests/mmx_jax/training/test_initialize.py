@@ -16,13 +16,24 @@ import mmx_jax
 from mmx_jax import metrics, sharding
 from mmx_jax.checkpoints import load
 from mmx_jax.checkpoints.errors import ConversionError
-from mmx_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
+from mmx_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MonitoringConfig,
+    ReadingConfig,
+    RuntimeConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 from mmx_jax.config import io as config_io
 from mmx_jax.convert.import_hf import import_checkpoint
 from mmx_jax.data import pipeline as data_pipeline
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import params as model_params
-from mmx_jax.training import initialize, trainer
+from mmx_jax.training import initialize
+from mmx_jax.training import run as training_run
 from tests.support.fake_devices import environment
 from tests.support.paths import REPOSITORY
 
@@ -30,7 +41,7 @@ FIXTURE = REPOSITORY / "tests/fixtures/text/tiny/hf"
 MODEL = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=2, num_kv_heads=1,
     head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=4, experts_per_token=2,
-    router_aux_loss_coef=0.001, dtype="float32", lightning_chunk=16, softmax_block=32,
+    router_aux_loss_coef=0.001, dtype="float32", 
 )  # fmt: skip
 TEXTS = [f"number {i} says " + " ".join("state decay query key value norm".split()[i % 5 :] * 20) for i in range(20)]
 
@@ -43,12 +54,19 @@ def config(tmp_path_factory):
     return Config(
         name="test",
         model=MODEL,
-        data=DataConfig(sources=(SourceConfig(path=str(folder)),), eval_fraction=0.2, packing_bins=4, prefetch=0),
-        training=TrainingConfig(
-            total_tokens=8 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, loss_chunk=64,
-            eval_batches=2,
+        data=DataConfig(
+            sources=(SourceConfig(path=str(folder)),),
+            eval_fraction=0.2,
+            packing_bins=4,
+            reading=ReadingConfig(prefetch=0),
         ),
+        training=TrainingConfig(
+            total_tokens=8 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, 
+            
+        ),
+        runtime=RuntimeConfig(lightning_chunk=16, softmax_block=32, loss_chunk=64),
         checkpoint=CheckpointConfig(save_every_steps=2, keep=8),
+        monitoring=MonitoringConfig(eval_batches=2),
     )  # fmt: skip
 
 
@@ -81,7 +99,7 @@ def pretrained(tokenizer, tmp_path_factory):
 def train(config, workdir, **options):
     """(result, what was printed)."""
     out = io.StringIO()
-    result = trainer.train(config, workdir, console=rich.console.Console(file=out, width=400), **options)
+    result = training_run.train(config, workdir, console=rich.console.Console(file=out, width=400), **options)
     return result, out.getvalue()
 
 
@@ -149,8 +167,10 @@ def test_a_run_goes_on_from_a_step_of_another_with_another_recipe(begun, config,
 
 def test_the_master_weights_are_float32_and_the_released_layout_is_read_as_inference_reads_it(tmp_path):
     stored = load.resolve(FIXTURE).config
-    model = dataclasses.replace(stored, param_dtype="float32", remat="full", dtype="bfloat16")
-    config = Config(model=model, training=TrainingConfig(sequence_length=64, batch_tokens=256))
+    model = dataclasses.replace(stored, param_dtype="float32", dtype="bfloat16")
+    config = Config(
+        model=model, runtime=RuntimeConfig(remat="full"), training=TrainingConfig(sequence_length=64, batch_tokens=256)
+    )
     with jax.set_mesh(mesh := one_device_mesh()):
         params = initialize.load_state(config, mesh, FIXTURE)["params"]
         jax.tree.map(np.testing.assert_array_equal, params, mmx_jax.from_pretrained(FIXTURE).params)
@@ -177,7 +197,7 @@ def test_every_field_that_makes_another_function_is_refused_by_name(name):
 
 
 def test_what_is_changed_on_purpose_is_told_and_how_it_is_run_is_not():
-    run = dict(dtype="bfloat16", param_dtype="bfloat16", remat="full", lightning_chunk=None, softmax_block=64)
+    run = dict(dtype="bfloat16", param_dtype="bfloat16", initializer_range=0.1)
     assert initialize.check_model(dataclasses.replace(MODEL, **run), MODEL, "x") == []
     longer = dataclasses.replace(MODEL, rope_theta=5e6, max_position_embeddings=8192)
     lines = initialize.check_model(longer, MODEL, "x")
@@ -194,9 +214,7 @@ def test_all_differences_are_listed_before_anything_is_made(config, pretrained, 
 
 
 def test_the_model_can_be_taken_from_the_checkpoint(config, pretrained, tmp_path):
-    other = dataclasses.replace(
-        config, model=ModelConfig(dtype="float32", lightning_chunk=16, softmax_block=32, router_aux_loss_coef=0.001)
-    )
+    other = dataclasses.replace(config, model=ModelConfig(dtype="float32", router_aux_loss_coef=0.001))
     of_tokenizer = load.resolve(pretrained).config
     ids = {name: getattr(of_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     published = dataclasses.replace(MODEL, **ids).resolved()
@@ -267,14 +285,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(config, tokenizer, tmp_
 SHARDED = """
     import sys
     import jax, numpy as np
-    from mmx_jax import config_io, sharding
-    from mmx_jax.convert import weights
+    from mmx_jax import sharding
+    from mmx_jax.checkpoints import load
+    from mmx_jax.config import io as config_io
     from mmx_jax.training import initialize
     config = config_io.config_from_json(open(sys.argv[1]).read())
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         params = initialize.load_state(config, mesh, sys.argv[2])["params"]
-    _, whole = weights.load_params(sys.argv[2])
+    _, whole = load.load_params(sys.argv[2])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, whole)
     print(len({str(leaf.sharding.spec) for leaf in jax.tree.leaves(params)}))
 """

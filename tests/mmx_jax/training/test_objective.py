@@ -15,23 +15,24 @@ import numpy as np
 import pytest
 
 from mmx_jax import sharding
-from mmx_jax.config import Config, ModelConfig, TrainingConfig
+from mmx_jax.config import Config, ModelConfig, RuntimeConfig, TrainingConfig
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.training import optimizer, train_step
 
 ROWS, LENGTH, VOCABULARY, WIDTH, EXPERTS, TOP_K, LAYERS = 4, 8, 24, 8, 3, 2, 2
 # Coefficients so large that no term hides behind another, and an eps that keeps Adam smooth at zero.
 TRAINING = TrainingConfig(
-    total_tokens=1000, sequence_length=LENGTH, batch_tokens=ROWS * LENGTH, loss_chunk=16, z_loss_coef=0.2,
+    total_tokens=1000, sequence_length=LENGTH, batch_tokens=ROWS * LENGTH, z_loss_coef=0.2,
     adam_eps=1e-3, adam_b1=0.8, adam_b2=0.9, weight_decay=0.3, gradient_clip=0.0,
 )  # fmt: skip
 MODEL = ModelConfig(
     vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS, layer_pattern=("softmax",), num_experts=EXPERTS,
     experts_per_token=TOP_K, router_aux_loss_coef=0.7,
 )  # fmt: skip
-WHOLE = Config(model=MODEL, training=TRAINING)
+WHOLE = Config(model=MODEL, runtime=RuntimeConfig(loss_chunk=16), training=TRAINING)
 # Two micro-batches of two rows, the report's form of the balancing loss, and clipping.
 PARTS = Config(
+    runtime=RuntimeConfig(loss_chunk=16),
     model=dataclasses.replace(MODEL, router_aux_loss_coef=20.0),
     training=dataclasses.replace(
         TRAINING, microbatch_rows=2, aux_loss_form="report", aux_loss_pooling="per_layer", gradient_clip=0.05
@@ -69,8 +70,8 @@ def forward(params, tokens, segment_ids, positions):
 class Decoder:
     """In the place of `mmx_jax.models.decoder.Decoder`."""
 
-    def __init__(self, config):
-        del config
+    def __init__(self, config, runtime):
+        del config, runtime
 
     def apply(self, variables, tokens, segment_ids, positions, *, logits):
         assert not logits
@@ -102,8 +103,8 @@ def small_model(monkeypatch):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         return jax.tree.map(lambda _: whole, random_params())
 
-    stand_in = types.SimpleNamespace(Decoder=Decoder, param_shardings=param_shardings)
-    monkeypatch.setattr(train_step, "decoder", stand_in)
+    monkeypatch.setattr(train_step, "decoder", types.SimpleNamespace(Decoder=Decoder))
+    monkeypatch.setattr(train_step, "model_params", types.SimpleNamespace(param_shardings=param_shardings))
 
 
 @functools.cache

@@ -28,19 +28,23 @@ from mmx_jax.config import (
     DataConfig,
     LearningRatePhase,
     ModelConfig,
+    MonitoringConfig,
+    ReadingConfig,
+    RuntimeConfig,
     SourceConfig,
     TrainingConfig,
 )
 from mmx_jax.convert import verify
 from mmx_jax.storage import filesystem, locking
 from mmx_jax.storage.array_files import ArrayFolder
-from mmx_jax.training import optimizer, train_step, trainer
+from mmx_jax.training import errors, optimizer, train_step, trainer
+from mmx_jax.training import run as training_run
 from tests.support import plain_steps
 
 MODEL = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
     rotary_dim=4, max_position_embeddings=512, mlp_dim=16, num_experts=1, experts_per_token=1, dtype="float32",
-    lightning_chunk=16,
+    
 )  # fmt: skip
 
 
@@ -98,23 +102,28 @@ def config(tmp_path_factory):
     return Config(
         name="safe",
         model=MODEL,
-        data=DataConfig(sources=(SourceConfig(path=str(folder)),), eval_fraction=0.2, packing_bins=4, prefetch=0),
+        data=DataConfig(
+            sources=(SourceConfig(path=str(folder)),),
+            reading=ReadingConfig(prefetch=0),
+            eval_fraction=0.2,
+            packing_bins=4,
+        ),
         training=TrainingConfig(
             total_tokens=6 * 128,
             sequence_length=32,
             batch_tokens=128,
             learning_rate=1e-2,
-            eval_batches=1,
-            loss_chunk=64,
         ),
         checkpoint=CheckpointConfig(save_every_steps=2, keep=4, asynchronous=False),
+        runtime=RuntimeConfig(lightning_chunk=16, loss_chunk=64),
+        monitoring=MonitoringConfig(eval_batches=1),
     )
 
 
 def train(config, workdir, **options):
     """(result, what was printed)"""
     out = io.StringIO()
-    result = trainer.train(config, workdir, console=rich.console.Console(file=out, width=1000), **options)
+    result = training_run.train(config, workdir, console=rich.console.Console(file=out, width=1000), **options)
     return result, out.getvalue()
 
 
@@ -151,8 +160,12 @@ def damage(workdir, step):
     array[0, 0].write(array[0, 0].read().result() + 1).result()
 
 
-def changed(config, **training):
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+def changed(config, monitoring=(), **training):
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **training),
+        monitoring=dataclasses.replace(config.monitoring, **dict(monitoring)),
+    )
 
 
 # -- starts -----------------------------------------------------------------------------------------------------------
@@ -234,7 +247,7 @@ def test_a_failing_evaluation_and_a_failing_picture_find_the_last_step_saved(run
     monkeypatch.setattr(metrics, "plot_loss", fail)
     result, text = train(config, run, steps=5)
     assert result.step == 5 and "loss.png was not drawn: RuntimeError: this failed" in text
-    monkeypatch.setattr(trainer._Run, "_evaluate", fail)
+    monkeypatch.setattr(trainer.Trainer, "validate", fail)
     with pytest.raises(RuntimeError, match="this failed"):
         train(config, run)
     assert steps_of(run) == [2, 4, 5, 6]
@@ -242,9 +255,9 @@ def test_a_failing_evaluation_and_a_failing_picture_find_the_last_step_saved(run
 
 def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config, tmp_path):
     phases = (LearningRatePhase(tokens=2 * 128), LearningRatePhase(start=1e43, end=1e43))
-    wild = changed(config, learning_rate_phases=phases, eval_every_steps=1)
+    wild = changed(config, learning_rate_phases=phases, monitoring=dict(eval_every_steps=1))
     wild = dataclasses.replace(wild, checkpoint=CheckpointConfig(save_every_steps=1, keep=1))
-    with pytest.raises(trainer.NonFiniteError) as error:
+    with pytest.raises(errors.NonFiniteError) as error:
         train(wild, tmp_path)
     assert "step 3 is not saved: not finite are params/" in str(error.value)
     assert "last good checkpoint: step 2 in " in str(error.value) and "--resume=2 --set training." in str(error.value)
@@ -257,11 +270,11 @@ def test_numbers_that_blow_up_push_out_no_good_step_and_the_advice_works(config,
 def test_only_steps_in_a_row_use_up_the_steps_that_may_be_skipped(config, tmp_path, monkeypatch, bad, stops_at):
     failing = steps_that_fail(lambda state: int(state["step"]) + 1 in bad)
     monkeypatch.setattr(train_step, "make_train_step", failing)
-    config = changed(config, max_nonfinite_steps=1)
+    config = changed(config, monitoring=dict(max_nonfinite_steps=1))
     if stops_at is None:
         assert train(config, tmp_path)[0].step == 6
     else:
-        with pytest.raises(trainer.NonFiniteError, match=rf"^step {stops_at} is not finite.*2 such steps in a row, 1"):
+        with pytest.raises(errors.NonFiniteError, match=rf"^step {stops_at} is not finite.*2 such steps in a row, 1"):
             train(config, tmp_path)
 
 
@@ -273,7 +286,7 @@ def test_a_finite_step_on_which_the_next_one_fails_is_not_called_good(config, tm
     wild = changed(config, learning_rate_phases=tuple(rates), learning_rate=0.1)
     wild = dataclasses.replace(wild, checkpoint=CheckpointConfig(save_every_steps=1, keep=4))
     calm = changed(wild, learning_rate_phases=(LearningRatePhase(),), learning_rate=1e-3)
-    with pytest.raises(trainer.NonFiniteError) as error:
+    with pytest.raises(errors.NonFiniteError) as error:
         train(wild, tmp_path / "run")
     failed = int(str(error.value).split()[1])
     saved = steps_of(tmp_path / "run")

@@ -20,25 +20,29 @@ from mmx_jax.config import (
     DataConfig,
     LearningRatePhase,
     ModelConfig,
+    MonitoringConfig,
+    ReadingConfig,
+    RuntimeConfig,
     SourceConfig,
     StageConfig,
     TrainingConfig,
 )
 from mmx_jax.data import pipeline
 from mmx_jax.data.tokenizer import Tokenizer
-from mmx_jax.training import schedule, train_step, trainer
+from mmx_jax.training import run as training_run
+from mmx_jax.training import schedule, train_step
 from tests.support import plain_steps
 
 BASE, LONG_BASE = 1e4, 5e6
 MODEL = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
     rotary_dim=4, rope_theta=BASE, max_position_embeddings=512, mlp_dim=16, num_experts=1, experts_per_token=1,
-    dtype="float32", lightning_chunk=16,
+    dtype="float32", 
 )  # fmt: skip
 # Stage 0: steps of 64, 64, then 128 tokens by the ramp; stage 1: 128 tokens in rows of 64; stage 2 as stage 0 again.
 TRAINING = TrainingConfig(
     batch_tokens=64, batch_ramp=(BatchRampStep(from_tokens=128, batch_tokens=128),), learning_rate=1.0,
-    learning_rate_phases=(LearningRatePhase(shape="linear", start=1.0, end=0.0),), eval_batches=1, eval_every_steps=1,
+    learning_rate_phases=(LearningRatePhase(shape="linear", start=1.0, end=0.0),), 
     stages=(
         StageConfig(tokens=256, sequence_length=32, source_weights=(7.0, 1.0)),
         StageConfig(tokens=256, sequence_length=64, source_weights=(1.0, 1.0), rope_theta=LONG_BASE),
@@ -68,9 +72,15 @@ def config(tmp_path_factory):
             (folder / name / f"{number}.txt").write_text(text)
     sources = tuple(SourceConfig(path=str(folder / name), weight=1.0) for name in ("first", "second"))
     return Config(
-        name="stages", model=MODEL, training=TRAINING,
-        data=DataConfig(sources=sources, eval_fraction=0.2, packing_bins=4, prefetch=0, seed=17, shards=1),
+        name="stages",
+        model=MODEL,
+        runtime=RuntimeConfig(lightning_chunk=16),
+        training=TRAINING,
+        data=DataConfig(
+            sources=sources, eval_fraction=0.2, packing_bins=4, seed=17, shards=1, reading=ReadingConfig(prefetch=0)
+        ),
         checkpoint=CheckpointConfig(save_every_steps=1, keep=99, asynchronous=False),
+        monitoring=MonitoringConfig(eval_batches=1, eval_every_steps=1),
     )  # fmt: skip
 
 
@@ -103,7 +113,7 @@ def recorded(monkeypatch):
 
 
 def train(config, workdir, **options):
-    return trainer.train(config, workdir, console=rich.console.Console(file=io.StringIO()), **options)
+    return training_run.train(config, workdir, console=rich.console.Console(file=io.StringIO()), **options)
 
 
 def expected_batches(config, tokenizer):

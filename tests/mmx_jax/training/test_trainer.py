@@ -29,6 +29,9 @@ from mmx_jax.config import (
     DataConfig,
     LearningRatePhase,
     ModelConfig,
+    MonitoringConfig,
+    ReadingConfig,
+    RuntimeConfig,
     SourceConfig,
     StageConfig,
     TrainingConfig,
@@ -38,7 +41,8 @@ from mmx_jax.data import device_batch
 from mmx_jax.layers.moe import RouterStats
 from mmx_jax.models import decoder, flops
 from mmx_jax.models import params as model_params
-from mmx_jax.training import loss, optimizer, schedule, train_step, trainer
+from mmx_jax.training import errors, loss, optimizer, same_run, schedule, train_step
+from mmx_jax.training import run as training_run
 from mmx_jax.training.progress import Progress
 from tests.support import fake_devices
 from tests.support.paths import FIXTURES, REPOSITORY
@@ -49,10 +53,14 @@ TINY = FIXTURES / "text/tiny"
 MODEL = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=2, num_kv_heads=1,
     head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=4, experts_per_token=2,
-    router_aux_loss_coef=0.01, dtype="float32", lightning_chunk=16, softmax_block=32,
+    router_aux_loss_coef=0.01, dtype="float32", 
 )  # fmt: skip
+RUNTIME = RuntimeConfig(lightning_chunk=16, softmax_block=32, loss_chunk=64)
 TRAINING = TrainingConfig(
-    total_tokens=8 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, loss_chunk=64, eval_batches=2
+    total_tokens=8 * 256,
+    sequence_length=32,
+    batch_tokens=256,
+    learning_rate=1e-2,
 )
 
 
@@ -306,7 +314,7 @@ def compiled_step(config):
 def test_accumulation_equals_one_big_batch():
     # The load-balancing loss is that of a micro-batch, so it is left out here.
     model = dataclasses.replace(MODEL, router_aux_loss_coef=0.0, num_layers=1, layer_pattern=("lightning",))
-    config = Config(model=model, training=dataclasses.replace(TRAINING, z_loss_coef=1e-3))
+    config = Config(model=model, runtime=RUNTIME, training=dataclasses.replace(TRAINING, z_loss_coef=1e-3))
     params = jax.jit(model_params.init_params, static_argnums=0)(model, jax.random.key(0))
     accumulate = jax.jit(train_step.accumulate_gradients, static_argnums=(0, 3))
     whole, sums = accumulate(config, params, random_batch(rows=4), 1)
@@ -318,7 +326,7 @@ def test_accumulation_equals_one_big_batch():
 
 
 def test_a_non_finite_step_changes_nothing_and_names_the_layers():
-    config = Config(model=MODEL, training=TRAINING)
+    config = Config(model=MODEL, runtime=RUNTIME, training=TRAINING)
     mesh = one_device_mesh(config)
     batch = jax.device_put(random_batch(), device_batch.batch_sharding(mesh))
     with jax.set_mesh(mesh):
@@ -334,7 +342,7 @@ def test_a_non_finite_step_changes_nothing_and_names_the_layers():
 
 
 def test_a_parameter_that_is_not_finite_stops_the_step_though_the_batch_does_not_meet_it():
-    config = Config(model=MODEL, training=TRAINING)
+    config = Config(model=MODEL, runtime=RUNTIME, training=TRAINING)
     mesh = one_device_mesh(config)
     batch = jax.device_put(random_batch(), device_batch.batch_sharding(mesh))
     unseen = np.setdiff1d(np.arange(MODEL.vocab_size), batch["tokens"])[0]
@@ -389,12 +397,12 @@ def counted_flops(jaxpr):
 
 @pytest.mark.parametrize("pattern", [("lightning",), ("softmax",)])
 def test_analytic_flops_equal_a_count_from_the_shapes(pattern):
-    sizes = dict(mlp_dim=48, num_experts=3, softmax_block=64, moe_implementation="reference")
-    model = dataclasses.replace(MODEL, layer_pattern=pattern, **sizes)
+    model = dataclasses.replace(MODEL, layer_pattern=pattern, mlp_dim=48, num_experts=3)
+    runtime = RuntimeConfig(lightning_chunk=16, softmax_block=64, moe_implementation="reference")
     tokens = jnp.zeros((1, 64), jnp.int32)
     params = model_params.abstract_params(model)
-    jaxpr = jax.make_jaxpr(lambda p: decoder.Decoder(model).apply({"params": p}, tokens).logits)(params)
-    want = 64 * sum(flops.forward_flops(model, 64, causal="full").values())
+    jaxpr = jax.make_jaxpr(lambda p: decoder.Decoder(model, runtime).apply({"params": p}, tokens).logits)(params)
+    want = 64 * sum(flops.forward_flops(model, 64, chunk=16, causal="full").values())
     assert counted_flops(jaxpr.jaxpr) == want
 
 
@@ -538,8 +546,10 @@ def config(tmp_path_factory):
         name="test",
         model=MODEL,
         data=DataConfig(sources=(SourceConfig(path=str(folder)),), eval_fraction=0.2, packing_bins=4),
+        runtime=RUNTIME,
         training=TRAINING,
         checkpoint=CheckpointConfig(save_every_steps=2, keep=8),
+        monitoring=MonitoringConfig(eval_batches=2),
     )
 
 
@@ -548,7 +558,7 @@ def quiet():
 
 
 def train(config, workdir, **options):
-    return trainer.train(config, workdir, console=quiet(), **options)
+    return training_run.train(config, workdir, console=quiet(), **options)
 
 
 def state_files(workdir, config, step):
@@ -606,7 +616,7 @@ def test_going_back_to_a_step_repeats_the_run(straight, config, tmp_path):
     train(config, tmp_path, steps=4, resume="2")
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [2, 4]
     assert state_files(tmp_path, config, 4) == state_files(straight, config, 4)
-    with pytest.raises(trainer.TrainingError, match="--resume=no"):
+    with pytest.raises(errors.TrainingError, match="--resume=no"):
         train(config, tmp_path, resume="no")
     with pytest.raises(RuntimeError, match="one of the steps of .*: 2, 4"):
         train(config, tmp_path, resume="3")
@@ -615,18 +625,19 @@ def test_going_back_to_a_step_repeats_the_run(straight, config, tmp_path):
 # Started as a program: the second save is killed before it can be complete.
 KILLED = """
     import os, signal, sys
-    from mmx_jax import checkpoint, config_io
-    from mmx_jax.training import loop
+    from mmx_jax.checkpoints import manager
+    from mmx_jax.config import io as config_io
+    from mmx_jax.training import run
 
-    save = checkpoint.Checkpointer.save
+    save = manager.Checkpointer.save
 
     def save_and_die(self, step, *args, **kwargs):
         save(self, step, *args, **kwargs)
         if step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.Checkpointer.save = save_and_die
-    loop.train(config_io.config_from_json(open(sys.argv[1]).read()), sys.argv[2])
+    manager.Checkpointer.save = save_and_die
+    run.train(config_io.config_from_json(open(sys.argv[1]).read()), sys.argv[2])
 """
 
 
@@ -748,15 +759,15 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
 def test_a_changed_config_is_refused_unless_harmless(straight, config, tmp_path):
 
     shutil.copytree(straight, tmp_path / "run")
-    changed = config_io.apply_overrides(config, ["training.learning_rate=1", "training.log_every_steps=2"])
+    changed = config_io.apply_overrides(config, ["training.learning_rate=1", "monitoring.log_every_steps=2"])
     with pytest.raises(ConfigError, match=r"training.learning_rate: 0.01 -> 1.0") as error:
         train(changed, tmp_path / "run")
     assert "log_every_steps" not in str(error.value)
     stored, harmless = (json.loads(config_io.config_to_json(c)) for c in (config, changed))
     harmless["training"]["learning_rate"] = stored["training"]["learning_rate"]
     harmless["training"]["total_tokens"] *= 2
-    assert trainer.check_same_run(stored, harmless) == [
-        "training.log_every_steps: 1 -> 2",
+    assert same_run.check_same_run(stored, harmless) == [
+        "monitoring.log_every_steps: 1 -> 2",
         f"training.total_tokens: {TRAINING.total_tokens} -> {2 * TRAINING.total_tokens}",
     ]
 
@@ -791,10 +802,10 @@ def test_a_run_of_an_earlier_version_that_means_the_same_goes_on(config):
     stored["model"] |= dict.fromkeys(("lightning_alpha", "softmax_alpha", "mlp_alpha"), 4**0.25)
     shares = LearningRatePhase(shape="linear", share=0.25, start=0.0), LearningRatePhase(shape="cosine", end=0.1)
     now = stored_as(with_phases(config, *shares))
-    assert trainer.check_same_run(stored, now) == []
+    assert same_run.check_same_run(stored, now) == []
     stored["model"]["mlp_alpha"] = 1.5
     with pytest.raises(ConfigError, match=r"model.mlp_alpha: 1.5 -> 1.41"):
-        trainer.check_same_run(stored, now)
+        same_run.check_same_run(stored, now)
 
 
 @pytest.mark.parametrize(
@@ -810,7 +821,7 @@ def test_a_run_of_an_earlier_version_that_means_the_same_goes_on(config):
 def test_a_run_may_become_longer_where_its_rates_so_far_stay(config, old, new, total):
     stored, current = with_phases(config, *old), with_phases(config, *new, total=total)
     current.training.check_schedule()
-    differing = trainer.check_same_run(stored_as(stored), stored_as(current))
+    differing = same_run.check_same_run(stored_as(stored), stored_as(current))
     assert f"training.total_tokens: 2048 -> {total}" in differing
     for tokens in range(0, min(2048, total), 128):  # what the answer promises
         assert schedule.learning_rate(stored.training, tokens) == schedule.learning_rate(current.training, tokens)
@@ -830,7 +841,7 @@ def test_another_length_that_changes_rates_already_used_is_refused(config, old, 
     rates = [[schedule.learning_rate(c.training, at) for at in range(0, 2048, 128)] for c in (stored, current)]
     assert rates[0] != rates[1]
     with pytest.raises(ConfigError, match="learning_rate_phases: .* -> "):
-        trainer.check_same_run(stored_as(stored), stored_as(current))
+        same_run.check_same_run(stored_as(stored), stored_as(current))
 
 
 def test_a_run_whose_schedule_does_not_fit_leaves_no_folder(config, tmp_path):
@@ -845,28 +856,30 @@ def test_where_data_lies_is_no_part_of_a_run(config):
     sources = (SourceConfig(path="data"), SourceConfig(path="more", weight=2.0))
     moved = (SourceConfig(path="./data"), SourceConfig(path="/elsewhere", weight=2.0))
 
-    def form_of(sources, **fields):
-        data = dataclasses.replace(config.data, sources=sources, **fields)
+    def form_of(sources, on_bad_row="error", **fields):
+        reading = ReadingConfig(on_bad_row=on_bad_row)
+        data = dataclasses.replace(config.data, sources=sources, reading=reading, **fields)
         return json.loads(config_io.config_to_json(dataclasses.replace(config, data=data)))
 
     stored = form_of(sources, tokenizer="tok")
-    del stored["data"]["on_bad_row"], stored["data"]["cache_dir"]  # as saved before there were such fields
-    assert trainer.check_same_run(stored, form_of(moved, tokenizer="/other/tok", on_bad_row="skip")) == [
-        "data.on_bad_row: 'error' -> 'skip'",
+    del stored["data"]["reading"]  # as saved before there were such fields
+    stored["data"]["prefetch"] = 2
+    assert same_run.check_same_run(stored, form_of(moved, tokenizer="/other/tok", on_bad_row="skip")) == [
+        "data.reading.on_bad_row: 'error' -> 'skip'",
         "data.sources.0.path: 'data' -> './data'",
         "data.sources.1.path: 'more' -> '/elsewhere'",
         "data.tokenizer: 'tok' -> '/other/tok'",
     ]
     for changed in (sources[:1], (sources[0], SourceConfig(path="more")), (*sources, SourceConfig(path="third"))):
         with pytest.raises(ConfigError, match=r"data\.sources\.[12]\.weight"):
-            trainer.check_same_run(stored, form_of(changed, tokenizer="tok"))
+            same_run.check_same_run(stored, form_of(changed, tokenizer="tok"))
 
 
 def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
     wild = config_io.apply_overrides(
-        config, ["training.learning_rate=1e16", "training.max_nonfinite_steps=1", "checkpoint.save_every_steps=1"]
+        config, ["training.learning_rate=1e16", "monitoring.max_nonfinite_steps=1", "checkpoint.save_every_steps=1"]
     )
-    with pytest.raises(trainer.NonFiniteError) as error:
+    with pytest.raises(errors.NonFiniteError) as error:
         train(wild, tmp_path)
     text = str(error.value)
     assert text.startswith("step 3 is not finite")  # step 1 leaps, step 2 is skipped and not saved

@@ -1,7 +1,6 @@
 """The Mosaic GPU kernels of the grouped product, interpreted on the CPU and lowered for CUDA."""
 
 import collections
-import dataclasses
 import functools
 import re
 import sys
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx_jax.config import ModelConfig
+from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.layers import moe
 from mmx_jax.models import decoder
 from mmx_jax.models import params as model_params
@@ -215,17 +214,16 @@ def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
     config = ModelConfig(
         vocab_size=64, hidden_size=128, num_layers=layers, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
         head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=4, max_position_embeddings=1024, dtype="bfloat16",
-        scan_blocks=False,
     )  # fmt: skip
 
     def lowered(remat):
-        variant = dataclasses.replace(config, remat=remat)
+        model = decoder.Decoder(config, RuntimeConfig(remat=remat, scan_blocks=False))
 
         def loss(params, tokens):
-            return jnp.sum(decoder.Decoder(variant).apply({"params": params}, tokens).logits)
+            return jnp.sum(model.apply({"params": params}, tokens).logits)
 
         with platform.target("gpu"):
-            arguments = model_params.abstract_params(variant), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+            arguments = model_params.abstract_params(config), jax.ShapeDtypeStruct((1, 512), jnp.int32)
             text = jax.jit(jax.grad(loss)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         calls = collections.Counter(re.findall(r"call @(_multiply_rows|_multiply_columns|_jitted_scan)", text))
         return calls, text.count("custom_call @mosaic_gpu")
