@@ -1,4 +1,4 @@
-"""The mesh, the one table of logical axes, and what follows from it."""
+"""The mesh, the table of logical axes, and the shardings that follow from them."""
 
 import itertools
 import math
@@ -156,8 +156,8 @@ def row_axis(length: int) -> str | None:
 def over_mesh(f, in_axes, out_axes):
     """`f` on every device of the ambient mesh with its own part of the arguments: `jax.shard_map` by logical axes.
 
-    The compiler divides neither kernels nor what has to know where in a row it is. Without a mesh, or with one device,
-    it is `f` itself.
+    For what XLA cannot partition: kernels, and functions that depend on where in a row a device is. Without a mesh, or
+    with one device, it is `f` itself.
 
     Args:
       f: of arrays, or None in place of one.
@@ -171,9 +171,12 @@ def over_mesh(f, in_axes, out_axes):
 
     def call(*args):
         rules = RULES | {"batch": _batch_axes(mesh, args, in_axes)}
-        specs = lambda axes: tuple(logical_to_spec(x, rules) for x in axes)  # noqa: E731
-        out_specs = specs(out_axes) if isinstance(out_axes, list) else specs([out_axes])[0]
-        return jax.shard_map(f, in_specs=specs(in_axes), out_specs=out_specs, check_vma=False)(*args)
+        in_specs = tuple(logical_to_spec(axes, rules) for axes in in_axes)
+        if isinstance(out_axes, list):
+            out_specs = tuple(logical_to_spec(axes, rules) for axes in out_axes)
+        else:
+            out_specs = logical_to_spec(out_axes, rules)
+        return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     return call
 

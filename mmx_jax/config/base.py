@@ -1,4 +1,4 @@
-"""What all sections of a configuration have in common: fields that are checked against their annotations when built."""
+"""The base of all sections of a configuration: fields are checked against their annotations when one is built."""
 
 import dataclasses
 import functools

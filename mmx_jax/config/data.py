@@ -49,7 +49,7 @@ class ReadingConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """What is read and how it is packed. With no source, the standard library's own `.py` files."""
+    """Sources and packing of documents. Without a source, the standard library's own `.py` files are read."""
 
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  # folder or tokenizer.json; empty: train a byte-level BPE on the sources

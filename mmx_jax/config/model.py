@@ -98,9 +98,18 @@ class ModelConfig(Section):
 
     def check(self):
         require_sizes(
-            self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-            "num_experts", "experts_per_token", "max_position_embeddings",
-        )  # fmt: skip
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "num_experts",
+            "experts_per_token",
+            "max_position_embeddings",
+        )
         require_positive(self, "rope_theta", "rms_norm_eps", "lightning_norm_eps")
         require_not_negative(self, "router_aux_loss_coef", "initializer_range")
         require(self.num_layers <= _MAX_LAYERS, f"num_layers={self.num_layers} is more than {_MAX_LAYERS:,}")

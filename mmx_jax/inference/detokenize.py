@@ -72,7 +72,7 @@ class TextStream:
         return self._add((self._decoder.step(token) or "") + self._marks.get(int(token), ""))
 
     def finish(self) -> str:
-        """What was held back, once no token follows."""
+        """The text that was held back, once no token follows."""
         if self.stopped:
             return ""
         text = self._add(self._decoder.finish() or "")

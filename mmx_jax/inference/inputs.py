@@ -34,7 +34,7 @@ def check_tokens(config: ModelConfig, tokens, mask=None) -> tuple[np.ndarray, np
     if mask.shape != tokens.shape:
         raise GenerationError(f"mask {mask.shape} must have the shape of tokens, {tokens.shape}")
     if not (mask.dtype == bool or np.issubdtype(mask.dtype, np.integer)) or not np.isin(mask, (0, 1)).all():
-        raise GenerationError("mask must hold 1 at real tokens and 0 at padding, as integers or booleans")
+        raise GenerationError("mask must hold 1 at tokens and 0 at padding, as integers or booleans")
     if tokens.ndim == 1:
         tokens, mask = tokens[None], mask[None]
     if tokens.ndim != 2:
@@ -104,5 +104,5 @@ def ragged(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def left_align(tokens, mask) -> tuple[np.ndarray, np.ndarray]:
-    """Moves the real tokens of every row to its left, in order, and cuts columns that hold none."""
-    return ragged([row[real] for row, real in zip(tokens, mask, strict=True)])
+    """Moves the tokens of every row to its left, in order, and cuts columns that hold none."""
+    return ragged([row[own] for row, own in zip(tokens, mask, strict=True)])

@@ -63,7 +63,7 @@ class Model:
       tokenizer: `mmx_jax.data.tokenizer.Tokenizer`, or None where the checkpoint has none.
 
     `tokens` are integers [B, T] below; [T] is one row, B = 1 in the result. Rows of different lengths are padded at the
-    left, to the longest T. `mask`, of the same shape, is 1 at real tokens and 0 at padding, which may stand at either
+    left, to the longest T. `mask`, of the same shape, is 1 at tokens and 0 at padding, which may stand at either
     side or between; results are those of the rows without it. Bad tokens raise `GenerationError`, as do logits that are
     NaN or infinite: the message tells the row and whether the weights are the cause.
     """
@@ -101,7 +101,7 @@ class Model:
 
     @property
     def pad_id(self) -> int:
-        """The token that `generate` puts behind a stop token."""
+        """The token that `generate` puts after a stop token."""
         return self.config.pad_token_id or 0
 
     def logits(self, tokens, mask=None) -> np.ndarray:
@@ -121,7 +121,7 @@ class Model:
     def score(self, tokens, mask=None, *, prefill_chunk: int = PREFILL_CHUNK) -> np.ndarray:
         """Log-probabilities (nats) float32 [B, T] of each token given those before it in its row.
 
-        The first real token of a row, which nothing precedes, and padding have 0. Long rows run in chunks of
+        The first token of a row, which nothing precedes, and padding have 0. Long rows run in chunks of
         `prefill_chunk` tokens that carry the state, so that [T, V] logits never exist.
         """
         tokens, mask = inputs.check_tokens(self.config, tokens, mask)
@@ -182,11 +182,11 @@ class Model:
             - prefill_chunk: prompts longer than this are read in pieces.
 
         Returns:
-          int32 [B, max_new_tokens]; `pad_id` (the config's `pad_token_id`, else 0) behind a row's stop token.
+          int32 [B, max_new_tokens]; `pad_id` (the config's `pad_token_id`, else 0) after a row's stop token.
 
         Raises:
           SamplingError: a setting outside its range.
-          GenerationError: prompt and continuation exceed `max_position_embeddings`; a row without a real token; logits
+          GenerationError: prompt and continuation exceed `max_position_embeddings`; a row without a token; logits
             that are NaN or infinite.
         """
         tokens, mask = inputs.check_tokens(self.config, tokens, mask)

@@ -91,7 +91,7 @@ class Session:
         logits = np.asarray(self._carry.logits)
         if not (finite := np.isfinite(logits[:, : self._vocab_size]).all(axis=1)).all():
             row = int(np.argmin(finite))
-            raise not_finite_error(self._model.config, self._params, f"row {row} behind {self.lengths[row]} tokens")
+            raise not_finite_error(self._model.config, self._params, f"row {row} after {self.lengths[row]} tokens")
         return logits
 
     @property
@@ -100,10 +100,10 @@ class Session:
         return self._carry.state
 
     def extend(self, tokens, mask=None, *, reserve: int = 0):
-        """Reads tokens [B, T], a real one in every row at least; all rows then go on.
+        """Reads tokens [B, T], at least one in every row; all rows then go on.
 
         Args:
-          mask: 1 at real tokens, 0 at padding, which may be anywhere.
+          mask: 1 at tokens, 0 at padding, which may be anywhere.
           reserve: number of tokens to be decoded next, for which room is made at once.
 
         Raises:
@@ -114,7 +114,7 @@ class Session:
         if len(tokens) != self._batch:
             raise GenerationError(f"{len(tokens)} rows of tokens for {self._batch} sequences")
         if not mask.any(axis=1).all():
-            raise GenerationError(f"row {int(np.argmin(mask.any(axis=1)))} holds no real token: its mask is all 0")
+            raise GenerationError(f"row {int(np.argmin(mask.any(axis=1)))} holds no token: its mask is all 0")
         self._check_context(self.lengths + mask.sum(axis=1) + reserve)
         tokens, mask = left_align(tokens, mask)
         width = tokens.shape[1]
@@ -135,7 +135,7 @@ class Session:
         self.lengths = self.lengths + mask.sum(axis=1)
 
     def decode(self, steps: int) -> np.ndarray:
-        """Writes up to min(steps, `DECODE_STEPS`) tokens: int32 [B, n], -1 behind a row's stop token.
+        """Writes up to min(steps, `DECODE_STEPS`) tokens: int32 [B, n], -1 after a row's stop token.
 
         n is smaller, and in the end 0, once all rows are done.
 
@@ -164,7 +164,7 @@ class Session:
         return tokens
 
     def stream(self, max_new_tokens: int, steps: int = 8) -> Iterator[np.ndarray]:
-        """What `decode` gives, as it is made: the first token alone, then `steps` at a time."""
+        """The tokens of `decode` as they are made: the first one alone, then `steps` at a time."""
         remaining = max_new_tokens
         while remaining and (piece := self.decode(1 if remaining == max_new_tokens else min(steps, remaining))).size:
             remaining -= piece.shape[1]
@@ -183,7 +183,7 @@ class Session:
         """Raises for the first row of decoded tokens that has `NOT_FINITE`."""
         if (failed := np.argwhere(tokens == NOT_FINITE)).size:
             row, column = failed[0]
-            where = f"row {row} behind {self.lengths[row] + column} tokens"
+            where = f"row {row} after {self.lengths[row] + column} tokens"
             self._failure = not_finite_error(self._model.config, self._params, where)
             raise self._failure
 

@@ -39,5 +39,5 @@ class Speed:
         self._first = False
         text = f"prefill: {read} tokens, {read / max(read_seconds, 1e-9):.1f} tokens/s{compiled}"
         if written:
-            text += f"; decode: {written} tokens behind the first, {written / max(write_seconds, 1e-9):.1f} tokens/s"
+            text += f"; decode: {written} tokens after the first, {written / max(write_seconds, 1e-9):.1f} tokens/s"
         return text

@@ -1,4 +1,4 @@
-"""Bias-free projections, and the activation behind them."""
+"""Bias-free projections, and the activation after them."""
 
 import functools
 
@@ -20,7 +20,7 @@ def einsum(equation, x, w):
     transpose and copies both factors and the result.
     """
     if platform.platform() == "gpu" and x.size == x.shape[-1]:
-        # One row twice: of a single one XLA makes products in memory and a sum over them, two kernels for one.
+        # Two equal rows: of a single one XLA would write products to memory and sum them, two kernels instead of one.
         twice = jnp.broadcast_to(x, (2, *x.shape[1:]))
         return product(equation, twice, w.astype(x.dtype), x.dtype)[:1]
     return product(equation, x, w.astype(x.dtype), x.dtype)
@@ -49,16 +49,18 @@ def silu(x):
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def weight(module: nn.Module, config: ModelConfig, name, shape, axes, *, fan_in, fan_out, gain=1.0, dtype=None):
-    """Declares a projection weight: Xavier normal times `gain`, or normal(`initializer_range`).
+def weight(module: nn.Module, name: str, shape, axes, *, fan: tuple[int, int], gain=1.0, dtype: str | None = None):
+    """Declares a projection weight of a module with a `config`: Xavier normal, or normal(`initializer_range`).
 
-    `gain` is a number, or an array that broadcasts against `shape`.
+    Args:
+      axes: logical axes of `shape`.
+      fan: (inputs of an output, outputs of an input), for Xavier's standard deviation sqrt(2 / (fan_in + fan_out)).
+      gain: factor of the standard deviation under Xavier: a number, or an array that broadcasts against `shape`.
+      dtype: None: the config's `param_dtype`.
     """
+    config: ModelConfig = module.config
     dtype = jnp.dtype(dtype or config.param_dtype)
-    if config.initializer == "normal":
-        stddev = config.initializer_range
-    else:
-        stddev = gain * (2.0 / (fan_in + fan_out)) ** 0.5
+    stddev = config.initializer_range if config.initializer == "normal" else gain * (2.0 / sum(fan)) ** 0.5
 
     def init(key, shape, dtype):
         return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)

@@ -131,21 +131,26 @@ def dropless(x, routing: Routing, weights: MoEWeights, *, implementation: str = 
     experts = tuple(w.astype(x.dtype) for w in (weights.gate, weights.up, weights.down))
     k = routing.experts.shape[1]
     if serves_few_tokens(x, k, experts[0], implementation=implementation):
-        rows = _few_tokens(k, implementation, x, routing.ranking, *experts)
+        with jax.named_scope("experts"):
+            rows = _few_tokens(k, implementation, x, routing.ranking, *experts)
     else:
         rows = _sorted_by_expert(implementation, x, routing.experts, *experts)
-    return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
+    with jax.named_scope("combine"):
+        return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
 
 
 def _sorted_by_expert(implementation, x, experts, *weights):
     """[R, k, M]: tokens x [R, M] through experts [R, k], rows sorted by expert."""
     k = experts.shape[1]
-    order, inverse, group_sizes = order_by_group(experts.reshape(-1), weights[0].shape[0])
-    rows = jnp.repeat(x, k, axis=0)
-    if x.shape[0] > 1:  # the rows of one token are the same in every order
-        rows = permute_rows(rows, order, inverse)
-    rows = grouped_swiglu(rows, *weights, group_sizes, implementation=implementation)
-    return permute_rows(rows, inverse, order).reshape(x.shape[0], k, -1)
+    with jax.named_scope("dispatch"):
+        order, inverse, group_sizes = order_by_group(experts.reshape(-1), weights[0].shape[0])
+        rows = jnp.repeat(x, k, axis=0)
+        if x.shape[0] > 1:  # the rows of one token are the same in every order
+            rows = permute_rows(rows, order, inverse)
+    with jax.named_scope("experts"):
+        rows = grouped_swiglu(rows, *weights, group_sizes, implementation=implementation)
+    with jax.named_scope("combine"):
+        return permute_rows(rows, inverse, order).reshape(x.shape[0], k, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -212,16 +217,17 @@ class MixtureOfExperts(nn.Module):
         """(MoEWeights, logical axes of (E, M, F))."""
         c = self.config
         embed, inner, experts = c.hidden_size, c.mlp_dim, c.num_experts
-        fan = dict(fan_in=embed, fan_out=experts)
-        router = weight(self, c, "router", (embed, experts), ("embed", "router_experts"), dtype="float32", **fan)
-        gain = deepnorm_gain(c)
+        router = weight(
+            self, "router", (embed, experts), ("embed", "router_experts"), fan=(embed, experts), dtype="float32"
+        )
         experts_axis, mlp = ("experts", "mlp") if experts > 1 else (None, "dense_mlp")
         up_axes, down_axes = (experts_axis, "embed", mlp), (experts_axis, mlp, "embed")
-        fan = dict(fan_in=embed, fan_out=inner, gain=gain)
-        w_gate = weight(self, c, "gate", (experts, embed, inner), up_axes, **fan)
-        w_up = weight(self, c, "up", (experts, embed, inner), up_axes, **fan)
-        fan = dict(fan_in=inner, fan_out=embed, gain=gain)
-        w_down = weight(self, c, "down", (experts, inner, embed), down_axes, **fan)
+        gain = deepnorm_gain(c)
+        w_gate, w_up = (
+            weight(self, name, (experts, embed, inner), up_axes, fan=(embed, inner), gain=gain)
+            for name in ("gate", "up")
+        )
+        w_down = weight(self, "down", (experts, inner, embed), down_axes, fan=(inner, embed), gain=gain)
         return MoEWeights(router, w_gate, w_up, w_down), up_axes
 
     def _dropless_on_one_device(self, x, token_mask, weights, norm):
@@ -234,7 +240,6 @@ class MixtureOfExperts(nn.Module):
                 apply = functools.partial(_norm_and_route, router=weights.router, experts_per_token=c.experts_per_token)
                 rows, experts, chosen = norm(rows, apply)
                 routing = Routing(experts, _renormalised(chosen), _probability(rows, weights.router), experts)
-        with jax.named_scope("experts"):
-            output = dropless(rows, routing, weights, implementation=self.runtime.moe_implementation)
+        output = dropless(rows, routing, weights, implementation=self.runtime.moe_implementation)
         stats = router_stats(routing, row_mask, jnp.ones(routing.experts.shape, bool))
         return MoEOutput(output.reshape(x.shape), stats, None if norm is None else rows.reshape(x.shape))

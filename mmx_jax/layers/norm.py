@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-# They keep their inputs alone for the backward. The forward lies in another loop, or in the same one where what XLA
-# finds twice may be computed once; the barriers of `prevent_cse` would cost passes over memory.
+# Keeps the inputs alone for the backward pass, which recomputes the rest. No barriers (`prevent_cse`): they would cost
+# passes over memory, and XLA may merge the two computations where it finds both in one loop.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @functools.partial(_recomputed, static_argnums=2)
 def rms_norm(x, scale, eps):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x` (spec C.0)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale.astype(x.dtype)
@@ -22,7 +22,7 @@ def rms_norm(x, scale, eps):
 
 @functools.partial(_recomputed, static_argnums=3)
 def gated_rms_norm(x, gate, scale, eps):
-    """sigmoid(gate) * rms_norm(x) in float32, returned in the dtype of `gate` (spec C.3, steps 6 and 7)."""
+    """sigmoid(gate) * rms_norm(x) in float32, in the dtype of `gate` (docs/model.md, "Lightning attention")."""
     normed = rms_norm(x.astype(jnp.float32), scale, eps)
     return (jax.nn.sigmoid(gate.astype(jnp.float32)) * normed).astype(gate.dtype)
 

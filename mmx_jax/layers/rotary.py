@@ -5,7 +5,7 @@ import numpy as np
 
 
 def apply_rotary(x, positions, *, rotary_dim, theta):
-    """Rotates the first `rotary_dim` of D dims, pairing i with i + rotary_dim / 2; the rest passes (spec C.4).
+    """Rotates the first `rotary_dim` of D dims, pairing i with i + rotary_dim / 2; the rest passes (docs/model.md).
 
     The frequency ladder is theta^(-2 i / rotary_dim): its denominator is rotary_dim, not D.
 

@@ -12,6 +12,7 @@ from mmx_jax.layers.linear import deepnorm_gain, einsum, weight
 from mmx_jax.layers.rotary import apply_rotary
 from mmx_jax.layers.segments import at_positions
 from mmx_jax.parallel import ring_attention
+from mmx_jax.parallel.ring_attention import RingSpec
 from mmx_jax.sharding import constrain, over_mesh, row_axis
 from pallas_kernels.softmax_attention import cached_attention
 
@@ -28,8 +29,9 @@ class SoftmaxAttention(nn.Module):
 
     Returns the attention output [B, T, M] and, given a cache, the cache with the new tokens in it.
 
-    With a cache the tokens of a row stand at its left, padding behind them. `lengths`: int32 [B], tokens that the cache
-    holds of each row. `last`: int32 [B], the last token of each row, whose output alone is computed then, [B, 1, M].
+    With a cache the tokens of a row stand at its left, padding at its right. `lengths`: int32 [B], tokens that the
+    cache holds of each row. `last`: int32 [B], the last token of each row, whose output alone is computed then, [B, 1,
+    M].
     """
 
     config: ModelConfig
@@ -41,19 +43,17 @@ class SoftmaxAttention(nn.Module):
         heads, kv_heads, dim, embed = c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size
 
         def project(x, name, n, axis, gain=1.0):
-            w = weight(
-                self, c, name, (embed, n, dim), ("embed", axis, "head_dim"), fan_in=embed, fan_out=n * dim, gain=gain
-            )
+            w = weight(self, name, (embed, n, dim), ("embed", axis, "head_dim"), fan=(embed, n * dim), gain=gain)
             return einsum("btm,mf->btf", x, w.reshape(embed, n * dim)).reshape(*x.shape[:2], n, dim)
 
         asking = at_positions(x, last)
+        gain = deepnorm_gain(c)
         q = project(asking, "query", heads, "heads")
         k = project(x, "key", kv_heads, "kv_heads")
-        v = project(x, "value", kv_heads, "kv_heads", deepnorm_gain(c))
+        v = project(x, "value", kv_heads, "kv_heads", gain)
         w_out = weight(
-            self, c, "out", (heads, dim, embed), ("heads", "head_dim", "embed"),
-            fan_in=heads * dim, fan_out=embed, gain=deepnorm_gain(c),
-        )  # fmt: skip
+            self, "out", (heads, dim, embed), ("heads", "head_dim", "embed"), fan=(heads * dim, embed), gain=gain
+        )
         places = at_positions(positions, last), positions
         q, k = (
             apply_rotary(y, p, rotary_dim=c.rotary_dim, theta=c.rope_theta) for y, p in zip((q, k), places, strict=True)
@@ -61,13 +61,8 @@ class SoftmaxAttention(nn.Module):
         q, k, v = (constrain(y, "batch", "length", "heads_act", None) for y in (q, k, v))
         if cache is None:
             axis = row_axis(x.shape[1])
-            attend = functools.partial(
-                ring_attention.softmax_attention,
-                axis=axis,
-                method=runtime.sequence_softmax,
-                implementation=runtime.softmax_implementation,
-                block=runtime.softmax_block,
-            )
+            spec = RingSpec(axis, runtime.sequence_softmax, runtime.softmax_implementation, runtime.softmax_block)
+            attend = functools.partial(ring_attention.softmax_attention, spec=spec)
             length = axis and "length"
             tokens = "batch", length, "heads_act", None
             in_axes = [tokens, tokens, tokens, ("batch", length)]

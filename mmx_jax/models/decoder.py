@@ -1,4 +1,4 @@
-"""The decoder: embedding, scanned hybrid blocks, head (spec section C)."""
+"""The decoder: embedding, scanned hybrid blocks, head (docs/model.md)."""
 
 import functools
 from typing import NamedTuple
@@ -21,12 +21,12 @@ from mmx_jax.sharding import constrain
 
 
 class LayerInputs(NamedTuple):
-    """What every layer of a forward pass shares."""
+    """Inputs that all layers of a forward pass share."""
 
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array | None  # int32 [B, T], 0 at padding
     lengths: jax.Array | None  # int32 [B], tokens of each row in the cache before this pass; None without a cache
-    last: jax.Array | None = None  # int32 [B], the only position of each row that is wanted behind this layer
+    last: jax.Array | None = None  # int32 [B], the only position of each row that is needed after this layer
 
 
 def _attend_lightning(config, runtime, x, shared, slopes, state):
@@ -55,7 +55,7 @@ _REMAT_POLICIES = {
 
 
 class DecoderLayer(nn.Module):
-    """One attention and one mixture of experts, each with its residual (spec C.2)."""
+    """One attention and one mixture of experts, each with its residual (docs/model.md, "Residuals")."""
 
     config: ModelConfig
     kind: str
@@ -74,7 +74,7 @@ class DecoderLayer(nn.Module):
 
         def normed(norm, x):
             y = norm(x)
-            # XLA would compute it again in everything that reads it, from a sum of squares that is a kernel of its own.
+            # Without it XLA recomputes the norm in every reader, from a sum of squares that is a kernel of its own.
             return lax.optimization_barrier(y) if decoding else y
 
         def residual(x, r, update, alpha, beta):
@@ -109,20 +109,20 @@ class HybridBlock(nn.Module):
         index, slopes = scanned  # int32 (), float32 [P, H]
         layer_class = DecoderLayer
         if runtime.remat != "none":
-            # Barriers, but where the repeated layer is alone in its loop. Without a loop (one trip is none) XLA would
-            # find it beside the first one, and keep that; in a loop of several layers it would begin to repeat a layer
-            # before the gradient of the layer behind it is there.
+            # `prevent_cse` puts barriers around the repeated layer. They are needed except where it is alone in its
+            # loop: without a loop (one trip is none) XLA would merge it with the first computation and keep that; in a
+            # loop of several layers it would repeat a layer before the gradient of the next one has arrived.
             alone = runtime.scan_blocks and c.num_blocks > 1 and len(c.layer_pattern) == 1
             layer_class = nn.remat(DecoderLayer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=not alone)
         stats = []
         for i, kind in enumerate(c.layer_pattern):
             name = f"layer_{i}"
-            # The blocks of a scan are one program, so that its last layer cannot do less than the layers before it.
+            # All blocks of a scan run one program, so the last layer can leave work out only where there is one block.
             final = c.num_blocks == 1 and i == len(c.layer_pattern) - 1
             own = shared if final else shared._replace(last=None)
             state = None
             if states is not None:
-                # The stacked states ride in the carry: as scan inputs and outputs they would be copied whole.
+                # The stacked states are part of the carry: scan inputs and outputs would be copied whole.
                 state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, index, keepdims=False), states[name])
             x, state, layer_stats = layer_class(c, kind, runtime, name=name)(x, own, slopes[i], state)
             if states is not None:
@@ -181,11 +181,11 @@ class Decoder(nn.Module):
           tokens: int32 [B, T]; None with `embeddings`.
           segment_ids: int32 [B, T]; 0 is padding, a run of one positive id is a document. None: one document a
             row. With `state` a row is one sequence whose tokens stand at the left, and only padding is read from it.
-          positions: int32 [B, T] for RoPE; None counts the real tokens of each document from 0.
+          positions: int32 [B, T] for RoPE; None counts the tokens of each document from 0.
           embeddings: [B, T, M] in the model's dtype, in place of those of tokens: as `embed` gives them, some of them
             replaced, say, by those of an image.
           state: continue from it, each row at its own length; its slots must hold T more tokens.
-          last: with `state`, int32 [B]: the last real position of each row, where it alone is wanted. Hidden and
+          last: with `state`, int32 [B]: the last token of each row, where it alone is wanted. Hidden and
             logits are then [B, 1, ...], and the last layer leaves out what only other positions need.
           logits: False leaves the head out.
         """

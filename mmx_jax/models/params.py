@@ -58,7 +58,7 @@ def check_sharded(config: ModelConfig, sizes):
 
 
 def bytes_of_share(config: ModelConfig, sizes) -> dict[str, int]:
-    """What one device holds of the parameters: {"blocks", "rest"}.
+    """Bytes of the parameters on one device: {"blocks", "rest"}.
 
     Args:
       sizes: devices along each mesh axis.

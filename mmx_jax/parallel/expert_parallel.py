@@ -39,7 +39,7 @@ class MoEWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MoESpec:
-    """What a mixture of experts computes, and how its tokens travel.
+    """A mixture of experts: its function, and how its tokens travel.
 
     Attributes:
       weight_axes: logical axes of (E, M, F).
@@ -135,7 +135,7 @@ def token_axes(sizes: Mapping[str, int], length: int) -> tuple[tuple[str, ...], 
 
 
 class _Layer(NamedTuple):
-    """A mixture of experts on its mesh: what is known before any array is."""
+    """A mixture of experts on its mesh: everything static."""
 
     spec: MoESpec
     num_experts: int
@@ -215,7 +215,7 @@ def _through_experts(layer, groups, plans, weights):
         ]
         if len(groups) > 1:
             # All are sorted before the first one leaves. Otherwise XLA would sort a group after the products of the
-            # one before it, and it would travel beside nothing.
+            # one before it, and it would travel while nothing is computed.
             leaving, plans = lax.optimization_barrier((leaving, plans))
         there = [plan.slices for plan in plans]
         room = dispatches.received_rows(layer.dispatch, tokens)

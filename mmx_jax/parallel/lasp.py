@@ -16,6 +16,7 @@ the state that enters. A pass for M_j alone reads k and v; adding exp(-s c) q S_
 with zero would read q and the outputs and write these again, rounded twice.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -28,11 +29,30 @@ from mmx_jax.parallel.methods import check_method
 from pallas_kernels import lightning_attention as lightning
 
 
+@dataclasses.dataclass(frozen=True)
+class LaspSpec:
+    """How rows of lightning attention are divided.
+
+    Attributes:
+      axis: name of the mesh axis. None: rows are whole.
+      method: "gather": one all-gather of the states (LASP+). "ring": n - 1 hops from neighbour to neighbour, each of
+        which waits for the one before (LASP).
+      chunk_size, implementation: as in `pallas_kernels.lightning_attention`.
+    """
+
+    axis: str | None = "seq"
+    method: str = "gather"
+    chunk_size: int | None = None
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        check_method(self.method)
+
+
 def lightning_attention(
-    q, k, v, slopes, segment_ids=None, initial_state=None, *, axis="seq", method="gather", chunk_size=None,
-    implementation="auto",
-):  # fmt: skip
-    """`pallas_kernels.lightning_attention` of rows whose tokens are divided over `axis`.
+    q, k, v, slopes, segment_ids=None, initial_state=None, *, spec: LaspSpec = LaspSpec()
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.lightning_attention` of rows whose tokens are divided over `spec.axis`.
 
     Gradients are those of the whole rows, to q, k, v and the initial state.
 
@@ -40,75 +60,69 @@ def lightning_attention(
       q, k: [B, T, H*D], v: [B, T, H*E], the tokens of this device.
       slopes: float32 [H].
       segment_ids: int32 [B, T], this device's part of `number_segments` of the whole rows. None: one document a row.
-      initial_state: float32 [B, H, D, E], the same on all devices of `axis`; document 1 goes on from it. None: zero.
-      axis: name of the mesh axis. None: rows are whole.
-      method: "gather": one all-gather of the states (LASP+). "ring": n - 1 hops from neighbour to neighbour, each of
-        which waits for the one before (LASP).
-      chunk_size, implementation: as there.
+      initial_state: float32 [B, H, D, E], the same on all devices of the axis; document 1 goes on from it. None: zero.
 
     Returns:
-      (output [B, T, H*E], final state of the whole rows, float32 [B, H, D, E], the same on all devices of `axis`). The
-      final state is None if there is no initial state: then nothing but the exchange itself is sent.
+      (output [B, T, H*E], final state of the whole rows, float32 [B, H, D, E], the same on all devices of the axis).
+      The final state is None if there is no initial state: then only the exchange itself is sent.
     """
-    check_method(method)
-    options = dict(segmented=segment_ids is not None, chunk_size=chunk_size)
-    if axis is None or lax.axis_size(axis) == 1:
+    options = dict(segmented=segment_ids is not None, chunk_size=spec.chunk_size)
+    if spec.axis is None or lax.axis_size(spec.axis) == 1:
         output, state = lightning.lightning_attention(
-            q, k, v, slopes, segment_ids=segment_ids, initial_state=initial_state, chunk_size=chunk_size,
-            implementation=implementation,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            slopes,
+            segment_ids=segment_ids,
+            initial_state=initial_state,
+            chunk_size=spec.chunk_size,
+            implementation=spec.implementation,
+        )
         return output, None if initial_state is None else state
-    if implementation == "auto":
-        implementation = lightning.default_implementation(q, k, v, slopes, **options)
-    lightning.IMPLEMENTATIONS[implementation].check(q, k, v, slopes, **options)
-    plan = _Plan(axis, method, implementation, chunk_size)
-    return _attend(plan, q, k, v, lax.stop_gradient(slopes), segment_ids, initial_state)
-
-
-class _Plan(NamedTuple):
-    axis: str
-    method: str
-    implementation: str
-    chunk_size: int
+    if spec.implementation == "auto":
+        chosen = lightning.default_implementation(q, k, v, slopes, **options)
+        spec = dataclasses.replace(spec, implementation=chosen)
+    lightning.IMPLEMENTATIONS[spec.implementation].check(q, k, v, slopes, **options)
+    return _attend(spec, q, k, v, lax.stop_gradient(slopes), segment_ids, initial_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, slopes, segment_ids, initial_state):
-    return _attend_forward(plan, q, k, v, slopes, segment_ids, initial_state)[0]
+def _attend(spec, q, k, v, slopes, segment_ids, initial_state):
+    return _attend_forward(spec, q, k, v, slopes, segment_ids, initial_state)[0]
 
 
-def _attend_forward(plan, q, k, v, slopes, segment_ids, initial_state):
-    backend, options = lightning.IMPLEMENTATIONS[plan.implementation], dict(chunk_size=plan.chunk_size)
-    own = lightning.end_state(k, v, slopes, segment_ids, implementation=plan.implementation, **options)
+def _attend_forward(spec, q, k, v, slopes, segment_ids, initial_state):
+    backend, options = lightning.IMPLEMENTATIONS[spec.implementation], dict(chunk_size=spec.chunk_size)
+    own = lightning.end_state(k, v, slopes, segment_ids, implementation=spec.implementation, **options)
     own = _ShardState(own, *_summary(q, segment_ids))
-    exchange = _gather_forward if plan.method == "gather" else _chain_forward
-    entry, before, distances, final = exchange(own, slopes, initial_state, plan.axis)
+    exchange = _gather_forward if spec.method == "gather" else _chain_forward
+    entry, before, distances, final = exchange(own, slopes, initial_state, spec.axis)
     # Numbered so that the document which goes on is 1, as the backends take it.
     local = None if segment_ids is None else jnp.where(segment_ids > 0, segment_ids - before[:, None] + 1, 0)
     # Named, so that a policy of `jax.checkpoint` that keeps the output does not send states anew.
     entry, local, distances, final = checkpoint_name((entry, local, distances, final), "lightning_attention")
-    documents = lightning.documents_for(plan.implementation, local, numbered=True)
+    documents = lightning.documents_for(spec.implementation, local, numbered=True)
     output, _, residuals = backend.forward(q, k, v, slopes, documents, entry, **options)
     output = checkpoint_name(output.astype(v.dtype), "lightning_attention")
     return (output, final), (q, k, v, slopes, local, distances, residuals)
 
 
-def _attend_backward(plan, saved, cotangents):
+def _attend_backward(spec, saved, cotangents):
     q, k, v, slopes, local, distances, residuals = saved
     d_output, d_final = cotangents
-    backend, options = lightning.IMPLEMENTATIONS[plan.implementation], dict(chunk_size=plan.chunk_size)
+    backend, options = lightning.IMPLEMENTATIONS[spec.implementation], dict(chunk_size=spec.chunk_size)
     d_output = d_output.astype(q.dtype)
     own = lightning.end_state(
-        q, d_output, slopes, local, reverse=True, implementation=plan.implementation, **options
-    )  # fmt: skip
+        q, d_output, slopes, local, reverse=True, implementation=spec.implementation, chunk_size=spec.chunk_size
+    )
     # All devices give the same final state, and each gets its part of the gradient.
-    d_last = None if d_final is None else lax.psum(d_final, plan.axis)
-    exchange = _gather_backward if plan.method == "gather" else _chain_backward
-    d_exit = exchange(own, distances, slopes, d_last, plan.axis)
-    documents = lightning.documents_for(plan.implementation, local, numbered=True)
+    d_last = None if d_final is None else lax.psum(d_final, spec.axis)
+    exchange = _gather_backward if spec.method == "gather" else _chain_backward
+    d_exit = exchange(own, distances, slopes, d_last, spec.axis)
+    documents = lightning.documents_for(spec.implementation, local, numbered=True)
     dq, dk, dv, d_entry = backend.backward(q, k, v, slopes, documents, residuals, d_output, d_exit, **options)
     # Of the initial state only the first device makes use.
-    d_initial = None if d_final is None else jnp.where(lax.axis_index(plan.axis) == 0, d_entry, 0)
+    d_initial = None if d_final is None else jnp.where(lax.axis_index(spec.axis) == 0, d_entry, 0)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(slopes), None, d_initial
 
 
@@ -141,7 +155,7 @@ def _decayed(state, slopes, distance):
 
 def _gather_forward(own, slopes, initial, axis):
     """(state that enters, the document it belongs to int32 [B], distances of all devices [n, B], final state)."""
-    # One array, one message: numbers of a row lie in two more rows of each head's state.
+    # One array is one message, so the two numbers of a row travel as two more rows of each head's state.
     rows = jnp.stack([own.last, own.count], axis=1)[:, None, :, None]
     rows = jnp.broadcast_to(rows, (*own.state.shape[:2], 2, own.state.shape[3]))
     gathered = lax.all_gather(jnp.concatenate([own.state, rows], axis=2), axis)
@@ -205,7 +219,7 @@ def _chain_backward(own, distance, slopes, d_last, axis):
 
 
 def _chain(leave, first, axis, step):
-    """What arrives at this device if `first` comes in at the end and each device sends on leave(what arrived)."""
+    """The value that arrives at this device if `first` enters the row and each device sends leave(its arrival) on."""
     size = lax.axis_size(axis)
     hops = [(i, i + step) for i in range(size) if 0 <= i + step < size]
     at_end = lax.axis_index(axis) == (0 if step > 0 else size - 1)

@@ -43,7 +43,7 @@ class Dispatch(NamedTuple):
 
 
 class DispatchSpec(NamedTuple):
-    """What is known of a dispatch before any array is."""
+    """Static parameters of a dispatch."""
 
     ep_group: MeshGroup  # devices with different experts
     num_experts: int

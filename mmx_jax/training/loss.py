@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx_jax.sharding import constrain
+from pallas_kernels.einsum import product
 
 
 class CrossEntropy(NamedTuple):
@@ -42,7 +43,7 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
       chunk: tokens of each group per step of the scan, in which the whole head is read and its gradient added to.
       z_loss_coef: weight of the z-loss, the squared logsumexp (arXiv 2204.02311, section 5).
       groups: shards of the batch axis, a divisor of B. Every group takes part in every step and sums its own
-        gradient of the head, so that the shards add theirs up once, behind the scan, instead of in every step.
+        gradient of the head, so that the shards add theirs up once, after the scan, instead of in every step.
       parts: shards of the length, a divisor of T, which then makes that many groups of each.
 
     Returns:
@@ -63,12 +64,13 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
         x = x.reshape(groups, -1, parts, x.shape[1] // parts, *x.shape[2:])
         return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
 
-    objective, sums = _cross_entropy(cut(hidden), head, cut(targets), chunk, z_loss_coef, groups * parts)
+    with jax.named_scope("loss"):
+        objective, sums = _cross_entropy(cut(hidden), head, cut(targets), chunk, z_loss_coef, groups * parts)
     return CrossEntropy(objective, *jax.lax.stop_gradient(sums))
 
 
 def load_balancing_loss(stats, *, form="switch", pooling="pooled"):
-    """Load-balancing loss of the router (spec C.8); f carries no gradient, P does.
+    """Load-balancing loss of the router (docs/model.md, "Losses"); f carries no gradient, P does.
 
     Args:
       stats: RouterStats: `assignments` and `probability` [L, E], `tokens` [L], of one micro-batch.
@@ -94,7 +96,7 @@ def load_balancing_loss(stats, *, form="switch", pooling="pooled"):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _cross_entropy(hidden, head, targets, chunk, z_loss_coef, groups):
-    weight = _whole_rows(head, hidden.dtype)
+    weight = _gathered_head(head, hidden.dtype)
 
     def step(sums, inputs):
         x, t = inputs
@@ -105,7 +107,7 @@ def _cross_entropy(hidden, head, targets, chunk, z_loss_coef, groups):
 
 
 def _cross_entropy_forward(hidden, head, targets, chunk, z_loss_coef, groups):
-    weight = _whole_rows(head, hidden.dtype)
+    weight = _gathered_head(head, hidden.dtype)
 
     def step(carry, inputs):
         sums, dhead = carry
@@ -116,8 +118,8 @@ def _cross_entropy_forward(hidden, head, targets, chunk, z_loss_coef, groups):
         scale = (1.0 + 2.0 * z_loss_coef * log_z)[..., None]
         dlogits = scale * jnp.exp(logits - log_z[..., None]) - _is_target(logits, t)
         dlogits = jnp.where((t >= 0)[..., None], dlogits, 0.0).astype(x.dtype)
-        dx = _dot("gcv,vm->gcm", dlogits, weight)
-        dhead = constrain(dhead + _dot("gcv,gcm->gvm", dlogits, x), "tokens", "vocab", None)
+        dx = product("gcv,vm->gcm", dlogits, weight)
+        dhead = constrain(dhead + product("gcv,gcm->gvm", dlogits, x), "tokens", "vocab", None)
         return (jax.tree.map(jnp.add, sums, chunk_sums), dhead), dx.astype(x.dtype)
 
     init = _zero_sums(), jnp.zeros((groups, *head.shape), jnp.float32)
@@ -136,19 +138,13 @@ def _cross_entropy_backward(chunk, z_loss_coef, groups, residuals, cotangents):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _dot(equation, x, y):
-    # float32 inputs ask for float32 products; bfloat16 ones are exact in one pass
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _whole_rows(head, dtype):
-    """The head as the products take it, gathered over the shards of M once rather than in every step."""
+def _gathered_head(head, dtype):
+    """The head in the dtype of the products, gathered over the shards of M once rather than in every step."""
     return constrain(head.astype(dtype), "vocab", None)
 
 
 def _logits(x, weight):
-    return _dot("gcm,vm->gcv", x, weight)
+    return product("gcm,vm->gcv", x, weight)
 
 
 def _is_target(logits, targets):
@@ -162,15 +158,15 @@ def _zero_sums():
 
 def _chunk_sums(logits, targets):
     """((nll, z, correct, count) of one chunk, logsumexp [G, C])."""
-    real = targets >= 0
+    token_mask = targets >= 0
     top = jnp.max(logits, axis=-1)
     log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
     return (
-        jnp.sum(jnp.where(real, log_z - chosen, 0.0)),
-        jnp.sum(jnp.where(real, log_z**2, 0.0)),
-        jnp.sum(real & (chosen == top), dtype=jnp.float32),
-        jnp.sum(real, dtype=jnp.float32),
+        jnp.sum(jnp.where(token_mask, log_z - chosen, 0.0)),
+        jnp.sum(jnp.where(token_mask, log_z**2, 0.0)),
+        jnp.sum(token_mask & (chosen == top), dtype=jnp.float32),
+        jnp.sum(token_mask, dtype=jnp.float32),
     ), log_z
 
 

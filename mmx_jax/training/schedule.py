@@ -13,7 +13,7 @@ from mmx_jax.config import LearningRatePhase, StageConfig, TrainingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What the optimizer step that starts after `tokens_seen` tokens does."""
+    """The optimizer step that starts after `tokens_seen` tokens."""
 
     tokens_seen: int
     stage_index: int

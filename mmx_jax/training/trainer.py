@@ -39,7 +39,7 @@ class StepRecord:
 
 
 class Hook:
-    """What happens around the steps of a `Trainer`; a subclass overrides what it needs."""
+    """Callbacks around the steps of a `Trainer`; a subclass overrides those it needs."""
 
     def before_step(self, step: int):
         """Called before the optimizer step number `step`."""

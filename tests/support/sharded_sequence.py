@@ -96,7 +96,7 @@ def lightning_problem(attend, packed, with_state, length=LENGTH):
 
 def divided_lightning(devices, method):
     rows = P(None, "seq")
-    attend = functools.partial(lasp.lightning_attention, method=method, chunk_size=4)
+    attend = functools.partial(lasp.lightning_attention, spec=lasp.LaspSpec(method=method, chunk_size=4))
     return divided(attend, devices, (rows, rows, rows, P(), rows, P()), (rows, P()))
 
 
@@ -161,7 +161,9 @@ def softmax_report():
 
 def divided_softmax(devices, method, block):
     rows = P(None, "seq")
-    attend = functools.partial(ring_attention.softmax_attention, method=method, block=block)
+    attend = functools.partial(
+        ring_attention.softmax_attention, spec=ring_attention.RingSpec(method=method, block=block)
+    )
     return divided(attend, devices, (rows,) * 4, rows)
 
 

@@ -357,7 +357,7 @@ def test_on_a_mesh(checkpoint, alone):
         ([[1, 320]], None, "token 320 at row 0, column 1"),
         ([[-1]], None, "token -1"),
         ([[1, 2]], [[1]], "shape of tokens"),
-        ([[1, 2]], [[1, 2]], "1 at real tokens"),
+        ([[1, 2]], [[1, 2]], "1 at tokens"),
     ],
 )
 def test_bad_tokens(tokens, mask, message):
@@ -401,9 +401,9 @@ def test_nan_weights_end_every_path_with_the_place_and_the_cause(model):
     spoiled = with_params(model, spoil_embedding)
     cause = "NaN or infinity in embed/embedding: "
     settings = dict(max_new_tokens=12, prefill_chunk=16)
-    with pytest.raises(GenerationError, match=rf"row 1 behind 7 tokens .*{cause}"):
+    with pytest.raises(GenerationError, match=rf"row 1 after 7 tokens .*{cause}"):
         spoiled.generate([PROMPTS[1], PROMPTS[0]], **settings)
-    with pytest.raises(GenerationError, match=rf"row 0 behind 7 tokens .*{cause}"):
+    with pytest.raises(GenerationError, match=rf"row 0 after 7 tokens .*{cause}"):
         list(spoiled.stream(PROMPTS[0], **settings))
     with pytest.raises(GenerationError, match=rf"row 1, column [0-4] .*{cause}"):
         spoiled.logits([[PROMPTS[1][0]] * 7, PROMPTS[0]])
@@ -459,7 +459,7 @@ def test_perplexity_beyond_floats_is_no_infinity():
 
 
 def test_bad_requests(model):
-    with pytest.raises(GenerationError, match="row 1 holds no real token"):
+    with pytest.raises(GenerationError, match="row 1 holds no token"):
         model.generate([[1, 2], [3, 4]], [[1, 1], [0, 0]])
     with pytest.raises(GenerationError, match="max_position_embeddings=256"):
         model.generate([[1] * 250], max_new_tokens=7)

@@ -173,17 +173,17 @@ def test_unknown_methods_are_an_error():
     with pytest.raises(ConfigError, match="sequence_lightning='all' is not one of 'gather', 'ring'"):
         RuntimeConfig(sequence_lightning="all")
     with pytest.raises(ValueError, match="method 'all' of sequence parallelism is not one of gather, ring"):
-        ring_attention.softmax_attention(*[jnp.zeros((1, 4, 2, 2))] * 3, method="all")
+        ring_attention.RingSpec(method="all")
 
 
 def test_kernels_for_whole_rows_refuse_divided_ones():
     x = jnp.zeros((1, 4, 2, 2))
     with pytest.raises(NotImplementedError, match="'cudnn' serves whole rows; .* mesh axis 'seq' .* 'blockwise' does"):
-        ring_attention.softmax_attention(x, x, x, axis="seq", implementation="cudnn")
+        ring_attention.softmax_attention(x, x, x, spec=ring_attention.RingSpec(implementation="cudnn"))
 
 
 def test_whole_rows_need_no_mesh():
     x = jnp.ones((1, 4, 2))
-    output, state = lasp.lightning_attention(x, x, x, jnp.ones(1), axis=None)
+    output, state = lasp.lightning_attention(x, x, x, jnp.ones(1), spec=lasp.LaspSpec(axis=None))
     assert output.shape == x.shape
     assert state is None
