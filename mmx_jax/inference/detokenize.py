@@ -96,10 +96,14 @@ def _overlap(text, stop):
 
 
 def stream_text(
-    session: Session, pieces: Iterable[np.ndarray], tokenizer: Tokenizer, *, stop_tokens: Collection[int],
+    session: Session,
+    pieces: Iterable[np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    stop_tokens: Collection[int],
     stop_strings: Sequence[str] = (),
-) -> Iterator[tuple[int, str]]:  # fmt: skip
-    """Text of what a session writes.
+) -> Iterator[tuple[int, str]]:
+    """The text that a session writes, as it is written.
 
     Args:
       pieces: `session.stream(...)`.

@@ -97,12 +97,7 @@ def train(
         model_params.check_sharded(config.model, mesh.shape)
         check_batches(config, mesh)
         with resuming.alone_in(workdir, say) as check_lock:
-            checkpointer = Checkpointer(
-                workdir / "checkpoints",
-                keep=config.checkpoint.keep,
-                keep_best=config.checkpoint.keep_best,
-                asynchronous=config.checkpoint.asynchronous,
-            )
+            checkpointer = _checkpointer(config, workdir)
             with distributed.together(lambda: resuming.how_to_continue(checkpointer)), _closing(checkpointer):
                 begin, notes = _find_start(config, workdir, checkpointer, resume)
                 notes += initialize.check(config, init_from, workdir, begin.step)
@@ -147,6 +142,15 @@ def _finished(config, workdir, begin):
         eval_loss=begin.eval_loss,
         unigram_entropy=entropy,
         interrupted=False,
+    )
+
+
+def _checkpointer(config, workdir):
+    return Checkpointer(
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        asynchronous=config.checkpoint.asynchronous,
     )
 
 
