@@ -178,3 +178,8 @@ def test_the_checks_see_what_is_broken(tmp_path):
     assert missing_paths(page, tmp_path) == ["docs/gone.md", "tests/gone.py", "benchmarks/gone.py"]
     page.write_text("| **term** | meaning | `docs/there.md`, `docs/gone.md` |\n")
     assert home_files(page) == ["docs/there.md", "docs/gone.md"]
+
+
+def test_citation_has_the_version_of_the_package():
+    version = re.search(r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and f"\nversion: {version[1]}\n" in (REPOSITORY / "CITATION.cff").read_text()
