@@ -58,7 +58,7 @@ def heading_texts(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives the headings of a page: letters in lower case, spaces as hyphens, no punctuation."""
+    """The anchors that GitHub gives the headings of a page: lower case, spaces as hyphens, no punctuation."""
     found: dict[str, int] = {}
     result = set()
     for heading in heading_texts(text):
