@@ -1,5 +1,6 @@
 """Every link, anchor, path and command in the repository's Markdown files leads somewhere."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ MODEL_HEADINGS = (
     "Parameters",
 )
 HISTORY = "CHANGELOG.md"  # old entries name files that have moved since
+LEFT_OUT = ("build", "dist", "runs", "shared")
 
 _FENCE = re.compile(r"^ *(```|~~~)")
 _HEADING = re.compile(r"^#{1,6} +(.+?)(?: +#+)?$")
@@ -32,13 +34,13 @@ _FILE = re.compile(
 _CITATION = re.compile(r"([\w/]+\.md),\s+(?:#\s+)?\"([^\"]+)\"")  # in Python: docs/model.md, "Losses"
 
 
-def visible_files(root: Path, pattern: str) -> list[Path]:
+def visible_files(root: Path, suffix: str) -> list[Path]:
     """Files below `root` that are part of the project: none of an environment, a run or a build."""
-    left_out = ("build", "dist", "runs", "shared")
-    parts = [(path, path.relative_to(root).parts) for path in root.rglob(pattern)]
-    return sorted(
-        path for path, names in parts if names[0] not in left_out and not any(n[0] == "." for n in names[:-1])
-    )
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in LEFT_OUT]
+        found += [Path(folder) / name for name in names if name.endswith(suffix)]
+    return sorted(found)
 
 
 def prose_and_code(text: str) -> tuple[list[str], list[str]]:
@@ -100,7 +102,7 @@ def home_files(page: Path) -> list[str]:
     return [name for cells in rows for name in _SPAN.findall(cells[-1])]
 
 
-PAGES = visible_files(REPOSITORY, "*.md")
+PAGES = visible_files(REPOSITORY, ".md")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 
 
@@ -148,7 +150,7 @@ def test_headings_that_the_code_refers_to_exist():
 def test_citations_in_the_code_resolve():
     """A comment that says `docs/model.md, "Losses"` names a page and a heading of it."""
     for folder in ("mmx_jax", "pallas_kernels", "configs", "benchmarks"):
-        for path in visible_files(REPOSITORY / folder, "*.py"):
+        for path in visible_files(REPOSITORY / folder, ".py"):
             for name, heading in _CITATION.findall(path.read_text()):
                 page = REPOSITORY / name
                 assert page.exists() and heading in heading_texts(page.read_text()), f"{path}: {name}, {heading!r}"
