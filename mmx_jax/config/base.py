@@ -54,6 +54,11 @@ def field_kinds(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def is_section(kind: Any) -> typing.TypeGuard[type]:
+    """Whether an annotation is a dataclass."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
 def optional_kind(kind: Any) -> Any:
     """X of `X | None`, else None."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:

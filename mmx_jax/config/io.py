@@ -19,6 +19,7 @@ from mmx_jax.config.base import (
     checked,
     entry_kind,
     field_kinds,
+    is_section,
     kind_name,
     optional_kind,
     shown,
@@ -150,7 +151,7 @@ def _moved(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
     for name, path in cls.MOVED.items():
         yield f"{prefix}{name}", path
     for name, kind in field_kinds(cls).items():
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             yield from _moved(kind, f"{prefix}{name}.")
 
 
@@ -238,7 +239,7 @@ def _build(kind: Any, value: Any, path: str, *, fill: bool = False) -> Any:
       path: dotted path of the field, for the errors; empty for the whole config.
       fill: fields left out take the defaults of their dataclass; otherwise they are an error.
     """
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         return _build_dataclass(kind, value, path, fill=fill)
     if inner := optional_kind(kind):
         return None if value is None else _build(inner, value, path, fill=fill)
@@ -283,7 +284,7 @@ def _set(root: dict, path: str, text: str):
         kind, node = _child(kind, node, part, path, ".".join(parents[:depth]))
     parent = ".".join(parents)
     kind, _ = _child(kind, node, leaf, path, parent)
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         raise ConfigError(
             f"{path} is a group of fields: set one of them, {', '.join(f'{path}.{n}' for n in field_kinds(kind))}"
         )
@@ -292,7 +293,7 @@ def _set(root: dict, path: str, text: str):
 
 def _child(kind: Any, node: Any, part: str, path: str, parent: str) -> tuple[Any, Any]:
     """(annotation, plain value) of the field or entry `part` of `node`, which has the annotation `kind`."""
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         kinds = field_kinds(kind)
         if part not in kinds:
             raise ConfigError(f"no field {path!r}; the nearest is {_nearest_path(path, parent, kind)!r}")
@@ -303,7 +304,7 @@ def _child(kind: Any, node: Any, part: str, path: str, parent: str) -> tuple[Any
     if not (part.isascii() and part.isdigit()) or int(part) > len(node):
         raise ConfigError(f"no field {path!r}: {parent} has {len(node)} entries, and {len(node)} appends one more")
     if int(part) == len(node):
-        node.append(_defaults(entry) if dataclasses.is_dataclass(entry) else None)
+        node.append(_defaults(entry) if is_section(entry) else None)
     return entry, node[int(part)]
 
 
@@ -331,7 +332,7 @@ def _nearest_path(path: str, parent: str, kind: type) -> str:
 
 def _paths(cls: type, prefix: str) -> Iterator[str]:
     for name, kind in field_kinds(cls).items():
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             yield from _paths(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
@@ -379,7 +380,7 @@ def _parse_tuple(entry: Any, text: str, path: str) -> list:
         except json_io.JsonError as error:
             raise ConfigError(f"{path}={stripped!r} is not a JSON list: {error}") from error
         return _plain(_build(tuple[entry, ...], values, path, fill=True))
-    if dataclasses.is_dataclass(entry):
+    if is_section(entry):
         raise ConfigError(
             f"{path}={text!r}: expected a JSON list of objects with the fields {', '.join(field_kinds(entry))}; "
             f"or set {path}.0.FIELD=value"

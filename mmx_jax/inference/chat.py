@@ -39,9 +39,12 @@ class Conversation:
         stop_strings: Sequence[str] = (),
         **settings,
     ):
+        if model.tokenizer is None:
+            raise GenerationError("a conversation needs a tokenizer: put tokenizer.json beside the weights")
+        self._tokenizer = model.tokenizer
         self._model, self._template, self._max_new_tokens = model, template, max_new_tokens
         self._stop_strings = check_stop_strings(stop_strings)
-        self._stop_tokens = tuple(sorted({*stop_tokens, *special_stops(model.tokenizer, self._stop_strings)}))
+        self._stop_tokens = tuple(sorted({*stop_tokens, *special_stops(self._tokenizer, self._stop_strings)}))
         self._settings = settings
         self._context: str | None = None  # the text that the session has read and written; None: unknown
         self.messages: list[dict] = []
@@ -53,7 +56,7 @@ class Conversation:
 
     def _check_system(self, system: str):
         """Some templates of other models leave a system message out without a word."""
-        rendered = self._model.tokenizer.apply_chat([*self.messages, {"role": "user", "content": "hi"}], self._template)
+        rendered = self._tokenizer.apply_chat([*self.messages, {"role": "user", "content": "hi"}], self._template)
         if system.strip() not in rendered:
             raise ChatError("the chat template leaves the system message out: say it in the first turn instead")
 
@@ -65,25 +68,22 @@ class Conversation:
           GenerationError: the turn is no text, or the conversation exceeds `max_position_embeddings`; the turn is
             then taken back.
         """
-        tokenizer = self._model.tokenizer
         messages = [*self.messages, {"role": "user", "content": check_text(text, "the turn")}]
-        prompt = tokenizer.apply_chat(messages, self._template)
+        prompt = self._tokenizer.apply_chat(messages, self._template)
         known, self._context = self._context, None
-        new = prompt
-        if known is not None and prompt.startswith(known):
-            new = prompt[len(known) :]
-        else:
+        if known is None or self.session is None or not prompt.startswith(known):
+            known = None
             self.session = self._model.session(1, stop_tokens=self._stop_tokens, **self._settings)
-        tokens, _ = encode_prompts(tokenizer, [new])
+        tokens, _ = encode_prompts(self._tokenizer, [prompt[len(known or "") :]])
         try:
             self.speed.extend(self.session, tokens, reserve=self._max_new_tokens)
         except GenerationError:
-            self._context = None if new is prompt else known  # nothing was read
+            self._context = known  # nothing was read
             raise
-        return self._replies(messages, prompt)
+        return self._replies(self.session, messages, prompt)
 
-    def _replies(self, messages, prompt):
-        tokenizer, written, answer = self._model.tokenizer, [], []
+    def _replies(self, session: Session, messages, prompt):
+        tokenizer, written, answer = self._tokenizer, [], []
 
         def record(pieces):
             for piece in pieces:
@@ -91,9 +91,9 @@ class Conversation:
                 yield piece
 
         try:
-            pieces = record(self.speed.watch(self.session.stream(self._max_new_tokens)))
+            pieces = record(self.speed.watch(session.stream(self._max_new_tokens)))
             for _, text in stream_text(
-                self.session, pieces, tokenizer, stop_tokens=self._stop_tokens, stop_strings=self._stop_strings
+                session, pieces, tokenizer, stop_tokens=self._stop_tokens, stop_strings=self._stop_strings
             ):
                 answer.append(text)
                 yield text

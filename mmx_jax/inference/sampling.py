@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 class SamplingError(ValueError):
@@ -60,11 +61,11 @@ class SamplingParams:
 class Sampler(NamedTuple):
     """`SamplingParams` as scalars; None is a setting that is not in use, and of the temperature it means greedy."""
 
-    temperature: jax.Array | None
-    top_k: jax.Array | None
-    top_p: jax.Array | None
-    min_p: jax.Array | None
-    repetition_penalty: jax.Array | None
+    temperature: ArrayLike | None
+    top_k: ArrayLike | None
+    top_p: ArrayLike | None
+    min_p: ArrayLike | None
+    repetition_penalty: ArrayLike | None
 
 
 def row_keys(seed: int | Sequence[int], batch: int):

@@ -1,6 +1,7 @@
 """Bias-free projections, and the activation after them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,9 @@ def silu(x):
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def weight(module: nn.Module, name: str, shape, axes, *, fan: tuple[int, int], gain=1.0, dtype: str | None = None):
+def weight(
+    module: nn.Module, name: str, shape, axes, *, fan: tuple[int, int], gain: Any = 1.0, dtype: str | None = None
+) -> Any:
     """Declares a projection weight of a module with a `config`: Xavier normal, or normal(`initializer_range`).
 
     Args:
@@ -58,14 +61,14 @@ def weight(module: nn.Module, name: str, shape, axes, *, fan: tuple[int, int], g
       gain: factor of the standard deviation under Xavier: a number, or an array that broadcasts against `shape`.
       dtype: None: the config's `param_dtype`.
     """
-    config: ModelConfig = module.config
-    dtype = jnp.dtype(dtype or config.param_dtype)
+    config: ModelConfig = getattr(module, "config")  # noqa: B009 -- a field of every module here
+    param_dtype = jnp.dtype(dtype or config.param_dtype)
     stddev = config.initializer_range if config.initializer == "normal" else gain * (2.0 / sum(fan)) ** 0.5
 
     def init(key, shape, dtype):
         return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, param_dtype)
 
 
 def deepnorm_gain(config: ModelConfig) -> float:

@@ -1,5 +1,7 @@
 """Batches of a run on the devices: the stages' data, dealt out to processes, and the position in it."""
 
+from typing import Any
+
 from mmx_jax import distributed, sharding
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.data import device_batch
@@ -19,7 +21,7 @@ class TrainBatches:
 
     def __init__(self, config: Config, mesh, corpus: Corpus, tokenizer: Tokenizer):
         self._config, self._mesh, self._corpus, self._tokenizer = config, mesh, corpus, tokenizer
-        self._iterator = None
+        self._iterator: Any = None  # of the open stage
         self.stage_index: int | None = None
         self.notes: list[str] = []
 

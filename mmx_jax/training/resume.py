@@ -28,7 +28,7 @@ class Start:
 
     @property
     def eval_loss(self) -> float | None:
-        return self.eval_row and self.eval_row["eval_loss"]
+        return None if self.eval_row is None else self.eval_row["eval_loss"]
 
 
 @contextlib.contextmanager
