@@ -7,20 +7,21 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from mmx_jax.config import ModelConfig, RuntimeConfig
 from mmx_jax.inference import sampling
 from mmx_jax.inference.inputs import GenerationError, left_align
 from mmx_jax.layers.softmax_attention import KeyValueCache
 from mmx_jax.models.cache import LAYER_AXES, DecodeState, init_state
-from mmx_jax.models.decoder import Decoder, head_logits
+from mmx_jax.models.decoder import Decoder, DecoderOutput, head_logits
 from mmx_jax.sharding import constrain
 
 DECODE_STEPS = 32  # most tokens of one dispatch
@@ -62,7 +63,7 @@ def on_mesh(mesh):
 @functools.partial(jax.jit, static_argnames="model")
 def forward(model: Decoder, params, tokens, segment_ids):
     """(float32 logits [B, T, V] of whole rows, bool [B, T] that is True where all of them are finite)."""
-    logits = model.apply({"params": params}, tokens, segment_ids).logits
+    logits = cast(DecoderOutput, model.apply({"params": params}, tokens, segment_ids)).logits
     return logits, jnp.all(jnp.isfinite(logits), axis=-1)
 
 
@@ -131,6 +132,7 @@ def _advance(model, params, tokens, token_mask, state, last=None):
     """(hidden [B, T, M], state) after one piece of tokens; `last` as the decoder takes it."""
     segment_ids = token_mask.astype(jnp.int32)
     out = model.apply({"params": params}, tokens, segment_ids, state=state, last=last, logits=False)
+    out = cast(DecoderOutput, out)
     return out.hidden, out.state
 
 
@@ -210,9 +212,9 @@ class DecodeCarry(NamedTuple):
 class SamplingInputs(NamedTuple):
     """How tokens are drawn and what ends a row."""
 
-    keys: jax.Array  # jax keys [B]
+    keys: ArrayLike  # jax keys [B]
     sampler: sampling.Sampler
-    stop_ids: jax.Array  # int32 [n]; a row is done after one of these. -1 stands for none
+    stop_ids: ArrayLike  # int32 [n]; a row is done after one of these. -1 stands for none
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"), donate_argnames="carry")
@@ -240,7 +242,8 @@ def decode(model: Decoder, params, carry: DecodeCarry, inputs: SamplingInputs, s
         finite = jnp.all(jnp.isfinite(carry.logits) | unused, axis=-1)
         drawn = jnp.where(active, jnp.where(finite, token, NOT_FINITE), -1)
         tokens = lax.dynamic_update_slice_in_dim(tokens, drawn[:, None], step, axis=1)
-        out = model.apply({"params": params}, token[:, None], active[:, None].astype(jnp.int32), state=carry.state)
+        segment_ids = active[:, None].astype(jnp.int32)
+        out = cast(DecoderOutput, model.apply({"params": params}, token[:, None], segment_ids, state=carry.state))
         seen = carry.seen
         if seen is not None:
             seen = seen.at[jnp.arange(token.shape[0]), token].max(active)

@@ -97,6 +97,8 @@ class Session:
     @property
     def state(self) -> DecodeState:
         """The state as it stands; the next call takes its buffers."""
+        if self._carry is None:
+            raise GenerationError("a sequence begins with tokens to read: call extend before state")
         return self._carry.state
 
     def extend(self, tokens, mask=None, *, reserve: int = 0):
@@ -153,14 +155,15 @@ class Session:
         with on_mesh(self._mesh):
             carry = self._carry._replace(state=self._room(steps))
             inputs = SamplingInputs(self._keys, self._sampler, self._stop_ids)
-            tokens, taken, self._carry = decode(
+            tokens, taken, carry = decode(
                 self._model, self._params, carry, inputs, np.int32(steps), vocab_size=self._vocab_size
             )
+        self._carry = carry
         taken = int(taken)
         tokens = np.asarray(tokens)[:, :taken]
         self._check_finite(tokens)
         self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
-        self.done = np.array(self._carry.done)
+        self.done = np.array(carry.done)
         return tokens
 
     def stream(self, max_new_tokens: int, steps: int = 8) -> Iterator[np.ndarray]:
@@ -173,7 +176,8 @@ class Session:
     def finish(self, row: int):
         """Lets a row end here."""
         self.done[row] = True
-        self._carry = self._carry._replace(done=place_like(self._params, self.done.copy()))
+        if self._carry is not None:
+            self._carry = self._carry._replace(done=place_like(self._params, self.done.copy()))
 
     def _check_alive(self):
         if self._failure is not None:

@@ -121,7 +121,9 @@ def router_stats(routing: Routing, token_mask, kept) -> RouterStats:
 
 
 def expert_capacity(config: ModelConfig, tokens: int) -> int:
-    """Rows of one expert in the capacity path, ceil(factor * tokens * k / E), at most `tokens`."""
+    """Most rows of one expert, ceil(factor * tokens * k / E) and at most `tokens`; dropless `tokens`."""
+    if config.capacity_factor is None:
+        return tokens
     fair = tokens * config.experts_per_token / config.num_experts
     return min(tokens, max(1, math.ceil(config.capacity_factor * fair)))
 

@@ -68,6 +68,7 @@ class SoftmaxAttention(nn.Module):
             in_axes = [tokens, tokens, tokens, ("batch", length)]
             output = over_mesh(attend, in_axes, tokens)(q, k, v, segment_ids)
         else:
+            assert lengths is not None, "a cache comes with the lengths of its rows"
             cache = KeyValueCache(*(_write(old, new, lengths) for old, new in zip(cache, (k, v), strict=True)))
             first = lengths if last is None else lengths + last  # slot of the first query
             output = cached_attention(

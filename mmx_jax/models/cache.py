@@ -11,8 +11,7 @@ from mmx_jax.layers.softmax_attention import KeyValueCache
 LAYER_AXES = (None, "batch", "heads_act", None, None)
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """The cache of B sequences, each with its own length: token i of a row lies in slot i of its keys and values.
 
     `layers` maps "layer_{i}" of the layer pattern to a leaf stacked over the N blocks: float32

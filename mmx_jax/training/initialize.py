@@ -136,12 +136,12 @@ def tokenizer_of(config: Config, path) -> Tokenizer:
       InitializationError: the config names one whose vocabulary is another, or neither has one.
     """
     folder = load.resolve(path).tokenizer_dir
-    if folder is None and not config.data.tokenizer:
-        raise InitializationError(
-            f"--init_from={path} holds no tokenizer.json, and a new tokenizer would not fit its weights: put the "
-            "tokenizer's files beside the weights, or name them with --set data.tokenizer=FOLDER"
-        )
     if not config.data.tokenizer:
+        if folder is None:
+            raise InitializationError(
+                f"--init_from={path} holds no tokenizer.json, and a new tokenizer would not fit its weights: put the "
+                "tokenizer's files beside the weights, or name them with --set data.tokenizer=FOLDER"
+            )
         return Tokenizer.load(folder)
     named = Tokenizer.load(config.data.tokenizer)
     if folder is not None:

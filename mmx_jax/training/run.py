@@ -28,7 +28,7 @@ from mmx_jax.training.preemption import StopSignals
 from mmx_jax.training.progress import Progress
 from mmx_jax.training.same_run import check_same_run
 from mmx_jax.training.tokenizer_of_run import prepare_tokenizer
-from mmx_jax.training.trainer import Position, Trainer
+from mmx_jax.training.trainer import Hook, Position, Trainer
 from mmx_jax.training.validate import Validation
 
 
@@ -222,14 +222,15 @@ class _Run:
 
     def _trainer(self, watch, check_lock, progress) -> Trainer:
         begin = self.begin
-        hooks = [
+        hooks: list[Hook] = [
             MetricsHook(self.config, self.writer, progress, self.corpus, self.unigram_entropy),
             CheckpointHook(
                 self.config, self.checkpointer, self.batches, check_lock, progress.message, saved_step=begin.step
             ),
         ]
         if watch.profile_steps:
-            hooks.append(ProfileHook(*watch.profile_steps, self.workdir / "profile"))
+            first, last = watch.profile_steps
+            hooks.append(ProfileHook(first, last, self.workdir / "profile"))
         return Trainer(
             self.config,
             self.state,

@@ -4,6 +4,7 @@ The training state is a plain pytree, {"step": int32 scalar, "params": tree, "op
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def state_shardings(config: Config, mesh):
     return {
         "step": replicated,
         "params": params,
-        "opt_state": optax.ScaleByAdamState(count=replicated, mu=params, nu=params),
+        "opt_state": optax.ScaleByAdamState(count=replicated, mu=params, nu=params),  # pyright: ignore[reportArgumentType]
     }
 
 
@@ -68,9 +69,9 @@ def microbatch_objective(config: Config, params, batch):
       (objective, sums): float32 scalar, to be divided by the count of the whole batch; dict of float32 sums.
     """
     model, training = config.model, config.training
-    out = decoder.Decoder(model, config.runtime).apply(
-        {"params": params}, batch["tokens"], batch["segment_ids"], batch["positions"], logits=False
-    )
+    inputs = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+    out = decoder.Decoder(model, config.runtime).apply({"params": params}, *inputs, logits=False)
+    out = cast("decoder.DecoderOutput", out)
     mesh = jax.sharding.get_abstract_mesh()
     axis = sharding.row_axis(batch["tokens"].shape[1])
     entropy = losses.chunked_cross_entropy(

@@ -348,7 +348,7 @@ def kill_all(programs):
 def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoint(folder, two):
     command = ["train.py", f"--config={folder}/run.py", f"--workdir={folder}/killed", "--steps=6"]
     definition = (
-        "import pathlib\nfrom tests import processes_worker\n{}\n"
+        "import pathlib\nfrom tests.support import processes_worker\n{}\n"
         f"get_config = lambda: processes_worker.config_of_run(pathlib.Path({str(folder)!r}), data=1, fsdp=2)\n"
     )
     (folder / "run.py").write_text(definition.format("processes_worker.hang_before_step(4, index=1)"))

@@ -928,22 +928,23 @@ def test_too_little_space_is_seen_before_the_work(imported, tmp_path, monkeypatc
 
 KILLED = """
 import os, signal, sys
-from mmx_jax.convert import __main__ as cli, job, safetensors_io
+from mmx_jax.checkpoints import journal, safetensors as safetensors_io
+from mmx_jax.convert import __main__ as cli
 where, argv = sys.argv[1], sys.argv[2:]
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 if where == "record":  # between two parts
-    record = job.Job.record
+    record = journal.Job.record
     def patched(self, part, **facts):
         record(self, part, **facts)
         if len(self.finished) == 3: kill()
-    job.Job.record = patched
+    journal.Job.record = patched
 elif where == "journal":  # in the middle of a line
-    append = job.Job._append
+    append = journal.Job._append
     def patched(self, line):
         if len(self.finished) == 3:
             self._file.write(b'{"part": "x'); self._file.flush(); kill()
         append(self, line)
-    job.Job._append = patched
+    journal.Job._append = patched
 else:  # in the middle of a file
     write, seen = safetensors_io._CompleteWriter.write, [0]
     def patched(self, data):
@@ -995,7 +996,7 @@ def killed_at(monkeypatch, number):
 
     monkeypatch.setattr(journal, "fsync_folder", counted(journal.fsync_folder))
     monkeypatch.setattr(journal.os, "rename", counted(journal.os.rename))
-    monkeypatch.setattr(journal.files, "remove", counted(journal.files.remove))
+    monkeypatch.setattr(journal.filesystem, "remove", counted(journal.filesystem.remove))
     monkeypatch.setattr(journal, "_exchange", counted(journal._exchange))
 
 
@@ -1132,39 +1133,39 @@ import sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mmx_jax.config import MeshConfig
-from mmx_jax.convert import rules, weights
-from mmx_jax.convert.params_io import flatten, unflatten
+from mmx_jax.checkpoints import hf_mapping, load
+from mmx_jax.checkpoints.orbax_slices import flatten, unflatten
 from mmx_jax.sharding import make_mesh
 
 hf, ours = sys.argv[1:]
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
-_, whole = weights.load_params(hf)
+_, whole = load.load_params(hf)
 names = {"embedding": P("tensor", "fsdp"), "qkv": P(None, "fsdp", None, "tensor"), "down": P(None, "fsdp", "tensor")}
 places = {path: NamedSharding(mesh, names.get(path[-1], P())) for path in flatten(whole)}
 mesh4 = make_mesh(MeshConfig(fsdp=4, tensor=2), devices=jax.devices())
 for path in (hf, ours):
-    _, params = weights.load_params(path, mesh=mesh4)
+    _, params = load.load_params(path, mesh=mesh4)
     for leaf, expected in flatten(whole).items():
         got = flatten(params)[leaf]
         assert np.asarray(got).tobytes() == np.asarray(expected).tobytes(), leaf
     assert not flatten(params)["blocks", "layer_0", "mlp", "down"].sharding.is_fully_replicated
-    _, params = weights.load_params(path, shardings=unflatten(places))
+    _, params = load.load_params(path, shardings=unflatten(places))
     for leaf, expected in flatten(whole).items():
         got = flatten(params)[leaf]
         assert got.sharding.is_equivalent_to(places[leaf], got.ndim), leaf
         assert np.asarray(got).tobytes() == np.asarray(expected).tobytes(), leaf
 
 # One process of several: only the slices of its own shards are touched.
-tensors = weights.HuggingFaceTensors(weights.resolve(hf))
+tensors = load.HuggingFaceTensors(load.resolve(hf))
 leaf = ("blocks", "layer_0", "mlp", "down")
 slices = {m.index: m for m in tensors.mappings if m.leaf == leaf}
-shape = rules.leaf_shapes(tensors.config, tensors.mappings)[leaf]
+shape = hf_mapping.leaf_shapes(tensors.config, tensors.mappings)[leaf]
 opened = []
 class Entries(dict):
     def __getitem__(self, name):
         opened.append(name)
         return tensors.folder.entries[name]
-read = weights._ShardReader(tensors, slices, shape, np.asarray(flatten(whole)[leaf]).dtype)
+read = load._ShardReader(tensors, slices, shape, np.asarray(flatten(whole)[leaf]).dtype)
 read._entries = Entries()
 region = (slice(None), slice(1, 2), slice(0, 48), slice(None))
 assert read(region).tobytes() == np.asarray(flatten(whole)[leaf])[region].tobytes()

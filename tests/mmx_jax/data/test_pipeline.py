@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmx_jax.config import DataConfig, SourceConfig
+from mmx_jax.config import DataConfig, ReadingConfig, SourceConfig
 from mmx_jax.data.packing import batches_of, pack, split_document
 from mmx_jax.data.pipeline import (
     content_hash,
@@ -34,6 +34,8 @@ from mmx_jax.data.pipeline import (
 from mmx_jax.data.sources import DataError, cut_text, open_source, standard_library
 from mmx_jax.data.tokenizer import Tokenizer
 from tests.support.paths import REPOSITORY
+
+AT_ONCE = ReadingConfig(prefetch=0)
 
 TEXTS = [f"document {i} says " + "abc " * (i % 17) + f"end {i}" for i in range(60)]
 TOKENIZER = Tokenizer.train(TEXTS, 300)
@@ -184,8 +186,8 @@ def test_resume_is_bit_exact(corpus, tmp_path):
     script = f"""
 import json, numpy as np
 from mmx_jax.config import DataConfig, SourceConfig
-from mmx_jax.tokenizer import Tokenizer
-from mmx_jax.training.data import make_train_iterator
+from mmx_jax.data.pipeline import make_train_iterator
+from mmx_jax.data.tokenizer import Tokenizer
 data = DataConfig(sources=(SourceConfig(path={corpus.sources[0].path!r}),), packing_bins=4, eval_fraction=0.2)
 iterator = make_train_iterator(data, Tokenizer.load({str(tmp_path / "tokenizer")!r}), sequence_length=32, rows=3)
 iterator.set_state(json.load(open({str(tmp_path / "state.json")!r})))
@@ -202,7 +204,7 @@ np.savez({str(tmp_path / "batches.npz")!r}, **{{f"{{i}}{{k}}": v for i, b in enu
 def test_resume_at_every_step_of_a_mixture(corpus, tmp_path, steps):
     write_parquet(tmp_path / "more.parquet", [{"text": text[::-1]} for text in TEXTS])
     sources = (*corpus.sources, SourceConfig(path=str(tmp_path / "more.parquet"), weight=0.5))
-    data = DataConfig(sources=sources, packing_bins=2, packing_alignment=8, shuffle_buffer=5, prefetch=0)
+    data = DataConfig(sources=sources, packing_bins=2, packing_alignment=8, shuffle_buffer=5, reading=AT_ONCE)
     iterator = iterator_of(data, rows=2)
     take(iterator, steps)
     state = iterator.get_state()
@@ -218,7 +220,7 @@ def test_any_number_of_processes_reads_the_same_batches_and_goes_on_with_another
 ):
     write_jsonl(tmp_path / "more.jsonl", [{"text": text[::-1]} for text in TEXTS])
     sources = (*corpus.sources, SourceConfig(path=str(tmp_path / "more.jsonl"), weight=0.5))
-    data = DataConfig(sources=sources, packing_bins=2, shards=shards, prefetch=0)
+    data = DataConfig(sources=sources, packing_bins=2, shards=shards, reading=AT_ONCE)
 
     def iterators(count):
         parts = np.split(np.arange(rows), count)
@@ -255,7 +257,7 @@ def test_groups_of_rows():
 @pytest.mark.parametrize("own", [[5], [0, 1, 3, 8, 9, 11], [2, 3, 4, 5], list(range(12))])
 def test_any_rows_of_the_batches_can_be_read_and_the_position_is_the_same(corpus, own):
     """Whole groups of shards or not, next to each other or not: a mesh may have it so."""
-    data = DataConfig(**{**vars(corpus), "prefetch": 0})
+    data = DataConfig(**{**vars(corpus), "reading": AT_ONCE})
     whole, part = iterator_of(data, rows=12), iterator_of(data, rows=12, own_rows=own)
     before, after = (take(iterator, 3) for iterator in (whole, part))
     assert_batches_equal([{name: batch[name][own] for name in NAMES} for batch in before], after)
@@ -311,13 +313,13 @@ def test_the_same_content_elsewhere_is_the_same_data(corpus, tmp_path, monkeypat
         assert_batches_equal(take(fresh, 2), expected)
         fresh.close()
     moved.write_text(moved.read_text().replace("end 7", "end 8"))
-    fresh = iterator_of(dataclasses.replace(corpus, sources=(SourceConfig(path=str(moved)),), prefetch=0))
+    fresh = iterator_of(dataclasses.replace(corpus, sources=(SourceConfig(path=str(moved)),), reading=AT_ONCE))
     with pytest.raises(DataError, match=r"data source .*t\.jsonl has changed: .*60 documents.*start a new run"):
         fresh.set_state(state)
 
 
 def test_a_position_of_another_tokenizer_is_refused_and_one_of_an_older_version_taken_with_a_note(corpus):
-    data = dataclasses.replace(corpus, prefetch=0)
+    data = dataclasses.replace(corpus, reading=AT_ONCE)
     state = iterator_of(data).get_state()
     other = Tokenizer.train([text[::-1] for text in TEXTS], 300)
     assert other.vocab_size == TOKENIZER.vocab_size
@@ -339,7 +341,7 @@ def test_documents_of_which_nothing_is_left_are_skipped_and_counted(tmp_path):
     tokenizer = Tokenizer(backend, TOKENIZER.config)
     rows = [{"text": " " * (i + 1)} for i in range(20)]
     write_jsonl(tmp_path / "t.jsonl", rows)
-    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl")),), eval_fraction=0, prefetch=0)
+    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "t.jsonl")),), eval_fraction=0, reading=AT_ONCE)
     for opened in (make_train_iterator, make_eval_batches):
         options = {} if opened is make_train_iterator else {"batches": 1}
         part = dataclasses.replace(data, eval_fraction=0 if opened is make_train_iterator else 0.2)
@@ -363,13 +365,13 @@ def test_an_evaluation_share_that_holds_nothing_is_refused_with_the_remedy(tmp_p
 def test_content_after_many_empty_documents_is_found(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", [{"text": ""}] * 2050 + [{"text": "late"}])
     sources = (SourceConfig(path=str(tmp_path / "t.jsonl")),)
-    data = DataConfig(sources=sources, eval_fraction=0, prefetch=0, shards=1, packing_bins=1)
+    data = DataConfig(sources=sources, eval_fraction=0, shards=1, packing_bins=1, reading=AT_ONCE)
     assert texts_of([next(iterator_of(data, rows=1))])[0] == "late"
 
 
 def test_prefetch_changes_nothing_and_seeds_and_epochs_differ(corpus):
     ahead = iterator_of(corpus)
-    plain = iterator_of(DataConfig(**{**vars(corpus), "prefetch": 0}))
+    plain = iterator_of(DataConfig(**{**vars(corpus), "reading": AT_ONCE}))
     expected = take(plain, 8)
     assert_batches_equal(take(ahead, 8), expected)
     ahead.close()
@@ -381,7 +383,7 @@ def test_mixture_weights_are_shares_of_rows(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "aaaa " * (5 + i % 30)} for i in range(200)])
     write_jsonl(tmp_path / "b.jsonl", [{"text": "b" * (1 + i % 5)} for i in range(200)])  # far fewer tokens
     sources = tuple(SourceConfig(path=str(tmp_path / f"{name}.jsonl"), weight=3.0) for name in "ab")
-    data = DataConfig(sources=sources, eval_fraction=0, packing_bins=4, prefetch=0)
+    data = DataConfig(sources=sources, eval_fraction=0, packing_bins=4, reading=AT_ONCE)
 
     def share_of_a(**kwargs):
         batches = take(iterator_of(data, rows=5, **kwargs), 80)
@@ -400,7 +402,7 @@ def test_shards_read_disjoint_documents_and_all_of_them(tmp_path, shuffle_buffer
     write_jsonl(tmp_path / "t.jsonl", [{"text": f"{i:05d}"} for i in range(64)])
     source = SourceConfig(path=str(tmp_path / "t.jsonl"))
     data = DataConfig(
-        sources=(source,), eval_fraction=0, packing_bins=1, prefetch=0, shuffle_buffer=shuffle_buffer, shards=2
+        sources=(source,), eval_fraction=0, packing_bins=1, shuffle_buffer=shuffle_buffer, shards=2, reading=AT_ONCE
     )
     read = []
     for index in range(2):
@@ -623,7 +625,7 @@ def test_tokens_out_of_the_vocabulary_are_refused(tmp_path, bad):
         iterator_of(DataConfig(sources=(source,), eval_fraction=0))
     # Not two rows alone: the shuffle of grain walks through 2^16 numbers for one of them.
     write_jsonl(tmp_path / "t.jsonl", [{"tokens": [5, bad]}, *[{"tokens": [7, 8]}] * 300])
-    data = DataConfig(sources=(source,), eval_fraction=0, on_bad_row="skip", prefetch=0)
+    data = DataConfig(sources=(source,), eval_fraction=0, reading=ReadingConfig(on_bad_row="skip", prefetch=0))
     corpus = open_corpus(data, TOKENIZER)
     batches = take(make_train_iterator(corpus, TOKENIZER, sequence_length=32, rows=3), 2)
     assert all(tokens.tolist() == [7, 8, TOKENIZER.eos_id] for batch in batches for tokens, _, _ in segments(batch))

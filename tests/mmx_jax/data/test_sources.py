@@ -94,7 +94,7 @@ def test_damaged_compressed_files_are_named_and_leave_no_copy(tmp_path, suffix, 
 def test_a_cache_without_room_names_the_field(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS)))
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz is compressed.*data\.cache_dir"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz is compressed.*data\.reading\.cache_dir"):
         read(tmp_path / "a.jsonl.gz", cache_dir=str(tmp_path / "file" / "cache"))
 
 
