@@ -1,7 +1,9 @@
 """Any checkpoint to a Hugging Face folder of safetensors."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,18 +35,58 @@ WEIGHT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes
 DTYPE_CHOICES = ("keep", *WEIGHT_DTYPES)
 
 
-def conversion_destination(path, *, arrays=False) -> Path:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How a Hugging Face folder is written.
+
+    Attributes:
+      naming: of config.json, and the base of shard names ("original" counts from 0, "transformers" from 1).
+      shard_size: bytes of a shard at most. None: the shards that the checkpoint was imported from, where it was, so
+        that the files come out byte-identical; else DEFAULT_SHARD_SIZE.
+      dtype: "keep", or the dtype of all weights but the routers, which stay float32.
+      overwrite: replace a destination that exists.
+      resumable: False discards what an unfinished export left.
+    """
+
+    naming: str = "original"
+    shard_size: int | None = None
+    dtype: str = "keep"
+    overwrite: bool = False
+    resumable: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """Tensors to export, and what is known about them.
+
+    Attributes:
+      tensors: anything with `config`, `mappings`, `specs`, `checksums` and `read(mapping)`.
+      identity: JSON-able; an unfinished export is continued only if it was begun with the same.
+      manifest: name -> {file, dtype, sha256} of the tensors at their import; empty where there is none.
+      carry_from: folder of the tokenizer files, or None.
+    """
+
+    tensors: Any
+    identity: dict
+    manifest: dict
+    carry_from: Path | None
+
+
+def conversion_destination(path, *, arrays: bool = False) -> Path:
+    """A path to write to; raises ConversionError where that cannot be."""
     try:
         return filesystem.destination(path, arrays=arrays)
     except filesystem.PathError as error:
         raise ConversionError(str(error)) from None
 
 
-def largest_tensor(specs):
+def largest_tensor(specs) -> int:
+    """Bytes of the largest of the tensors."""
     return max(spec.nbytes for spec in specs)
 
 
 def carry_files(folder: Path | None, destination: Path) -> list[str]:
+    """Copies the tokenizer files of a folder; returns their names."""
     carried = carried_files(folder) if folder else []
     for file in carried:
         with atomic_file(destination / file.name) as out:
@@ -52,17 +94,11 @@ def carry_files(folder: Path | None, destination: Path) -> list[str]:
     return [file.name for file in carried]
 
 
-def export_checkpoint(
-    source_path, destination, *, naming: str = "original", shard_size: int | None = None, dtype: str = "keep",
-    overwrite: bool = False,
-) -> str:  # fmt: skip
+def export_checkpoint(source_path, destination, **options) -> str:
     """Any checkpoint -> Hugging Face folder with the released tensor names.
 
     Args:
-      naming: of config.json, and the base of shard names ("original" counts from 0, "transformers" from 1).
-      shard_size: bytes of a shard at most. None: the shards that the checkpoint was imported from, where it was, so
-        that the files come out byte-identical; else DEFAULT_SHARD_SIZE.
-      dtype: "keep", or the dtype of all weights but the routers, which stay float32.
+      options: fields of `ExportOptions`.
 
     Returns:
       A report of a few lines.
@@ -72,121 +108,144 @@ def export_checkpoint(
     """
     source = resolve(source_path)
     tensors = open_tensors(source)
-    return export_tensors(
-        tensors, conversion_destination(destination), naming=naming, shard_size=shard_size, dtype=dtype,
-        overwrite=overwrite,
+    export_source = ExportSource(
+        tensors=tensors,
         identity={"source": str(source.params_dir.absolute()), **_identity(source, tensors)},
-        manifest=read_manifest(source), carry_from=source.folder,
-    )  # fmt: skip
+        manifest=read_manifest(source),
+        carry_from=source.folder,
+    )
+    return export_tensors(export_source, conversion_destination(destination), ExportOptions(**options))
 
 
-def export_tensors(
-    tensors, destination: Path, *, naming, shard_size, dtype, overwrite, identity, manifest, carry_from,
-    resumable: bool = True,
-) -> str:  # fmt: skip
-    """`export_checkpoint` of anything with `config`, `mappings`, `specs` and `read(mapping)`.
-
-    Args:
-      identity: JSON-able; an unfinished export is continued only if it was begun with the same.
-      manifest: name -> {file, dtype, sha256} of the tensors at their import; empty where there is none.
-      carry_from: folder of the tokenizer files, or None.
-      resumable: False discards what an unfinished export left.
-    """
+def export_tensors(source: ExportSource, destination: Path, options: ExportOptions) -> str:
+    """`export_checkpoint` of any `ExportSource`."""
     with disk_errors(destination):
-        return _export(
-            tensors, destination, naming, shard_size, dtype, overwrite, identity, manifest, carry_from, resumable
-        )
+        return _Export(source, destination, options).run()
 
 
-def _export(tensors, destination, naming, shard_size, dtype, overwrite, identity, manifest, carry_from, resumable):
-    hf_config = model_config_to_hf(tensors.config, naming)
-    ids = generation_config.token_ids(tensors.config, carry_from)
-    for key, value in zip(TOKEN_IDS, (ids.bos, next(iter(ids.eos), None), ids.pad), strict=True):
-        hf_config[key] = value if hf_config[key] is None else hf_config[key]
-    by_name = {mapping.hf: mapping for mapping in tensors.mappings}
-    specs = [export_spec(mapping, tensors.specs[mapping.hf].dtype, dtype) for mapping in tensors.mappings]
-    shards = _shards(specs, shard_size, naming, manifest)
-    carried_names = {file.name for file in carried_files(carry_from)} if carry_from else set()
-    code = model_code.choose(tensors.config, naming, specs[0].dtype.name, carried_names)
-    total = sum(spec.nbytes for spec in specs)
-    plan = {
-        "format": FORMAT, "command": "export", "naming": naming, "dtype": dtype, **identity,
-        "shards": {file: [spec.name for spec in names] for file, names in shards.items()},
-    }  # fmt: skip
-    job = Job(destination, plan, overwrite=overwrite, resumable=resumable)
-    try:
-        job.begin()
-        finished = {file for file in shards if _is_finished(job, file, tensors.checksums)}
-        missing = [spec.nbytes for file in shards if file not in finished for spec in shards[file]]
-        check_free_space(job.folder, sum(missing))
+class _Export:
+    """One export: planned when it is built, written by `run`."""
 
-        def read(spec):
-            tensor = tensors.read(by_name[spec.name])
-            digest = sha256(tensor)
-            expected = manifest.get(spec.name, {}).get("sha256")
-            unchanged = manifest.get(spec.name, {}).get("dtype") == tensor.dtype.name
-            if expected and unchanged and digest != expected:
-                raise ConversionError(
-                    f"{identity['source']}: {spec.name!r} is damaged, its sha256 differs from {MANIFEST}; import again"
-                )
-            if tensor.dtype == spec.dtype:
-                return tensor, digest
-            tensor = tensor.astype(spec.dtype)
-            return tensor, sha256(tensor)
+    def __init__(self, source: ExportSource, destination: Path, options: ExportOptions):
+        self._source, self._destination, self._options = source, destination, options
+        tensors, carry_from = source.tensors, source.carry_from
+        self._tensors = tensors
+        self._hf_config = model_config_to_hf(tensors.config, options.naming)
+        self._ids = ids = generation_config.token_ids(tensors.config, carry_from)
+        for key, value in zip(TOKEN_IDS, (ids.bos, next(iter(ids.eos), None), ids.pad), strict=True):
+            self._hf_config[key] = value if self._hf_config[key] is None else self._hf_config[key]
+        self._by_name = {mapping.hf: mapping for mapping in tensors.mappings}
+        self._specs = [
+            export_spec(mapping, tensors.specs[mapping.hf].dtype, options.dtype) for mapping in tensors.mappings
+        ]
+        self._shards = _shards(self._specs, options.shard_size, options.naming, source.manifest)
+        carried = {file.name for file in carried_files(carry_from)} if carry_from else set()
+        self._code = model_code.choose(tensors.config, options.naming, self._specs[0].dtype.name, carried)
+        self._total = sum(spec.nbytes for spec in self._specs)
 
-        with Progress("export", total) as progress:
-            for file, names in shards.items():
-                size = sum(spec.nbytes for spec in names)
-                if file in finished:
-                    progress.advance(size, skipped=True)
-                    continue
-                digests = {}
-
-                def stream(results, digests=digests):
-                    for spec, (tensor, digest) in results:
-                        digests[spec.name] = digest
-                        yield tensor
-                        del tensor  # before the next one is asked for
-
-                with bounded_map(read, file_order(names), lambda spec: spec.nbytes, largest_tensor(specs)) as results:
-                    digest = write_shard(job.folder / file, names, stream(results), progress.advance)
-                sums = {} if tensors.checksums is None else tensors.checksums.parts(list(digests))
-                job.record(file, sha256=digest, tensors=digests, sums=sums)
-        _check_saved(tensors, job)
-        if list(shards) != [SINGLE_NAME]:
-            write_index(job.folder / INDEX_NAME, shards)
-        hf_config = dict(sorted((hf_config | code.keys).items()))
-        write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
-        for file in code.files:
-            write_atomically(job.folder / file.name, file.read_text())
-        carried = carry_files(carry_from, job.folder)
-        if ids.eos and generation_config.FILE not in carried:
-            text = json.dumps(ids.as_json(), indent=2) + "\n"
-            write_atomically(job.folder / generation_config.FILE, text)
-        out = {
+    def run(self) -> str:
+        """Writes the folder, or what is missing of it, and returns the report."""
+        plan = {
             "format": FORMAT,
-            "files": {file: job.finished[file]["sha256"] for file in shards},
-            "tensors": {name: digest for file in shards for name, digest in job.finished[file]["tensors"].items()},
+            "command": "export",
+            "naming": self._options.naming,
+            "dtype": self._options.dtype,
+            **self._source.identity,
+            "shards": {file: [spec.name for spec in specs] for file, specs in self._shards.items()},
         }
-        write_atomically(job.folder / MANIFEST, json.dumps(out, indent=1) + "\n")
-        job.commit()
-    finally:
-        job.close()
-    lines = [
-        f"{destination}: {describe(tensors.config)}, {naming} naming",
-        f"{len(specs)} tensors, {total / 1e9:.3f} GB in {len(shards)} files ({len(finished)} were finished before)",
-        f"carried along: {', '.join(carried) or 'nothing'}",
-        *([f"ids of special tokens are those of the config alone: {ids.problem}"] if ids.problem else []),
-        *code.notes,
-    ]
-    if code.warning:
-        logging.warning("%s", code.warning)
-        lines.insert(0, f"WARNING: {code.warning}")
-    return "\n".join(lines)
+        job = Job(self._destination, plan, overwrite=self._options.overwrite, resumable=self._options.resumable)
+        try:
+            job.begin()
+            finished = {file for file in self._shards if _is_finished(job, file, self._tensors.checksums)}
+            missing = [spec.nbytes for file in self._shards if file not in finished for spec in self._shards[file]]
+            check_free_space(job.folder, sum(missing))
+            self._write_shards(job, finished)
+            _check_saved(self._tensors, job)
+            carried = self._write_other_files(job)
+            job.commit()
+        finally:
+            job.close()
+        return self._report(finished, carried)
+
+    def _write_shards(self, job, finished):
+        with Progress("export", self._total) as progress:
+            for file, specs in self._shards.items():
+                if file in finished:
+                    progress.advance(sum(spec.nbytes for spec in specs), skipped=True)
+                else:
+                    self._write_shard(job, file, specs, progress)
+
+    def _write_shard(self, job, file, specs, progress):
+        digests = {}
+
+        def stream(results):
+            for spec, (tensor, digest) in results:
+                digests[spec.name] = digest
+                yield tensor
+                del tensor  # before the next one is asked for
+
+        budget = largest_tensor(self._specs)
+        with bounded_map(self._read, file_order(specs), lambda spec: spec.nbytes, budget) as results:
+            digest = write_shard(job.folder / file, specs, stream(results), progress.advance)
+        checksums = self._tensors.checksums
+        sums = {} if checksums is None else checksums.parts(list(digests))
+        job.record(file, sha256=digest, tensors=digests, sums=sums)
+
+    def _read(self, spec):
+        """(tensor in the dtype of the export, its sha256), checked against the manifest of the import."""
+        tensor = self._tensors.read(self._by_name[spec.name])
+        digest = sha256(tensor)
+        imported = self._source.manifest.get(spec.name, {})
+        if imported.get("sha256") and imported.get("dtype") == tensor.dtype.name and digest != imported["sha256"]:
+            raise ConversionError(
+                f"{self._source.identity['source']}: {spec.name!r} is damaged, its sha256 differs from {MANIFEST}; "
+                "import again"
+            )
+        if tensor.dtype == spec.dtype:
+            return tensor, digest
+        tensor = tensor.astype(spec.dtype)
+        return tensor, sha256(tensor)
+
+    def _write_other_files(self, job) -> list[str]:
+        """Writes index, config, code, tokenizer files and manifest; returns the names of what was carried along."""
+        if list(self._shards) != [SINGLE_NAME]:
+            write_index(job.folder / INDEX_NAME, self._shards)
+        hf_config = dict(sorted((self._hf_config | self._code.keys).items()))
+        write_atomically(job.folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+        for file in self._code.files:
+            write_atomically(job.folder / file.name, file.read_text())
+        carried = carry_files(self._source.carry_from, job.folder)
+        if self._ids.eos and generation_config.FILE not in carried:
+            text = json.dumps(self._ids.as_json(), indent=2) + "\n"
+            write_atomically(job.folder / generation_config.FILE, text)
+        manifest = {
+            "format": FORMAT,
+            "files": {file: job.finished[file]["sha256"] for file in self._shards},
+            "tensors": {
+                name: digest for file in self._shards for name, digest in job.finished[file]["tensors"].items()
+            },
+        }
+        write_atomically(job.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        return carried
+
+    def _report(self, finished, carried) -> str:
+        ids, code = self._ids, self._code
+        lines = [
+            f"{self._destination}: {describe(self._tensors.config)}, {self._options.naming} naming",
+            f"{len(self._specs)} tensors, {self._total / 1e9:.3f} GB in {len(self._shards)} files "
+            f"({len(finished)} were finished before)",
+            f"carried along: {', '.join(carried) or 'nothing'}",
+            *([f"ids of special tokens are those of the config alone: {ids.problem}"] if ids.problem else []),
+            *code.notes,
+        ]
+        if code.warning:
+            logging.warning("%s", code.warning)
+            lines.insert(0, f"WARNING: {code.warning}")
+        return "\n".join(lines)
 
 
 def export_spec(mapping: hf_mapping.Mapping, stored: np.dtype, dtype: str) -> TensorSpec:
-    """What a parameter slice becomes on disk."""
+    """Name, dtype and shape on disk of a parameter slice."""
     if dtype not in DTYPE_CHOICES:
         raise ConversionError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
     name = "float32" if mapping.float32 else stored.name if dtype == "keep" else dtype
@@ -205,7 +264,7 @@ def _shards(specs, shard_size, naming, manifest):
 
 
 def _identity(source, tensors):
-    """What tells that a checkpoint is not the one that an interrupted export began with."""
+    """Marks by which an interrupted export recognises the checkpoint that it began with."""
     if isinstance(tensors, HuggingFaceTensors):
         return tensors.folder.fingerprint
     marks = [source.params_dir / name for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")]

@@ -13,13 +13,12 @@ import orbax.checkpoint as ocp
 
 from mmx_jax.checkpoints import checksums, hf_mapping, manager
 from mmx_jax.checkpoints.errors import ConversionError
-from mmx_jax.checkpoints.export_hf import export_tensors
+from mmx_jax.checkpoints.export_hf import ExportOptions, ExportSource, conversion_destination, export_tensors
 from mmx_jax.checkpoints.open import HuggingFaceTensors, WeightsSource, resolve
 from mmx_jax.checkpoints.orbax_slices import ParamsReader, flatten, unflatten
 from mmx_jax.checkpoints.safetensors import TensorSpec
 from mmx_jax.config import ModelConfig
 from mmx_jax.models.params import param_shardings
-from mmx_jax.storage import filesystem
 
 __all__ = ["WeightsSource", "load_params", "resolve", "save_huggingface"]
 
@@ -185,14 +184,15 @@ class _ArrayTensors:
 
 
 def save_huggingface(
-    params: dict[str, Any], config: ModelConfig, path, naming: str = "original", *, shard_size: int | None = None,
-    tokenizer_dir=None, dtype: str = "keep", overwrite: bool = False,
-) -> str:  # fmt: skip
-    """Writes parameters in memory as a Hugging Face folder; see `export_checkpoint` for the arguments it shares.
+    params: dict[str, Any], config: ModelConfig, path, naming: str = "original", *, tokenizer_dir=None, **options
+) -> str:
+    """Writes parameters in memory as a Hugging Face folder.
 
     Args:
       params: the parameter tree, float32 or bfloat16, all of it addressable by this process.
+      naming: of config.json.
       tokenizer_dir: folder of the tokenizer files that go along.
+      options: other fields of `export_hf.ExportOptions`.
 
     Returns:
       A report of a few lines.
@@ -200,12 +200,11 @@ def save_huggingface(
     Raises:
       ConversionError: the tree does not fit `config`, `path` exists, or the disk is full.
     """
-    try:
-        destination = filesystem.destination(path)
-    except filesystem.PathError as error:
-        raise ConversionError(str(error)) from None
-    return export_tensors(
-        _ArrayTensors(params, config), destination, naming=naming, shard_size=shard_size, dtype=dtype,
-        overwrite=overwrite, identity={"source": uuid.uuid4().hex}, manifest={},
-        carry_from=None if tokenizer_dir is None else Path(tokenizer_dir), resumable=False,
-    )  # fmt: skip
+    source = ExportSource(
+        tensors=_ArrayTensors(params, config),
+        identity={"source": uuid.uuid4().hex},
+        manifest={},
+        carry_from=None if tokenizer_dir is None else Path(tokenizer_dir),
+    )
+    options = ExportOptions(naming=naming, resumable=False, **options)
+    return export_tensors(source, conversion_destination(path), options)

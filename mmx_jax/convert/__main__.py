@@ -59,9 +59,13 @@ def main(argv: list[str] | None = None) -> int:
             print(import_hf.import_checkpoint(args.source, args.destination, overwrite=args.overwrite))
         elif args.command == "export":
             report = export_hf.export_checkpoint(
-                args.source, args.destination, naming=args.naming, shard_size=args.shard_size, dtype=args.dtype,
+                args.source,
+                args.destination,
+                naming=args.naming,
+                shard_size=args.shard_size,
+                dtype=args.dtype,
                 overwrite=args.overwrite,
-            )  # fmt: skip
+            )
             print(report)
         else:
             return 0 if verify.verify_checkpoints(args.first, args.second, show_all=args.all) else 1
