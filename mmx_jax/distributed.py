@@ -149,17 +149,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def report_threads_in_one_line(program: str):
-    """Errors of threads take one line from now on: what concerns the run is raised in the main thread too."""
-
-    def report(failed):
-        text = (str(failed.exc_value).strip().splitlines() or [""])[0]
-        print(f"{program}: in the background: {failed.exc_type.__name__}: {text[:300]}", file=sys.stderr, flush=True)
-
-    threading.excepthook = report
-    sys.unraisablehook = lambda failed: None  # destructors of what was given up
-
-
 @contextlib.contextmanager
 def first_before_others(name: str):
     """Runs the block in process 0, then, even if that raised, in all others: they find the files that it wrote."""

@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags, logging
 
-from mmx_jax.cli import arguments, flags_parser, text_input
+from mmx_jax.cli import arguments, flags_parser, text_input, thread_errors
 from mmx_jax.cli.arguments import UsageError
 
 FLAGS = flags.FLAGS
@@ -235,6 +235,7 @@ def run():
 def main(argv):
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax logs what it also raises
+        thread_errors.report_in_one_line(flags_parser.program_name())
     try:
         run()
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import sys
 
 from absl import app, flags, logging
 
-from mmx_jax.cli import arguments, flags_parser
+from mmx_jax.cli import arguments, flags_parser, thread_errors
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "Config file: Python with a get_config() that returns a Config.")
@@ -126,7 +126,7 @@ def main(argv):
 
     name = flags_parser.program_name()
     if not FLAGS["verbosity"].present:
-        distributed.report_threads_in_one_line(name)
+        thread_errors.report_in_one_line(name)
     try:
         if FLAGS.distributed is not None:
             distributed.join(FLAGS.distributed)

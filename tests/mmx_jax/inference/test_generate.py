@@ -431,7 +431,7 @@ def test_nan_in_the_middle_of_decoding(model, alone):
     )
     drawn = int(alone[row][index])
     spoiled = with_params(model, lambda params: params["embed"]["embedding"].__setitem__(drawn, np.inf))
-    with pytest.raises(GenerationError, match=rf"row 0 behind {len(PROMPTS[row]) + index + 1} tokens"):
+    with pytest.raises(GenerationError, match=rf"row 0 after {len(PROMPTS[row]) + index + 1} tokens"):
         spoiled.generate(PROMPTS[row], max_new_tokens=12, prefill_chunk=16)
 
 
