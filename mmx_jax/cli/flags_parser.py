@@ -11,13 +11,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from absl import flags
 
 _WIDTH = 100
-_PLACEHOLDERS = {"int": "N", "float": "X", "comma separated list of strings": "A,B"}
+_PLACEHOLDERS = {"int": "N", "float": "X", "comma separated list of strings": "A,B", "size": "SIZE"}
 _HELP = ("-h", "-help", "--help", "-?", "--helpshort")
 _FULL_HELP = ("-helpfull", "--helpfull")
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Program:
     examples: tuple[str, ...]  # without the name of the program
     module: str  # that defines the flags
     groups: dict[str, tuple[str, ...]]  # title -> flags; those in no group come last
-    positional: Callable[[str], str]  # the remedy for an argument that is no flag
+    positional: Callable[[str], str] | None  # the remedy for an argument that is no flag; None: such are taken
 
 
 class CommandLineError(ValueError):
@@ -37,27 +39,32 @@ class CommandLineError(ValueError):
 
 
 def program_name() -> str:
-    """What the user started: train.py, infer.py, or the script that an installation made."""
-    return pathlib.Path(sys.argv[0]).name
+    """The name of the program that was started: train.py, mmx-train, or `python -m mmx_jax.convert`."""
+    path = pathlib.Path(sys.argv[0])
+    return f"python -m {'.'.join(path.parts[-3:-1])}" if path.name == "__main__.py" else path.name
 
 
 def make(program: Program, values: flags.FlagValues = flags.FLAGS) -> Callable[[Sequence[str]], list[str]]:
     """The parser that `app.run` takes: sets the flags, or exits with help (status 0) or an error (status 1)."""
 
-    def parse(argv: Sequence[str]) -> list[str]:
-        argv = list(argv)
-        if request := _help_request(argv, values):
-            print(help_text(program, values))
-            if request in _FULL_HELP:
-                print("\nFlags of every module:\n" + values.get_help())
-            sys.exit(0)
-        try:
-            return parse_arguments(program, argv, values)
-        except CommandLineError as error:
-            name = program_name()
-            sys.exit(f"{name}: {error}\nusage: {name} {program.usage}; {name} --help tells more")
+    return lambda argv: parse_or_exit(program, argv, values, lambda: parse_arguments(program, list(argv), values))
 
-    return parse
+
+def parse_or_exit(
+    program: Program, argv: Sequence[str], values: flags.FlagValues, parse: Callable[[], _Parsed]
+) -> _Parsed:
+    """The result of `parse`; exits with help (status 0) where `argv` asks for it, or with an error (status 1)."""
+    argv = list(argv)
+    if request := _help_request(argv, values):
+        print(help_text(program, values))
+        if request in _FULL_HELP:
+            print("\nFlags of every module:\n" + values.get_help())
+        sys.exit(0)
+    try:
+        return parse()
+    except CommandLineError as error:
+        name = program_name()
+        sys.exit(f"{name}: {error}\nusage: {name} {program.usage}; see {name} --help")
 
 
 def parse_arguments(program: Program, argv: list[str], values: flags.FlagValues) -> list[str]:
@@ -68,7 +75,7 @@ def parse_arguments(program: Program, argv: list[str], values: flags.FlagValues)
     """
     _check_overrides(argv, values)
     # Before absl, which would first complain of a flag that is missing.
-    if stray := _first_positional(argv, values):
+    if program.positional and (stray := _first_positional(argv, values)):
         raise CommandLineError(f"{stray!r} is not a flag; {program.positional(stray)}")
     try:
         left = values(argv)
@@ -111,7 +118,8 @@ def help_text(program: Program, values: flags.FlagValues) -> str:
     for title, names in groups.items():
         if names:
             lines += ["", f"{title}:", *(line for flag in names for line in _describe(own[flag]))]
-    lines += ["", "  -h, --help", "      This text; --helpfull adds the flags of every module, such as --verbosity."]
+    every = "; --helpfull adds the flags of every module, such as --verbosity" if values is flags.FLAGS else ""
+    lines += ["", "  -h, --help", f"      This text{every}."]
     return "\n".join(lines)
 
 
@@ -121,6 +129,7 @@ def _describe(flag: flags.Flag) -> Iterator[str]:
     else:
         yield f"  --{flag.name}={_placeholder(flag)}"
     text = " ".join((flag.help or "").split()).removesuffix("; repeat this option to specify a list of values")
+    text = re.sub(r"^<[^>]*>: ", "", text)  # absl's list of an enumeration, which the placeholder shows
     if flag.default not in (None, "", [], False):
         text += f" (default: {flag.default})"
     yield from textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)

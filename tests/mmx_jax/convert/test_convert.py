@@ -31,9 +31,9 @@ from mmx_jax.checkpoints.hf_config import NAMINGS, detect_naming, model_config_f
 from mmx_jax.checkpoints.load import load_params, resolve, save_huggingface
 from mmx_jax.checkpoints.model_code import SHIPPED_KEYS
 from mmx_jax.checkpoints.open import open_tensors
+from mmx_jax.cli import convert as cli
 from mmx_jax.config import Config, ConfigError, ModelConfig, shortest_period
 from mmx_jax.config.io import config_to_json
-from mmx_jax.convert import __main__ as cli
 from mmx_jax.convert import import_hf
 from mmx_jax.convert.verify import verify_checkpoints
 from mmx_jax.models.params import abstract_params
@@ -408,7 +408,7 @@ def test_what_is_no_file_is_not_waited_for(source, file):
 
 def test_a_tokenizer_that_is_a_pointer_is_not_carried_along(source, tmp_path, capsys):
     (source / "tokenizer.json").write_bytes(LFS)
-    assert cli.main(["import", str(source), str(tmp_path / "out")]) == 1
+    assert cli.main(["mmx-convert", "import", str(source), str(tmp_path / "out")]) == 1
     assert re.search(r"tokenizer\.json: .*a Git LFS pointer: run `git lfs pull`", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -680,11 +680,11 @@ def test_verify_compares_any_two_kinds(imported, source, capsys):
     )
     assert lines[-1] == "154 of 155 tensors are equal; 1 differ"
     capsys.readouterr()
-    assert cli.main(["verify", str(source), str(imported)]) == 1
+    assert cli.main(["mmx-convert", "verify", str(source), str(imported)]) == 1
     assert capsys.readouterr().out.count("\n") == 3
-    assert cli.main(["verify", str(source), str(imported), "--all"]) == 1
+    assert cli.main(["mmx-convert", "verify", str(source), str(imported), "--all"]) == 1
     assert capsys.readouterr().out.count("\n") == 157
-    assert cli.main(["verify", str(BF16), str(BF16)]) == 0
+    assert cli.main(["mmx-convert", "verify", str(BF16), str(BF16)]) == 0
     equal, lines = verify(ORIGINAL, BF16)
     assert not equal and any("float32 / bfloat16" in line for line in lines)
 
@@ -779,7 +779,7 @@ def test_the_index_says_which_of_two_copies_is_taken(source, tmp_path, capsys):
     rewrite(source, first, lambda arrays: arrays.update({name: stale}), index=False)
     folder = safetensors_io.open_folder(source)
     assert folder.ignored == (f"{name} in {first}",) and folder.entries[name].path.name == LAST
-    assert cli.main(["import", str(source), str(tmp_path / "out")]) == 0
+    assert cli.main(["mmx-convert", "import", str(source), str(tmp_path / "out")]) == 0
     assert f"'{name} in {first}' ignored" in capsys.readouterr().out
     assert verify(BF16, tmp_path / "out")[0]
     content = json.loads((source / INDEX).read_text())
@@ -863,7 +863,7 @@ def damage_config(folder):
 )
 def test_damage_is_one_line_and_nothing_is_left(source, tmp_path, capsys, damage, message):
     damage(source)
-    assert cli.main(["import", str(source), str(tmp_path / "out")]) == 1
+    assert cli.main(["mmx-convert", "import", str(source), str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     assert re.search(message, captured.err) and captured.err.count("\n") == 1 and not captured.out
     assert os.listdir(tmp_path) == ["source"]
@@ -873,9 +873,9 @@ def test_existing_destination_is_kept_without_overwrite(imported, tmp_path, caps
     destination = tmp_path / "out"
     destination.mkdir()
     (destination / "mine").write_text("x")
-    assert cli.main(["export", str(imported), str(destination)]) == 1
+    assert cli.main(["mmx-convert", "export", str(imported), str(destination)]) == 1
     assert "--overwrite" in capsys.readouterr().err and (destination / "mine").exists()
-    assert cli.main(["export", str(imported), str(destination), "--overwrite"]) == 0
+    assert cli.main(["mmx-convert", "export", str(imported), str(destination), "--overwrite"]) == 0
     assert shard_bytes(destination) == shard_bytes(BF16) and not (destination / "mine").exists()
     assert os.listdir(tmp_path) == ["out"]
 
@@ -900,11 +900,11 @@ def test_full_disk_is_one_line_and_can_be_continued(imported, tmp_path, capsys, 
     argv = [command, str(BF16 if command == "import" else imported), str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         full_after(patch, 1_000_000)
-        assert cli.main(argv) == 1
+        assert cli.main(["mmx-convert", *argv]) == 1
     assert re.fullmatch(r"error: .*disk full.*\n", capsys.readouterr().err)
     assert os.listdir(tmp_path) == ["out.partial"]
     assert not list(tmp_path.rglob("*.tmp"))
-    assert cli.main(argv) == 0
+    assert cli.main(["mmx-convert", *argv]) == 0
     assert re.search(r"\([1-9]\d* were finished before\)", capsys.readouterr().out)
     assert os.listdir(tmp_path) == ["out"]
     assert verify(BF16, tmp_path / "out")[0]
@@ -929,7 +929,7 @@ def test_too_little_space_is_seen_before_the_work(imported, tmp_path, monkeypatc
 KILLED = """
 import os, signal, sys
 from mmx_jax.checkpoints import journal, safetensors as safetensors_io
-from mmx_jax.convert import __main__ as cli
+from mmx_jax.cli import convert as cli
 where, argv = sys.argv[1], sys.argv[2:]
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 if where == "record":  # between two parts
@@ -953,7 +953,7 @@ else:  # in the middle of a file
             write(self, memoryview(data).cast("B")[:9]); kill()
         write(self, data)
     safetensors_io._CompleteWriter.write = patched
-cli.main(argv)
+cli.main(["mmx-convert", *argv])
 """
 
 
@@ -969,7 +969,7 @@ def test_killed_conversion_continues(imported, tmp_path, capsys, command, where)
         (tmp_path / "out").mkdir()
         resolve(tmp_path / "out")
     (tmp_path / "out").rmdir()
-    assert cli.main(argv) == 0
+    assert cli.main(["mmx-convert", *argv]) == 0
     assert re.search(r"\([1-9]\d* were finished before\)", capsys.readouterr().out)
     assert os.listdir(tmp_path) == ["out"] and not list(tmp_path.rglob("*.tmp"))
     assert verify(BF16, tmp_path / "out")[0]
@@ -1064,7 +1064,7 @@ def test_a_folder_that_happens_to_be_called_replaced_is_nobodys_to_remove(tmp_pa
 def interrupt(argv, monkeypatch, after=20):
     with monkeypatch.context() as patch:
         full_after(patch, after * 10_000)
-        assert cli.main(argv) == 1
+        assert cli.main(["mmx-convert", *argv]) == 1
 
 
 def test_finished_part_that_was_damaged_is_made_again(tmp_path, monkeypatch):
@@ -1074,7 +1074,7 @@ def test_finished_part_that_was_damaged_is_made_again(tmp_path, monkeypatch):
     raw = bytearray(chunk.read_bytes())
     raw[100] ^= 1
     chunk.write_bytes(raw)
-    assert cli.main(argv) == 0
+    assert cli.main(["mmx-convert", *argv]) == 0
     assert verify(BF16, tmp_path / "out")[0]
 
 
@@ -1083,9 +1083,9 @@ def test_changed_source_is_not_mixed_in(source, tmp_path, capsys, monkeypatch):
     interrupt(argv, monkeypatch)
     os.utime(source / "model-00004-of-00007.safetensors", ns=(1, 1))
     capsys.readouterr()
-    assert cli.main(argv) == 1
+    assert cli.main(["mmx-convert", *argv]) == 1
     assert "model-00004-of-00007.safetensors changed since" in capsys.readouterr().err
-    assert cli.main([*argv, "--overwrite"]) == 0
+    assert cli.main(["mmx-convert", *argv, "--overwrite"]) == 0
     assert verify(source, tmp_path / "out")[0]
 
 
@@ -1095,19 +1095,12 @@ def test_damaged_weights_are_not_exported(tmp_path, capsys):
     raw = bytearray(chunk.read_bytes())
     raw[5] ^= 1
     chunk.write_bytes(raw)
-    assert cli.main(["export", str(tmp_path / "weights"), str(tmp_path / "out")]) == 1
+    assert cli.main(["mmx-convert", "export", str(tmp_path / "weights"), str(tmp_path / "out")]) == 1
     assert "'lm_head.weight' is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
     chunk.unlink()
-    assert cli.main(["export", str(tmp_path / "weights"), str(tmp_path / "out2")]) == 1
+    assert cli.main(["mmx-convert", "export", str(tmp_path / "weights"), str(tmp_path / "out2")]) == 1
     error = capsys.readouterr().err
     assert "cannot read lm_head/kernel" in error and "missing" in error
-
-
-def test_bytes_and_sizes_of_the_command_line():
-    assert [cli.parse_size(text) for text in ("5GB", "1.5 MiB", "1000")] == [5 * 10**9, 3 * 2**19, 1000]
-    for text in ("-1", "5 apples", "0"):
-        with pytest.raises(SystemExit):
-            cli.main(["export", "a", "b", "--shard_size", text])
 
 
 # Loading
@@ -1206,7 +1199,7 @@ def test_training_run_is_exported_from_its_newest_step(tmp_path, capsys):
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.json").write_text("{}")
     assert resolve(run).kind == "run"
-    assert cli.main(["export", str(run), str(tmp_path / "out"), "--dtype=keep"]) == 0
+    assert cli.main(["mmx-convert", "export", str(run), str(tmp_path / "out"), "--dtype=keep"]) == 0
     assert_same(read_all(tmp_path / "out"), read_all(ORIGINAL))
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert verify(run, tmp_path / "out")[0]
