@@ -1,4 +1,4 @@
-# make demo | test | fuzz | lint | format | parity | topology | clean
+# make demo | test | fuzz | lint | typecheck | format | parity | topology | clean
 #
 #   PYTHON=python3.12   the interpreter that makes the environment (3.11 or later)
 #   VENV=.venv          where the environment lives
@@ -29,7 +29,7 @@ INSTALLED_PARITY := $(VENV)/.installed-parity
 INSTALLED_TPU := $(VENV)/.installed-tpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test fuzz parity topology lint format venv clean
+.PHONY: demo test fuzz parity topology lint typecheck format venv clean
 
 # The demo starts afresh: what an earlier one left in runs/demo is removed.
 demo: $(INSTALLED)
@@ -66,6 +66,9 @@ topology: $(INSTALLED_TPU)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: $(INSTALLED)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

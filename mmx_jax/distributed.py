@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ def join(address: str):
     Raises:
       RuntimeError: process 0 is not reached, or nothing says how many processes there are.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     if address != "auto":
         coordinator, count, index = address.rsplit(",", 2)
         if int(index) > 0:

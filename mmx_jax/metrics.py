@@ -76,7 +76,7 @@ class WandbRun:
         if not file.exists():
             file.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
         with self._tolerating():
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             run_id = file.read_text(encoding="utf-8").strip()
             self._run = wandb.init(

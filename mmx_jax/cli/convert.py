@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
             options = {name: values[name].value for name in COMMANDS["export"][1]}
             print(export_hf.export_checkpoint(first, second, **options))
         else:
-            return 0 if verify.verify_checkpoints(first, second, show_all=values["all"].value) else 1
+            return 0 if verify.verify_checkpoints(first, second, show_all=bool(values["all"].value)) else 1
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -125,7 +125,7 @@ def check_flags():
         raise UsageError("--system and --system_file go with --chat")
 
 
-def say(text=""):
+def say(text: object = ""):
     """Standard output is the model's; everything else goes here."""
     print(text, file=sys.stderr, flush=True)
 

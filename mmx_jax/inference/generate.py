@@ -64,6 +64,7 @@ def on_mesh(mesh):
 def forward(model: Decoder, params, tokens, segment_ids):
     """(float32 logits [B, T, V] of whole rows, bool [B, T] that is True where all of them are finite)."""
     logits = cast(DecoderOutput, model.apply({"params": params}, tokens, segment_ids)).logits
+    assert logits is not None, "asked for by default"
     return logits, jnp.all(jnp.isfinite(logits), axis=-1)
 
 
@@ -133,7 +134,7 @@ def _advance(model, params, tokens, token_mask, state, last=None):
     segment_ids = token_mask.astype(jnp.int32)
     out = model.apply({"params": params}, tokens, segment_ids, state=state, last=last, logits=False)
     out = cast(DecoderOutput, out)
-    return out.hidden, out.state
+    return out.hidden, cast(DecodeState, out.state)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("last", "state"))
@@ -244,6 +245,7 @@ def decode(model: Decoder, params, carry: DecodeCarry, inputs: SamplingInputs, s
         tokens = lax.dynamic_update_slice_in_dim(tokens, drawn[:, None], step, axis=1)
         segment_ids = active[:, None].astype(jnp.int32)
         out = cast(DecoderOutput, model.apply({"params": params}, token[:, None], segment_ids, state=carry.state))
+        assert out.logits is not None and out.state is not None, "a state goes in, and logits are asked for by default"
         seen = carry.seen
         if seen is not None:
             seen = seen.at[jnp.arange(token.shape[0]), token].max(active)

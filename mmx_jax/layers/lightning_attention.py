@@ -69,7 +69,8 @@ class LightningAttention(nn.Module):
         if decoding and x.shape[0] > 1:
             # Without it XLA computes each part in a kernel of its own, from the partial sums of the product.
             qkv = lax.optimization_barrier(qkv)
-        parts = jnp.split(qkv, 3, axis=2)  # the gradient of a split is one concatenation
+        # The gradient of a split is one concatenation.
+        parts = jnp.split(qkv, 3, axis=2)  # pyright: ignore[reportArgumentType]
         q, k, v = (constrain(silu(part.squeeze(2)), "batch", "length", "heads_act") for part in parts)
         if decoding:
             output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, token_mask)
@@ -108,7 +109,7 @@ class LightningAttention(nn.Module):
             ),
             gate=weight(self, "gate", (embed, heads, dim), projection, fan=(embed, inner)),
             out=weight(self, "out", (heads, dim, embed), ("heads", "head_dim", "embed"), fan=(inner, embed), gain=gain),
-            norm=self.param("norm", ones, (heads, dim), jnp.dtype(c.param_dtype)),
+            norm=self.param("norm", ones, (heads, dim), jnp.dtype(c.param_dtype)),  # pyright: ignore[reportArgumentType]
         )
 
 
@@ -120,9 +121,8 @@ def _few_kernels_step(x, w: LightningWeights, eps, slopes, state, token_mask):
     rows = jnp.broadcast_to(x[:, 0], (count, embed))
     # XLA merges both products into one, and the kernel takes its result as it is.
     projected = [einsum("rm,mf->rf", rows, weight.reshape(embed, -1)) for weight in (w.qkv, w.gate)]
-    output, squares, state = gated_step(
-        jnp.concatenate(projected, axis=1), slopes, state, w.norm.reshape(-1), token_mask
-    )
+    projected = jnp.concatenate(projected, axis=1)  # pyright: ignore[reportArgumentType]
+    output, squares, state = gated_step(projected, slopes, state, w.norm.reshape(-1), token_mask)
     # Add the columns one by one: XLA would turn the sum of a row into a kernel of its own.
     total = sum(jnp.split(squares, squares.shape[1], axis=1))
     rms = lax.rsqrt(total / output.shape[1] + eps)

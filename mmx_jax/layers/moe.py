@@ -138,7 +138,7 @@ def dropless(x, routing: Routing, weights: MoEWeights, *, implementation: str = 
     else:
         rows = _sorted_by_expert(implementation, x, routing.experts, *experts)
     with jax.named_scope("combine"):
-        return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
+        return jnp.einsum("rkm,rk->rm", rows.astype(jnp.float32), routing.weights).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _sorted_by_expert(implementation, x, experts, *weights):
@@ -150,7 +150,7 @@ def _sorted_by_expert(implementation, x, experts, *weights):
         if x.shape[0] > 1:  # the rows of one token are the same in every order
             rows = permute_rows(rows, order, inverse)
     with jax.named_scope("experts"):
-        rows = grouped_swiglu(rows, *weights, group_sizes, implementation=implementation)
+        rows = grouped_swiglu(rows, *weights, group_sizes=group_sizes, implementation=implementation)
     with jax.named_scope("combine"):
         return permute_rows(rows, inverse, order).reshape(x.shape[0], k, -1)
 

@@ -1,5 +1,8 @@
 """Segment ids of packed rows, and the positions that follow from them."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -23,8 +26,8 @@ def segment_positions(segment_ids):
     return jnp.maximum(count - start, 0).astype(jnp.int32)
 
 
-def at_positions(x, index):
-    """[B, 1, ...]: of each row of x [B, T, ...] the position that index, int32 [B], names. None: x itself."""
+def at_positions(x: Any, index: jax.Array | None) -> Any:
+    """[B, 1, ...]: of each row of x [B, T, ...] the position index, int32 [B]; x itself if either is None."""
     if x is None or index is None:
         return x
     return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)

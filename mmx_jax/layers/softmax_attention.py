@@ -44,7 +44,7 @@ class SoftmaxAttention(nn.Module):
 
         def project(x, name, n, axis, gain=1.0):
             w = weight(self, name, (embed, n, dim), ("embed", axis, "head_dim"), fan=(embed, n * dim), gain=gain)
-            return einsum("btm,mf->btf", x, w.reshape(embed, n * dim)).reshape(*x.shape[:2], n, dim)
+            return einsum("btm,mf->btf", x, w.reshape(embed, n * dim)).reshape(*x.shape[:2], n, dim)  # pyright: ignore[reportAttributeAccessIssue]
 
         asking = at_positions(x, last)
         gain = deepnorm_gain(c)

@@ -201,7 +201,7 @@ class Decoder(nn.Module):
             HybridBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_blocks,
             unroll=1 if self.runtime.scan_blocks else c.num_blocks,
             metadata_params={nn.PARTITION_NAME: "block"},

@@ -108,7 +108,7 @@ def expert_parallel_moe(x, token_mask, weights: MoEWeights, spec: MoESpec, *, on
     layer = _Layer.over_mesh(spec, weights.gate.shape[0], mesh, batch_axes, length_axes)
     output, stats = jax.shard_map(
         functools.partial(_on_device, layer),
-        in_specs=(tokens, tokens, MoEWeights(logical_to_spec((embed, None)), up, up, down)),
+        in_specs=(tokens, tokens, MoEWeights(logical_to_spec((embed, None)), up, up, down)),  # pyright: ignore[reportArgumentType]
         out_specs=(tokens, P()),
         check_vma=False,  # kernels do not say over which axes their results vary
     )(x, token_mask, weights)
@@ -174,9 +174,8 @@ def _on_device(layer, x, token_mask, weights):
     # First choices first; an expert that does not exist is the choice of padding.
     choices = jnp.where(row_mask, routing.experts.T, layer.num_experts)  # [k, R]
     count = math.gcd(layer.spec.token_groups, rows.shape[0])
-    limits = [None] * count
-    if layer.spec.capacity is not None:
-        limits = _capacity_limits(layer, choices, *token_mask.shape, count)
+    limited = layer.spec.capacity is not None
+    limits = _capacity_limits(layer, choices, token_mask.shape, count) if limited else [None] * count
     size = rows.shape[0] // count
     parts = [slice(i * size, (i + 1) * size) for i in range(count)]
     with jax.named_scope("dispatch"):
@@ -251,7 +250,7 @@ def _swiglu_over_width(layer, rows, weights, group_sizes):
     swiglu = functools.partial(grouped_swiglu, implementation=layer.spec.implementation)
     group = layer.width_group
     if group.size == 1:
-        return swiglu(rows, *weights, group_sizes)
+        return swiglu(rows, *weights, group_sizes=group_sizes)
     blocks = group.stack(group_sizes)  # [n, experts]
     # The rows of every device are sorted by expert, and so must be all of them together.
     starts = jnp.arange(group.size)[:, None] * rows.shape[0] + jnp.cumsum(blocks, axis=1) - blocks
@@ -259,11 +258,11 @@ def _swiglu_over_width(layer, rows, weights, group_sizes):
     rows = group.gather(rows)
     order = dispatches.source_rows(rows.shape[0], sorted_starts, blocks, starts, missing=rows.shape[0])
     inverse = dispatches.source_rows(rows.shape[0], starts, blocks, sorted_starts, missing=rows.shape[0])
-    rows = swiglu(dispatches.permute_rows_or_zero(rows, order, inverse), *weights, jnp.sum(blocks, axis=0))
+    rows = swiglu(dispatches.permute_rows_or_zero(rows, order, inverse), *weights, group_sizes=jnp.sum(blocks, axis=0))
     return group.reduce_scatter(dispatches.permute_rows_or_zero(rows, inverse, order))
 
 
-def _capacity_limits(layer, choices, batch, length, groups):
+def _capacity_limits(layer, choices, shape, groups):
     """Assignments of each group of tokens of this device that each expert still serves: int32 [groups, E].
 
     The order of assignments is that of choice, row of the batch, and position. Tokens of this device are neighbours in
@@ -271,8 +270,10 @@ def _capacity_limits(layer, choices, batch, length, groups):
 
     Args:
       choices: int32 [k, b * t].
+      shape: (b, t).
     """
     k, tokens = choices.shape
+    batch, length = shape
     pieces = length // math.gcd(length, tokens // groups)
     own = choices.reshape(k, batch, pieces, -1, 1) == jnp.arange(layer.num_experts)
     own = jnp.sum(own, axis=3, dtype=jnp.int32)  # [k, b, pieces, E]

@@ -69,7 +69,7 @@ def softmax_attention(q, k, v, segment_ids=None, *, spec: RingSpec = RingSpec())
     q, k, v, segment_ids = (
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (q, k, v, segment_ids)
     )
-    return _attend(dataclasses.replace(spec, block=block), q, k, v, segment_ids)[:, :length]
+    return _attend(dataclasses.replace(spec, block=block), q, k, v, segment_ids)[:, :length]  # pyright: ignore[reportIndexIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,7 +109,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _attend_pair(carry, nothing, mine, keys):
     """Online softmax of queries over one part of keys; `mine`: (queries, segment ids)."""
-    return blocks.attend_earlier(carry, *mine, keys), nothing
+    queries, segment_ids = mine
+    return blocks.attend_earlier(carry, queries, segment_ids, keys), nothing
 
 
 def _add_pair_gradients(dq, d_keys, mine, keys):

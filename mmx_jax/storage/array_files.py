@@ -65,7 +65,7 @@ def region_checksum(values: np.ndarray, origin: tuple[int, ...], shape: tuple[in
     for start in range(0, len(values), step):
         part = np.ascontiguousarray(values[start : start + step])
         bits = part.view(_UNSIGNED[part.dtype.itemsize]).astype(np.uint32, copy=False)
-        begins = np.uint64(0)  # of the rows
+        begins: np.ndarray = np.zeros([1] * bits.ndim, np.uint64)  # of the rows
         for axis, size in enumerate(bits.shape[:-1] + (1,)):
             first = origin[axis] + (start if axis == 0 else 0)
             index = np.arange(first, first + size, dtype=np.uint64) * np.uint64(strides[axis] % 2**32)

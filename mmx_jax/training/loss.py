@@ -65,7 +65,7 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
         return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
 
     with jax.named_scope("loss"):
-        objective, sums = _cross_entropy(cut(hidden), head, cut(targets), chunk, z_loss_coef, groups * parts)
+        objective, sums = _cross_entropy(cut(hidden), head, cut(targets), chunk, z_loss_coef, groups * parts)  # pyright: ignore[reportGeneralTypeIssues]
     return CrossEntropy(objective, *jax.lax.stop_gradient(sums))
 
 
