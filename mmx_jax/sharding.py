@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def _shape(sizes):
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (default: all).
 
     Of several slices of a TPU, which the network of the data center joins, each has an equal part of the axis "data":
@@ -105,7 +106,9 @@ def mesh_axes(axis: str | None) -> tuple[str, ...]:
     return tuple(jax.tree.leaves(None if axis is None else RULES[axis]))
 
 
-def axes_size(mesh, names, *, dividing: int | None = None, of: str = "") -> int:
+def axes_size(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, names: Any, *, dividing: int | None = None, of: str = ""
+) -> int:
     """Devices along mesh axes; raises ConfigError where they do not divide the size `dividing` of what `of` names."""
     count = math.prod(mesh.shape[name] for name in names)
     if dividing is not None and dividing % count:
@@ -114,7 +117,7 @@ def axes_size(mesh, names, *, dividing: int | None = None, of: str = "") -> int:
     return count
 
 
-def logical_to_spec(axes, rules=None) -> P:
+def logical_to_spec(axes: Any, rules: Any = None) -> P:
     """Maps logical axis names (None: not sharded) to mesh axes; unknown names and double use of a mesh axis raise."""
     rules = RULES if rules is None else rules
     unknown = [axis for axis in axes if axis is not None and axis not in rules]
@@ -127,7 +130,7 @@ def logical_to_spec(axes, rules=None) -> P:
     return P(*spec)
 
 
-def constrain(x, *axes):
+def constrain(x: jax.Array, *axes) -> jax.Array:
     """Shards `x` by logical axes on the ambient mesh (`jax.set_mesh`); does nothing where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -153,7 +156,7 @@ def row_axis(length: int) -> str | None:
     return axis
 
 
-def over_mesh(f, in_axes, out_axes):
+def over_mesh(f: Callable, in_axes: Any, out_axes: Any) -> Callable:
     """`f` on every device of the ambient mesh with its own part of the arguments: `jax.shard_map` by logical axes.
 
     For what XLA cannot partition: kernels, and functions that depend on where in a row a device is. Without a mesh, or
@@ -193,7 +196,7 @@ def _batch_axes(mesh, args, in_axes):
     return tuple(taken)
 
 
-def shardings_of(logical_axes, abstract, mesh: Mesh):
+def shardings_of(logical_axes: Any, abstract: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of logical axes; raises where a mesh axis does not divide its dimension.
 
     Args:
@@ -211,7 +214,7 @@ def shardings_of(logical_axes, abstract, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, abstract, logical_axes)
 
 
-def check_sharded(logical_axes, abstract, sizes: Mapping[str, int]):
+def check_sharded(logical_axes: Any, abstract: Any, sizes: Mapping[str, int]) -> None:
     """Raises ConfigError for a parameter above `LARGEST_COPY` that each of several devices would hold whole.
 
     Args:

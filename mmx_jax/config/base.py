@@ -38,7 +38,7 @@ class Section:
             object.__setattr__(self, name, checked(kind, getattr(self, name), name))
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """Raises ConfigError where fields of the right type hold impossible values, or do not fit together."""
 
 
@@ -145,25 +145,25 @@ def shown(value: Any) -> str:
     return shown if len(shown) < 80 else shown[:77] + "..."
 
 
-def require(ok: bool, message: str):
+def require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
 
 
-def require_positive(config, *names: str):
+def require_positive(config: Section, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name}={value!r} must be positive")
         require(value >= FLOAT32_TINY, f"{name}={value!r} is zero in float32, the smallest is {FLOAT32_TINY:.2e}")
 
 
-def require_not_negative(config, *names: str):
+def require_not_negative(config: Section, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value >= 0, f"{name}={value!r} must not be negative")
 
 
-def require_sizes(config, *names: str):
+def require_sizes(config: Section, *names: str) -> None:
     """Of dimensions of arrays."""
     require_positive(config, *names)
     for name in names:
@@ -171,7 +171,7 @@ def require_sizes(config, *names: str):
         require(value <= MAX_SIZE, f"{name}={value!r} is larger than any array, at most {MAX_SIZE:,}")
 
 
-def require_choice(config, **choices: tuple[str, ...]):
+def require_choice(config: Section, **choices: tuple[str, ...]) -> None:
     for name, allowed in choices.items():
         value = getattr(config, name)
         require(value in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")

@@ -28,7 +28,7 @@ class SourceConfig(Section):
     text_field: str = "text"  # of jsonl, Parquet and ArrayRecord rows
     tokens_field: str = "tokens"  # of pre-tokenised rows
 
-    def check(self):
+    def check(self) -> None:
         require(bool(self.path), "path of a data source is empty")
         require_choice(self, format=SOURCE_FORMATS)
         require_positive(self, "weight")
@@ -42,7 +42,7 @@ class ReadingConfig(Section):
     on_bad_row: str = "error"  # or "skip": rows that cannot be read are left out and counted
     cache_dir: str = ""  # of decompressed copies of compressed JSON lines; empty: ~/.cache/mmx_jax/decompressed
 
-    def check(self):
+    def check(self) -> None:
         require_choice(self, on_bad_row=ON_BAD_ROW)
         require_not_negative(self, "prefetch")
 
@@ -68,7 +68,7 @@ class DataConfig(Section):
         "cache_dir": "data.reading.cache_dir",
     }
 
-    def check(self):
+    def check(self) -> None:
         require(0 <= self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
         require_sizes(self, "shards", "packing_bins", "packing_alignment")
         require_not_negative(self, "tokenizer_vocab_size", "shuffle_buffer")

@@ -96,7 +96,7 @@ class ModelConfig(Section):
         "token_groups": "runtime.token_groups",
     }
 
-    def check(self):
+    def check(self) -> None:
         require_sizes(
             self,
             "vocab_size",

@@ -25,7 +25,7 @@ class MeshConfig(Section):
     tensor: int = 1  # heads and vocabulary; different experts
     seq: int = 1  # tokens of a row
 
-    def check(self):
+    def check(self) -> None:
         sizes = dataclasses.astuple(self)
         require(
             all(size == -1 or 0 < size <= MAX_SIZE for size in sizes) and sizes.count(-1) <= 1,

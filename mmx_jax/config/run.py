@@ -23,7 +23,7 @@ class CheckpointConfig(Section):
     keep_best: bool = True  # and the one with the lowest evaluation loss
     asynchronous: bool = True
 
-    def check(self):
+    def check(self) -> None:
         require_positive(self, "save_every_steps", "keep")
 
 
@@ -36,7 +36,7 @@ class MonitoringConfig(Section):
     log_every_steps: int = 1
     max_nonfinite_steps: int = 0  # steps in a row with a non-finite loss or gradient that are skipped before stopping
 
-    def check(self):
+    def check(self) -> None:
         require_positive(self, "log_every_steps")
         require_sizes(self, "eval_batches")
         require_not_negative(self, "eval_every_steps", "max_nonfinite_steps")
@@ -55,7 +55,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = added(MonitoringConfig())
 
-    def check(self):
+    def check(self) -> None:
         for stage in self.training.resolved_stages:
             require(
                 not stage.source_weights or len(stage.source_weights) == max(1, len(self.data.sources)),

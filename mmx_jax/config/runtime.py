@@ -26,7 +26,7 @@ class RuntimeConfig(Section):
     sequence_softmax: str = "ring"
     loss_chunk: int = 1024  # tokens whose logits a device holds at one time
 
-    def check(self):
+    def check(self) -> None:
         require_sizes(self, "softmax_block", "token_groups", "loss_chunk")
         require(
             self.lightning_chunk is None or 0 < self.lightning_chunk <= MAX_SIZE,

@@ -41,7 +41,7 @@ class LearningRatePhase(Section):
         """Whether the phase takes what the others leave of the run."""
         return not (self.tokens or self.share)
 
-    def check(self):
+    def check(self) -> None:
         require_choice(self, shape=LR_SHAPES)
         require_not_negative(self, "tokens", "start", "end")
         require(0 <= self.share <= 1, f"share={self.share} of a learning-rate phase must lie in [0, 1]")
@@ -63,7 +63,7 @@ class BatchRampStep(Section):
     from_tokens: int
     batch_tokens: int
 
-    def check(self):
+    def check(self) -> None:
         require_not_negative(self, "from_tokens")
         require_positive(self, "batch_tokens")
 
@@ -77,7 +77,7 @@ class StageConfig(Section):
     rope_theta: float | None = None  # None: the model's
     source_weights: tuple[float, ...] = ()  # one for each data source; empty: their own
 
-    def check(self):
+    def check(self) -> None:
         require_positive(self, "tokens")
         require_sizes(self, "sequence_length")
         require(self.rope_theta is None or self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
@@ -121,7 +121,7 @@ class TrainingConfig(Section):
         "log_every_steps": "monitoring.log_every_steps",
     }
 
-    def check(self):
+    def check(self) -> None:
         require_positive(self, "total_tokens", "batch_tokens", "learning_rate", "adam_eps")
         require_sizes(self, "sequence_length")
         require_not_negative(self, "microbatch_rows", "weight_decay", "gradient_clip", "z_loss_coef")
@@ -156,7 +156,7 @@ class TrainingConfig(Section):
                     f"microbatch_rows={self.microbatch_rows}",
                 )
 
-    def check_schedule(self):
+    def check_schedule(self) -> None:
         """Raises ConfigError where the phases of the learning rate do not end with the run.
 
         Such a run would end at a rate that nobody chose. This is no part of `check`: what earlier versions wrote in

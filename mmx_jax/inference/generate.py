@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +55,13 @@ def slot_bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def on_mesh(mesh):
+def on_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
     """The context in which arrays are sharded over `mesh`; None: a single device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def forward(model: Decoder, params, tokens, segment_ids):
+def forward(model: Decoder, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(float32 logits [B, T, V] of whole rows, bool [B, T] that is True where all of them are finite)."""
     logits = cast(DecoderOutput, model.apply({"params": params}, tokens, segment_ids)).logits
     assert logits is not None, "asked for by default"
@@ -73,7 +73,7 @@ def _all_finite(params):
     return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
 
 
-def not_finite_error(config: ModelConfig, params, where: str) -> GenerationError:
+def not_finite_error(config: ModelConfig, params: Any, where: str) -> GenerationError:
     """The error for logits that are NaN or infinite; it reads all weights once to tell the cause.
 
     Args:
@@ -94,7 +94,7 @@ def not_finite_error(config: ModelConfig, params, where: str) -> GenerationError
     return GenerationError(f"the logits at {where} are NaN or infinite: {cause}")
 
 
-def place_like(params, tree):
+def place_like(params: Any, tree: Any) -> Any:
     """Arrays on the device of the parameters, or replicated over all of their devices.
 
     Results of jit are committed to a device; arguments that are not would make the first call compile apart.
@@ -105,7 +105,7 @@ def place_like(params, tree):
     return jax.device_put(tree, place)
 
 
-def new_state(config: ModelConfig, params, batch: int, slots: int) -> DecodeState:
+def new_state(config: ModelConfig, params: Any, batch: int, slots: int) -> DecodeState:
     """An empty state where the parameters are, sharded over the ambient mesh if there is one."""
     state = _new_state(config, batch, slots)
     return place_like(params, state) if jax.sharding.get_abstract_mesh().empty else state
@@ -138,7 +138,9 @@ def _advance(model, params, tokens, token_mask, state, last=None):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("last", "state"))
-def prefill_piece(model: Decoder, params, tokens, token_mask, last, state: DecodeState):
+def prefill_piece(
+    model: Decoder, params: Any, tokens: jax.Array, token_mask: jax.Array, last: jax.Array, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
     """One piece of prompts.
 
     Args:
@@ -180,7 +182,15 @@ def slots_for(prompt_length: int, context: int, chunk: int) -> int:
     return slot_bucket(max(slots_needed(prompt_length, chunk), context))
 
 
-def prefill(model: Decoder, params, tokens, token_mask, state: DecodeState, *, chunk: int = PREFILL_CHUNK):
+def prefill(
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array | np.ndarray,
+    token_mask: jax.Array | np.ndarray,
+    state: DecodeState,
+    *,
+    chunk: int = PREFILL_CHUNK,
+) -> tuple[jax.Array, DecodeState]:
     """Runs prompts through the model; it continues `state`, so that the next turn of a chat is a prefill too.
 
     Compiles once for `chunk` and each smaller power of two. Only the last token of a row meets the head.
@@ -213,13 +223,15 @@ class DecodeCarry(NamedTuple):
 class SamplingInputs(NamedTuple):
     """How tokens are drawn and what ends a row."""
 
-    keys: ArrayLike  # jax keys [B]
+    keys: jax.Array  # jax keys [B]
     sampler: sampling.Sampler
     stop_ids: ArrayLike  # int32 [n]; a row is done after one of these. -1 stands for none
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"), donate_argnames="carry")
-def decode(model: Decoder, params, carry: DecodeCarry, inputs: SamplingInputs, steps, *, vocab_size: int):
+def decode(
+    model: Decoder, params: Any, carry: DecodeCarry, inputs: SamplingInputs, steps: ArrayLike, *, vocab_size: int
+) -> tuple[jax.Array, jax.Array, DecodeCarry]:
     """Draws up to `steps` tokens of each row, fewer once all rows are done.
 
     Args:
@@ -285,7 +297,9 @@ def _score_piece(model, params, tokens, token_mask, targets, state):
     return scores.swapaxes(0, 1).reshape(batch, count * size)[:, :length], state
 
 
-def score(model: Decoder, params, tokens, mask, *, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+def score(
+    model: Decoder, params: Any, tokens: np.ndarray, mask: np.ndarray, *, chunk: int = PREFILL_CHUNK
+) -> np.ndarray:
     """Log-probabilities (nats) float32 [B, T] of each token given those before it in the row.
 
     The first token of a row is given and has 0, as has padding. Runs in chunks that carry the state.

@@ -1,17 +1,22 @@
 """Tokens that a user gives: checked, padded, aligned."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
+import jax
 import numpy as np
 
 from mmx_jax.config import ModelConfig
+
+# One row of token ids, or several, as an array or as sequences that may differ in length; masks likewise.
+TokenRows: TypeAlias = np.ndarray | jax.Array | Sequence[int] | Sequence[Sequence[int]]
 
 
 class GenerationError(ValueError):
     """Tokens or settings that cannot be generated from; the message names them and the remedy."""
 
 
-def check_lengths(config: ModelConfig, prompt_length: int, context: int):
+def check_lengths(config: ModelConfig, prompt_length: int, context: int) -> None:
     """Raises GenerationError where no `context` holds the prompt, or the model has no such context."""
     if prompt_length > context:
         raise GenerationError(f"a prompt of {prompt_length} tokens needs a context of as many; got {context}")
@@ -19,7 +24,9 @@ def check_lengths(config: ModelConfig, prompt_length: int, context: int):
         raise GenerationError(f"{context} tokens exceed max_position_embeddings={config.max_position_embeddings}")
 
 
-def check_tokens(config: ModelConfig, tokens, mask=None) -> tuple[np.ndarray, np.ndarray]:
+def check_tokens(
+    config: ModelConfig, tokens: TokenRows, mask: TokenRows | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [B, T], mask bool [B, T]) of what a user gave.
 
     Args:
@@ -103,6 +110,6 @@ def ragged(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def left_align(tokens, mask) -> tuple[np.ndarray, np.ndarray]:
+def left_align(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Moves the tokens of every row to its left, in order, and cuts columns that hold none."""
     return ragged([row[own] for row, own in zip(tokens, mask, strict=True)])

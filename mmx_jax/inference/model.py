@@ -1,6 +1,7 @@
 """The Python interface: a model with its tokenizer, to evaluate, to generate from, to export."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,14 +13,14 @@ from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.inference import complete as text_completion
 from mmx_jax.inference import generate, inputs
 from mmx_jax.inference.generate import PREFILL_CHUNK
-from mmx_jax.inference.inputs import GenerationError
+from mmx_jax.inference.inputs import GenerationError, TokenRows
 from mmx_jax.inference.sampling import SamplingParams
 from mmx_jax.inference.session import Session, SessionSettings
 from mmx_jax.models.decoder import Decoder
 
 
 def from_pretrained(
-    path,
+    path: str | os.PathLike,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
     runtime: RuntimeConfig = RuntimeConfig(),
@@ -104,7 +105,7 @@ class Model:
         """The token that `generate` puts after a stop token."""
         return self.config.pad_token_id or 0
 
-    def logits(self, tokens, mask=None) -> np.ndarray:
+    def logits(self, tokens: TokenRows, mask: TokenRows | None = None) -> np.ndarray:
         """float32 logits [B, T, V]; those at padding mean nothing."""
         tokens, mask = inputs.check_tokens(self.config, tokens, mask)
         length = tokens.shape[1]
@@ -118,7 +119,9 @@ class Model:
                 raise generate.not_finite_error(self.config, self.params, f"row {row}, column {column}")
         return np.asarray(logits)[:, :length]
 
-    def score(self, tokens, mask=None, *, prefill_chunk: int = PREFILL_CHUNK) -> np.ndarray:
+    def score(
+        self, tokens: TokenRows, mask: TokenRows | None = None, *, prefill_chunk: int = PREFILL_CHUNK
+    ) -> np.ndarray:
         """Log-probabilities (nats) float32 [B, T] of each token given those before it in its row.
 
         The first token of a row, which nothing precedes, and padding have 0. Long rows run in chunks of
@@ -158,7 +161,9 @@ class Model:
         )
         return Session(self.decoder, self.params, batch, settings, mesh=self.mesh)
 
-    def stream(self, tokens, mask=None, max_new_tokens: int = 16, **settings) -> Iterator[np.ndarray]:
+    def stream(
+        self, tokens: TokenRows, mask: TokenRows | None = None, max_new_tokens: int = 16, **settings
+    ) -> Iterator[np.ndarray]:
         """As `generate`, in pieces int32 [B, n] as they are made: the first token alone, then up to 8; it ends early
         when all rows have."""
         tokens, mask = inputs.check_tokens(self.config, tokens, mask)
@@ -168,7 +173,9 @@ class Model:
         session.extend(tokens, mask, reserve=max_new_tokens)
         return (np.where(piece < 0, self.pad_id, piece) for piece in session.stream(max_new_tokens))
 
-    def generate(self, tokens, mask=None, max_new_tokens: int = 16, **settings) -> np.ndarray:
+    def generate(
+        self, tokens: TokenRows, mask: TokenRows | None = None, max_new_tokens: int = 16, **settings
+    ) -> np.ndarray:
         """Continues every row.
 
         Args:
@@ -239,7 +246,7 @@ class Model:
                 texts[row] += text
         return texts[0] if single else texts
 
-    def export(self, path, naming: str = "original") -> str:
+    def export(self, path: str | os.PathLike, naming: str = "original") -> str:
         """Writes a Hugging Face folder of safetensors in the model's dtype, routers float32, with the tokenizer.
 
         Args:

@@ -68,7 +68,7 @@ class Sampler(NamedTuple):
     repetition_penalty: ArrayLike | None
 
 
-def row_keys(seed: int | Sequence[int], batch: int):
+def row_keys(seed: int | Sequence[int], batch: int) -> jax.Array:
     """One random key per row: row b of a batch gets seed + b, as it would alone with that seed.
 
     Args:
@@ -86,28 +86,28 @@ def row_keys(seed: int | Sequence[int], batch: int):
     return jax.vmap(jax.random.key)(seeds.astype(np.uint32))
 
 
-def mask_unused(logits, vocab_size: int):
+def mask_unused(logits: jax.Array, vocab_size: int) -> jax.Array:
     """Ids from `vocab_size` on are padding of the embedding and never chosen."""
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
-def penalize(logits, seen, penalty):
+def penalize(logits: jax.Array, seen: jax.Array, penalty: ArrayLike) -> jax.Array:
     """Repetition penalty of arXiv 1909.05858, section 4.1. seen: bool [B, V]."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sort_descending(logits):
+def sort_descending(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(values [B, V] from the largest on, their ids int32 [B, V]); the lower id comes first among equals."""
     ids = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
     return jnp.take_along_axis(logits, ids, axis=-1), ids
 
 
-def keep_top_k(values, k):
+def keep_top_k(values: jax.Array, k: ArrayLike) -> jax.Array:
     """The first k of sorted values; the others become -inf."""
     return jnp.where(jnp.arange(values.shape[-1]) < k, values, -jnp.inf)
 
 
-def keep_top_p(values, p):
+def keep_top_p(values: jax.Array, p: ArrayLike) -> jax.Array:
     """The shortest head of sorted values with probability p or more, at least the first; the others become -inf."""
     probability = jax.nn.softmax(values, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
@@ -115,12 +115,14 @@ def keep_top_p(values, p):
     return jnp.where((before < p) | first, values, -jnp.inf)
 
 
-def keep_min_p(values, min_p):
+def keep_min_p(values: jax.Array, min_p: ArrayLike) -> jax.Array:
     """Sorted values whose probability is at least `min_p` of the first one's; the others become -inf."""
     return jnp.where(values >= values[..., :1] + jnp.log(min_p), values, -jnp.inf)
 
 
-def choose(logits, keys, count, sampler: Sampler, seen, vocab_size: int):
+def choose(
+    logits: jax.Array, keys: jax.Array, count: jax.Array, sampler: Sampler, seen: jax.Array | None, vocab_size: int
+) -> jax.Array:
     """The next token of every row.
 
     Args:
@@ -134,6 +136,7 @@ def choose(logits, keys, count, sampler: Sampler, seen, vocab_size: int):
     """
     logits = mask_unused(logits, vocab_size)
     if sampler.repetition_penalty is not None:
+        assert seen is not None, "the penalty counts tokens of the context"
         logits = penalize(logits, seen, sampler.repetition_penalty)
     if sampler.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

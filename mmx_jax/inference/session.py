@@ -24,7 +24,7 @@ from mmx_jax.inference.generate import (
     slots_needed,
     with_slots,
 )
-from mmx_jax.inference.inputs import GenerationError, check_tokens, left_align
+from mmx_jax.inference.inputs import GenerationError, TokenRows, check_tokens, left_align
 from mmx_jax.models.cache import DecodeState
 from mmx_jax.models.decoder import Decoder
 
@@ -101,7 +101,7 @@ class Session:
             raise GenerationError("a sequence begins with tokens to read: call extend before state")
         return self._carry.state
 
-    def extend(self, tokens, mask=None, *, reserve: int = 0):
+    def extend(self, tokens: TokenRows, mask: TokenRows | None = None, *, reserve: int = 0) -> None:
         """Reads tokens [B, T], at least one in every row; all rows then go on.
 
         Args:
@@ -173,7 +173,7 @@ class Session:
             remaining -= piece.shape[1]
             yield piece
 
-    def finish(self, row: int):
+    def finish(self, row: int) -> None:
         """Lets a row end here."""
         self.done[row] = True
         if self._carry is not None:

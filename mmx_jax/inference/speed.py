@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mmx_jax.inference.inputs import TokenRows
 from mmx_jax.inference.session import Session
 
 
@@ -15,7 +16,7 @@ class Speed:
         self._prefill = self._decode = (0, 0.0)
         self._first = True
 
-    def extend(self, session: Session, tokens, mask=None, *, reserve: int):
+    def extend(self, session: Session, tokens: TokenRows, mask: TokenRows | None = None, *, reserve: int) -> None:
         """`session.extend`, timed."""
         begin = time.perf_counter()
         session.extend(tokens, mask, reserve=reserve)

@@ -1,6 +1,7 @@
 """Bias-free projections, and the activation after them."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from pallas_kernels.einsum import product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(equation, x, w):
+def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`product` of activations with a weight, which is multiplied in the dtype of `x`; returned in that dtype.
 
     `equation` is "x,w->y", every letter in two of the three terms. The gradient of `w` goes from the float32
@@ -45,13 +46,20 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps `x` alone for the backward
-def silu(x):
+def silu(x: jax.Array) -> jax.Array:
     """x sigmoid(x) in float32, returned in the dtype of `x`."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def weight(
-    module: nn.Module, name: str, shape, axes, *, fan: tuple[int, int], gain: Any = 1.0, dtype: str | None = None
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: tuple[str | None, ...],
+    *,
+    fan: tuple[int, int],
+    gain: Any = 1.0,
+    dtype: str | None = None,
 ) -> Any:
     """Declares a projection weight of a module with a `config`: Xavier normal, or normal(`initializer_range`).
 

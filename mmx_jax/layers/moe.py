@@ -57,7 +57,7 @@ def _renormalised(chosen):
     return chosen / sum(jnp.split(chosen, chosen.shape[1], axis=-1))
 
 
-def route(x, router, experts_per_token) -> Routing:
+def route(x: jax.Array, router: jax.Array, experts_per_token: int) -> Routing:
     """Softmax over all experts in float32, top-k, renormalised: the softmax of the chosen logits.
 
     Args:
@@ -70,7 +70,7 @@ def route(x, router, experts_per_token) -> Routing:
     return Routing(experts, _renormalised(chosen), probability, ranking)
 
 
-def takes_norm(config: ModelConfig, runtime: RuntimeConfig, x) -> bool:
+def takes_norm(config: ModelConfig, runtime: RuntimeConfig, x: jax.Array) -> bool:
     """Whether `MixtureOfExperts` computes the norm in front of it, of x [B, T, M], in one kernel with its router."""
     if config.capacity_factor is not None:
         return False
@@ -100,7 +100,7 @@ def _norm_and_route_backward(eps, experts_per_token, vjp, cotangents):
 _norm_and_route.defvjp(_norm_and_route_forward, _norm_and_route_backward)
 
 
-def router_stats(routing: Routing, token_mask, kept) -> RouterStats:
+def router_stats(routing: Routing, token_mask: jax.Array, kept: jax.Array) -> RouterStats:
     """Sums over tokens without padding.
 
     Args:
@@ -128,7 +128,7 @@ def expert_capacity(config: ModelConfig, tokens: int) -> int:
     return min(tokens, max(1, math.ceil(config.capacity_factor * fair)))
 
 
-def dropless(x, routing: Routing, weights: MoEWeights, *, implementation: str = "auto") -> jax.Array:
+def dropless(x: jax.Array, routing: Routing, weights: MoEWeights, *, implementation: str = "auto") -> jax.Array:
     """Every token through its k experts on one device: x [R, M] -> [R, M]."""
     experts = tuple(w.astype(x.dtype) for w in (weights.gate, weights.up, weights.down))
     k = routing.experts.shape[1]

@@ -13,7 +13,7 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @functools.partial(_recomputed, static_argnums=2)
-def rms_norm(x, scale, eps):
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -21,7 +21,7 @@ def rms_norm(x, scale, eps):
 
 
 @functools.partial(_recomputed, static_argnums=3)
-def gated_rms_norm(x, gate, scale, eps):
+def gated_rms_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """sigmoid(gate) * rms_norm(x) in float32, in the dtype of `gate` (docs/model.md, "Lightning attention")."""
     normed = rms_norm(x.astype(jnp.float32), scale, eps)
     return (jax.nn.sigmoid(gate.astype(jnp.float32)) * normed).astype(gate.dtype)

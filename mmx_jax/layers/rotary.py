@@ -1,10 +1,11 @@
 """Partial rotary position embedding."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def apply_rotary(x, positions, *, rotary_dim, theta):
+def apply_rotary(x: jax.Array, positions: jax.Array, *, rotary_dim: int, theta: float) -> jax.Array:
     """Rotates the first `rotary_dim` of D dims, pairing i with i + rotary_dim / 2; the rest passes (docs/model.md).
 
     The frequency ladder is theta^(-2 i / rotary_dim): its denominator is rotary_dim, not D.

@@ -11,7 +11,7 @@ from pallas_kernels.segments import number_segments
 __all__ = ["at_positions", "number_segments", "segment_positions"]
 
 
-def segment_positions(segment_ids):
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
     """Number of tokens of the same document before each token; padding does not count.
 
     Args:

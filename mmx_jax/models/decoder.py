@@ -1,7 +1,7 @@
 """The decoder: embedding, scanned hybrid blocks, head (docs/model.md)."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,15 +214,15 @@ class Decoder(nn.Module):
         hidden = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
         stats = jax.tree.map(lambda s: s.reshape(c.num_layers, *s.shape[2:]), stats)
         state = None if state is None else state.replace(layers=layers)
-        return DecoderOutput(hidden, head_logits(hidden, head) if logits else None, state, stats)
+        return DecoderOutput(hidden, head_logits(hidden, head) if logits else None, state, stats)  # pyright: ignore[reportArgumentType]
 
 
-def head_logits(hidden, head):
+def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 logits [..., V] of hidden [..., M] and head [V, M]: inputs as they are, accumulated in float32."""
     return product("...m,vm->...v", hidden, head.astype(hidden.dtype))
 
 
-def embed(config: ModelConfig, params, tokens) -> jax.Array:
+def embed(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """Embeddings [B, T, M] of tokens int32 [B, T] in the model's dtype: the first step of `Decoder`, apart."""
     return _look_up(config, params["embed"]["embedding"], tokens)
 

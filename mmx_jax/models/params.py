@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ def _init(config, key):
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), logits=False)["params"]
 
 
-def init_params(config: ModelConfig, key):
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Random parameters as a plain nested dict. Run it under jit with `out_shardings` for large models."""
     return nn.unbox(_init(config, key))
 
@@ -28,7 +30,7 @@ def _abstract_boxed(config):
     return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
 
 
-def abstract_params(config: ModelConfig):
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated, whatever the size."""
     return nn.unbox(_abstract_boxed(config))
 
@@ -37,18 +39,18 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def logical_axes(config: ModelConfig):
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """The parameter tree as tuples of logical axis names (`mmx_jax.sharding.RULES`)."""
     specs = nn.get_partition_spec(_abstract_boxed(config))
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
-def param_shardings(config: ModelConfig, mesh):
+def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The parameter tree as `NamedSharding`s on `mesh`."""
     return shardings_of(logical_axes(config), abstract_params(config), mesh)
 
 
-def check_sharded(config: ModelConfig, sizes):
+def check_sharded(config: ModelConfig, sizes: Mapping[str, int]) -> None:
     """Raises ConfigError for a large parameter that each of several devices would hold whole.
 
     Args:
@@ -57,7 +59,7 @@ def check_sharded(config: ModelConfig, sizes):
     sharding.check_sharded(logical_axes(config), abstract_params(config), sizes)
 
 
-def bytes_of_share(config: ModelConfig, sizes) -> dict[str, int]:
+def bytes_of_share(config: ModelConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of the parameters on one device: {"blocks", "rest"}.
 
     Args:

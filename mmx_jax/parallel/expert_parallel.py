@@ -72,7 +72,9 @@ class MoEOutput(NamedTuple):
     stats: Any  # the statistics of all devices together
 
 
-def expert_parallel_moe(x, token_mask, weights: MoEWeights, spec: MoESpec, *, on_mesh: bool = True) -> MoEOutput:
+def expert_parallel_moe(
+    x: jax.Array, token_mask: jax.Array, weights: MoEWeights, spec: MoESpec, *, on_mesh: bool = True
+) -> MoEOutput:
     """A mixture of SwiGLU experts over the ambient mesh (`jax.set_mesh`).
 
     Padding goes to no expert, and gives 0. An assignment is dropped, which means that it adds nothing,

@@ -50,7 +50,14 @@ class LaspSpec:
 
 
 def lightning_attention(
-    q, k, v, slopes, segment_ids=None, initial_state=None, *, spec: LaspSpec = LaspSpec()
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    segment_ids: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    *,
+    spec: LaspSpec = LaspSpec(),
 ) -> tuple[jax.Array, jax.Array | None]:
     """`pallas_kernels.lightning_attention` of rows whose tokens are divided over `spec.axis`.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -19,25 +20,25 @@ class MeshGroup:
     mesh_size: int  # devices of the whole mesh
 
     @classmethod
-    def of(cls, mesh, names: tuple[str, ...]) -> "MeshGroup":
+    def of(cls, mesh: jax.sharding.Mesh, names: tuple[str, ...]) -> "MeshGroup":
         return cls(names, axes_size(mesh, names), mesh.size)
 
     def __add__(self, other: "MeshGroup") -> "MeshGroup":
         return MeshGroup(self.names + other.names, self.size * other.size, self.mesh_size)
 
-    def index(self):
+    def index(self) -> jax.Array | int:
         """Index of this device in the group, int32 ()."""
         return lax.axis_index(self.names) if self.size > 1 else 0
 
-    def stack(self, x) -> jax.Array:
+    def stack(self, x: jax.Array) -> jax.Array:
         """[n, ...]: the arrays of all devices."""
         return lax.all_gather(x, self.names) if self.size > 1 else x[None]
 
-    def gather(self, x, axis: int = 0) -> jax.Array:
+    def gather(self, x: jax.Array, axis: int = 0) -> jax.Array:
         """The arrays of all devices, one after the other along `axis`."""
         return lax.all_gather(x, self.names, axis=axis, tiled=True) if self.size > 1 else x
 
-    def reduce_scatter(self, x, axis: int = 0) -> jax.Array:
+    def reduce_scatter(self, x: jax.Array, axis: int = 0) -> jax.Array:
         """This device's slice along `axis` of the sum over all devices."""
         if self.size == 1:
             return x
@@ -45,7 +46,7 @@ class MeshGroup:
             x = lax.psum_scatter(x, self.names, scatter_dimension=axis, tiled=True, axis_index_groups=groups)
         return x
 
-    def psum(self, tree):
+    def psum(self, tree: Any) -> Any:
         return lax.psum(tree, self.names) if self.size > 1 else tree
 
     def _reduce_scatter_steps(self):
@@ -71,7 +72,7 @@ def reduce_scatter_factors(size: int, mesh_size: int) -> list[int]:
     return [size // columns, columns]
 
 
-def gather_weight(group: MeshGroup, axis: int, dtype, w) -> jax.Array:
+def gather_weight(group: MeshGroup, axis: int, dtype: jax.typing.DTypeLike, w: jax.Array) -> jax.Array:
     """The whole of a weight that `group` divides along `axis`, in `dtype`.
 
     It travels in `dtype`; its gradient is summed over the devices in the dtype of `w`.

@@ -40,7 +40,9 @@ class RingSpec:
         check_method(self.method)
 
 
-def softmax_attention(q, k, v, segment_ids=None, *, spec: RingSpec = RingSpec()) -> jax.Array:
+def softmax_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None, *, spec: RingSpec = RingSpec()
+) -> jax.Array:
     """`pallas_kernels.softmax_attention` of rows whose tokens are divided over `spec.axis`.
 
     Rows fall into 2 n parts, of which device i holds 2 i and 2 i + 1. For the work it swaps its second part with that

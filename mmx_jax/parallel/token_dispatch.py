@@ -9,7 +9,8 @@ common length and exchanged by a dense all-to-all, which moves more and gives th
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def worst_case_rows(spec: DispatchSpec, tokens: int) -> int:
     return spec.ep_group.size * tokens * min(spec.experts_per_token, spec.num_experts // spec.ep_group.size)
 
 
-def plan_dispatch(spec: DispatchSpec, choices, limit) -> Dispatch:
+def plan_dispatch(spec: DispatchSpec, choices: jax.Array, limit: jax.Array | None) -> Dispatch:
     """Orders the assignments of a group of tokens by expert and decides which are sent.
 
     Args:
@@ -90,7 +91,7 @@ def plan_dispatch(spec: DispatchSpec, choices, limit) -> Dispatch:
     return Dispatch(order, inverse, RowSlices(begins, sizes, arrivals))
 
 
-def sent_assignments(group: MeshGroup, choices, dispatch: Dispatch) -> jax.Array:
+def sent_assignments(group: MeshGroup, choices: jax.Array, dispatch: Dispatch) -> jax.Array:
     """bool [R, k]: which assignments of choices [k, R] are sent to their experts."""
     flat, me = choices.reshape(-1), group.index()
     # One expert more, that of tokens that go nowhere: it receives nothing.
@@ -99,7 +100,7 @@ def sent_assignments(group: MeshGroup, choices, dispatch: Dispatch) -> jax.Array
     return sent.reshape(choices.shape).T
 
 
-def all_to_all_rows(group: MeshGroup, num_rows: int, rows, slices: RowSlices) -> jax.Array:
+def all_to_all_rows(group: MeshGroup, num_rows: int, rows: jax.Array, slices: RowSlices) -> jax.Array:
     """All-to-all of slices of rows [R, M] over `group`; returns [num_rows, M], 0 where nothing arrives.
 
     The gradient is the exchange of the way back.
@@ -107,7 +108,7 @@ def all_to_all_rows(group: MeshGroup, num_rows: int, rows, slices: RowSlices) ->
     return _exchange(group, num_rows, rows.shape[0], rows, slices)
 
 
-def all_to_all_in_turns(group: MeshGroup, num_rows: int, groups, slices) -> list[jax.Array]:
+def all_to_all_in_turns(group: MeshGroup, num_rows: int, groups: Sequence[Any], slices: Any) -> list[jax.Array]:
     """`all_to_all_rows` of several arrays [R, M], each of which leaves when the one before it has arrived.
 
     The products of the one before hide it, and in the backward pass their gradients hide its own.
@@ -158,7 +159,7 @@ def _exchange_padded(group, num_rows, rows, slices):
     return take_rows(blocks, source)
 
 
-def source_rows(count: int, starts, sizes, sources, *, missing: int) -> jax.Array:
+def source_rows(count: int, starts: jax.Array, sizes: jax.Array, sources: jax.Array, *, missing: int) -> jax.Array:
     """Source of each of `count` rows, where row starts[i] + j comes from sources[i] + j for j < sizes[i].
 
     Returns:
@@ -171,13 +172,13 @@ def source_rows(count: int, starts, sizes, sources, *, missing: int) -> jax.Arra
     return jnp.where(jnp.any(inside, axis=1), row + shift, missing)
 
 
-def take_rows(x, index) -> jax.Array:
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index], and 0 for an index beyond the end."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def permute_rows(x, order, inverse) -> jax.Array:
+def permute_rows(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """x[order] for a permutation; the gradient is a gather too, by `inverse`, not a scatter."""
     return x[order]
 
@@ -189,7 +190,7 @@ permute_rows.defvjp(
 
 
 @jax.custom_vjp
-def permute_rows_or_zero(x, order, inverse) -> jax.Array:
+def permute_rows_or_zero(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """As `permute_rows`, where `order` and `inverse` may lead beyond the end, which gives 0."""
     return take_rows(x, order)
 
@@ -201,7 +202,7 @@ permute_rows_or_zero.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def repeat_and_permute(k: int, x, order, inverse) -> jax.Array:
+def repeat_and_permute(k: int, x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """[k * R, M]: k copies of x [R, M], one after the other, in the order `order`."""
     del k, inverse  # of the gradient
     return x[order % x.shape[0]]
@@ -213,7 +214,7 @@ repeat_and_permute.defvjp(
 )
 
 
-def exclusive_cumsum(x, axes: int) -> jax.Array:
+def exclusive_cumsum(x: jax.Array, axes: int) -> jax.Array:
     """Sum of all entries before each, along the first `axes` axes as if they were one."""
     flat = x.reshape(-1, *x.shape[axes:])
     return (jnp.cumsum(flat, axis=0) - flat).reshape(x.shape)
