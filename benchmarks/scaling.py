@@ -91,7 +91,7 @@ def measure(name, keep):
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(f"{peak}\n{text}")
 
-    one, slices = aot.slices_of(topology)
+    one, slices = aot.split_slices(topology)
     torus = interconnect.Torus.of_v5p([int(size) for size in one.split(":")[1].split("x")])
     shape = dict(mesh.shape) | {"data": mesh.shape["data"] // slices}
     chips = math.prod(torus.sizes)
