@@ -44,7 +44,7 @@ ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
 def test_a_transfer_is_hidden_by_products_before_its_end():
     found = overlap(SCHEDULE)
     assert found == (4, 2 * (64 + 128 + 64 + 64), 2 * (128 + 64))
-    assert found.exposed == 0.6
+    assert found.exposed_fraction == 0.6
     assert overlap(SCHEDULE, kinds=("all-gather",)) == (0, 0, 0)
 
 
@@ -80,7 +80,7 @@ def exposed_of(token_groups, topology):
         params = {name: placed(box.value.shape, box.value.dtype, box.names) for name, box in boxed.items()}
         program = jax.jit(gradients).lower(params, x, x).compile(compiler_options=platform.compiler_options())
     found = overlap(program.as_text())
-    return found.count, found.exposed
+    return found.count, found.exposed_fraction
 
 
 if __name__ == "__main__":
