@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
 
     name = flags_parser.program_name()
     if not FLAGS["verbosity"].present:
-        distributed.report_threads_in_one_line(name)
+        distributed.shorten_thread_errors(name)
     try:
         if FLAGS.distributed is not None:
             distributed.join(FLAGS.distributed)
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS["verbosity"].present:
             raise
         lost = isinstance(error, distributed.LostProcessError)
-        distributed.leave(f"{name}: {type(error).__name__}: {error}", lost=lost)
+        distributed.exit_with_error(f"{name}: {type(error).__name__}: {error}", lost=lost)
     loss = "none" if result.loss is None else f"{result.loss:.4f}"
     held_out = "none" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     print(
