@@ -39,7 +39,7 @@ def join(address: str) -> None:
     Raises:
       RuntimeError: process 0 cannot be reached, or the environment does not describe the processes.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     if address != "auto":
         coordinator, count, index = address.rsplit(",", 2)
         if int(index) > 0:

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ EXAMPLE_TOPOLOGIES = "v5e:4x4, v5p:8x8x16, v6e:16x16, tpu7x:4x4x8"
 _DEVICE_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24, "TPU7x": 94.74}
 
 
-def topology_devices(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU topology; libtpu compiles programs for them but runs none.
+def topology_devices(name: str) -> list[Any]:
+    """The `jax.Device`s of a TPU topology; libtpu compiles programs for them but runs none.
 
     Args:
       name: such as v5p:8x8x16, or v5p:8x8x16:2 for two such slices, joined by the data center network.

@@ -110,12 +110,12 @@ def lower_decode(decoder: Decoder, mesh: Mesh, params: Any, state: DecodeState) 
     )
     keys = jax.eval_shape(lambda: sampling.row_keys(0, batch))
     sampler = sampling.SamplingParams().sampler()
-    stop_ids = jax.ShapeDtypeStruct((generate.power_of_two(0),), jnp.int32)
+    stop_ids: Any = jax.ShapeDtypeStruct((generate.power_of_two(0),), jnp.int32)
     sampling_inputs = generate.SamplingInputs(keys, sampler, stop_ids)
     return generate.decode.lower(decoder, params, carry, sampling_inputs, np.int32(1), vocab_size=config.vocab_size)
 
 
-def _placed(mesh, x, axes=()):
+def _placed(mesh, x, axes=()) -> Any:
     """`x` as jit shards it under `constrain`: a dimension that the devices do not divide stays whole."""
     parts = []
     for size, axis in zip(x.shape, axes, strict=False):

@@ -66,7 +66,7 @@ class Torus(NamedTuple):
           pairs: (source, target), indices into `coords`.
           coords: [devices, axes], coordinates of each device.
         """
-        link_loads = collections.Counter()
+        link_loads = collections.defaultdict(float)
         for source, target in pairs:
             at = list(map(int, coords[source]))
             for axis, end in enumerate(map(int, coords[target])):
@@ -129,7 +129,10 @@ def loads(
             key = found.kind, found.dtype, axes, along
         count, size, before = total.get(key, (0, 0, 0.0))
         total[key] = count + found.count, size + found.count * found.bytes, before + found.count * link_bytes
-    return [Load(kind, dtype, axes, *sums, along) for (kind, dtype, axes, along), sums in total.items()]
+    return [
+        Load(kind, dtype, axes, count, size, link_bytes, along)
+        for (kind, dtype, axes, along), (count, size, link_bytes) in total.items()
+    ]
 
 
 def dcn_bytes(found: Operation, slices: int) -> float:

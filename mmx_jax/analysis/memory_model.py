@@ -12,9 +12,9 @@ Every function returns bytes of one device. Letters are those of `device_shapes`
 from collections.abc import Mapping
 
 from mmx_jax.analysis.device_shapes import ITEM_BYTES, DeviceShapes
+from mmx_jax.analysis.workload import first_step
 from mmx_jax.config import Config
 from mmx_jax.models import params as model_params
-from mmx_jax.training import schedule
 
 SAVED_ACTIVATIONS = "activations saved for the backward pass"
 
@@ -33,7 +33,7 @@ _GPU_ALIVE_GRADIENTS = 0.4
 
 def training_shapes(config: Config, mesh_sizes: Mapping[str, int]) -> DeviceShapes:
     """The shapes of one micro-batch of the first stage."""
-    step = schedule.plan_step(config.training, 0)
+    step = first_step(config)
     return DeviceShapes(
         config.model, mesh_sizes, step.rows // step.microbatches, step.stage.sequence_length, config.runtime
     )
@@ -46,7 +46,7 @@ def training_memory(config: Config, shapes: DeviceShapes, *, platform: str) -> d
       shapes: of `training_shapes`.
       platform: "gpu" for programs of XLA:GPU; any other name counts as a TPU.
     """
-    model, step = config.model, schedule.plan_step(config.training, 0)
+    model, step = config.model, first_step(config)
     parameters = model_params.bytes_of_share(model, shapes.mesh_sizes)
     gradients = {name: size * 4 // ITEM_BYTES[model.param_dtype] for name, size in parameters.items()}
     if platform == "gpu":

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from mmx_jax import sharding
 from mmx_jax.analysis import aot, memory_model, targets, traffic_model
 from mmx_jax.analysis.device_shapes import DeviceShapes
-from mmx_jax.analysis.workload import InferenceWorkload
+from mmx_jax.analysis.workload import InferenceWorkload, first_step
 from mmx_jax.config import Config
 from mmx_jax.inference import generate, inputs
 from mmx_jax.models import params as model_params
 from mmx_jax.models.decoder import Decoder
-from mmx_jax.training import batches, schedule
+from mmx_jax.training import batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def training(
     recomputes = platform != "gpu" and excess <= memory_model.recomputable_bytes(shapes)
     recomputed = excess if recomputes else 0
     memory[memory_model.SAVED_ACTIVATIONS] -= recomputed
-    microbatches = schedule.plan_step(config.training, 0).microbatches
+    microbatches = first_step(config).microbatches
     return Plan(memory, traffic_model.training_traffic(shapes, microbatches), recomputed)
 
 
@@ -105,7 +105,7 @@ def training_plan(config: Config, topology: str = "") -> tuple[Plan, Mapping[str
 def training_lines(config: Config, topology: str = "") -> list[str]:
     """The lines of `train.py --plan`; arguments and errors are those of `training_plan`."""
     made, mesh_sizes, target = training_plan(config, topology)
-    step = schedule.plan_step(config.training, 0)
+    step = first_step(config)
     return [
         f"parameters {model_params.count_parameters(config.model):,}; batch {step.rows} rows of "
         f"{step.stage.sequence_length} tokens in {step.microbatches} micro-batches; mesh {dict(mesh_sizes)}"

@@ -95,8 +95,9 @@ def find(topology: str) -> Target:
         return Target("tpu", topology, *tpu_topology(topology))
     devices = jax.devices()
     bytes_limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    on_gpu = devices[0].platform == "gpu" and bytes_limit
-    gpu_bytes = int(bytes_limit / gpu_memory_fraction()) if on_gpu else None
+    gpu_bytes = None
+    if devices[0].platform == "gpu" and bytes_limit:
+        gpu_bytes = int(bytes_limit / gpu_memory_fraction())
     return Target(devices[0].platform, devices[0].device_kind, len(devices), bytes_limit, gpu_bytes)
 
 

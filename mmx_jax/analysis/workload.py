@@ -1,8 +1,17 @@
-"""The inference that a plan or a dry run is made for."""
+"""The training step or the inference that a plan or a dry run is made for."""
 
 import dataclasses
 
+from mmx_jax.config import Config
 from mmx_jax.inference import generate
+from mmx_jax.training import schedule
+
+
+def first_step(config: Config) -> schedule.StepPlan:
+    """The first step of the first stage."""
+    step = schedule.plan_step(config.training, 0)
+    assert step is not None, "a config trains on at least one token"
+    return step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

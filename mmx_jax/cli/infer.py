@@ -217,6 +217,7 @@ def chat(model: "Model", system: str | None) -> None:
 
 def score(model: "Model", text: str) -> None:
     """Prints log-probability, perplexity and bits per byte of a text."""
+    assert model.tokenizer is not None  # `run` has checked it
     tokens = model.tokenizer.encode(text, parse_special=False)  # a document holds no control tokens
     if len(tokens) < 2:
         raise UsageError(
@@ -233,8 +234,13 @@ def print_estimate() -> None:
     from mmx_jax.config import io as config_io
 
     config = config_io.apply_overrides(config_io.load_config(FLAGS.config), FLAGS.set)
-    names = ("dtype", "batch", "prompt_length", "context", "prefill_chunk")
-    workload = InferenceWorkload(**{name: FLAGS[name].value for name in names})
+    workload = InferenceWorkload(
+        dtype=FLAGS.dtype,
+        batch=FLAGS.batch,
+        prompt_length=FLAGS.prompt_length,
+        context=FLAGS.context,
+        prefill_chunk=FLAGS.prefill_chunk,
+    )
     lines_of = plan.inference_lines if FLAGS.plan else aot_inference.dry_run
     print("\n".join(lines_of(config, workload, FLAGS.topology or "")))
 
@@ -245,7 +251,8 @@ def run() -> None:
         print_estimate()
         return
     check_flags()
-    text = text_input.read_text(FLAGS.prompt_file or FLAGS.score) if FLAGS.prompt_file or FLAGS.score else None
+    file = FLAGS.prompt_file or FLAGS.score
+    text = text_input.read_text(file) if file else ""
     system = text_input.read_text(FLAGS.system_file) if FLAGS.system_file else FLAGS.system
     # Imported here, so that --help and errors in flags need no jax.
     import mmx_jax
