@@ -29,7 +29,7 @@ LARGEST_SLICE = 6144
 
 MILLION = 2**20
 TEXT_01 = "model.expert_buffer=2.0", "training.stages=[]", "training.batch_ramp=[]"
-# Name: (what is shown, topology, settings beside TEXT_01)
+# Name: (what is shown, topology, settings in addition to TEXT_01)
 PROGRAMS = {
     "8k": ("8k, 16M tokens", "v5p:8x8x16", "mesh.data=1 mesh.fsdp=64 mesh.expert=16"),
     "128k": (
@@ -66,7 +66,7 @@ def versions():
 
 
 def measure(name, keep):
-    """What RESULTS keeps of a program."""
+    """The entry of RESULTS for a program."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
