@@ -16,8 +16,8 @@ from mmx_jax.sharding import logical_to_spec, make_mesh
 from pallas_kernels import platform
 from tests.support import ahead_of_time
 
-# Three asynchronous transfers and a synchronous one. Between start and end run a fusion with a product, an addition, and
-# a product; the last of the three fills a buffer that is larger than its operand.
+# Three asynchronous transfers and a synchronous one. Between start and end run a fusion with a product, an addition,
+# and a product; the last of the three fills a buffer that is larger than its operand.
 SCHEDULE = """HloModule step, is_scheduled=true
 
 %multiplying (p: bf16[8,8]) -> bf16[8,8] {
