@@ -56,7 +56,7 @@ def peaks(lines):
 
 
 @pytest.mark.topology_subset
-def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(answers):
+def test_a_step_compiled_for_a_topology_reports_memory_and_collectives(answers):
     text = "\n".join(answers["training"][1])
     assert "of v5e:2x2, TPU v5 lite" in text
     assert "of 15.750 GiB: fits," in text
@@ -64,7 +64,7 @@ def test_a_step_compiled_for_a_topology_tells_memory_and_collectives(answers):
 
 
 @pytest.mark.topology_subset
-def test_prefill_and_decoding_compiled_for_a_topology_tell_memory(answers):
+def test_prefill_and_decoding_compiled_for_a_topology_report_memory(answers):
     lines = answers["inference"][1]
     # 2 x 2 layers x 16 rows x 2 heads x 32768 tokens x 128 in bfloat16, 2 x 16 x 4 x 128 x 128 in float32, on 4 devices
     assert "key-value caches 0.250 GiB, lightning states 0.002 GiB" in "\n".join(lines)
@@ -82,7 +82,7 @@ def test_the_plan_agrees_with_what_is_compiled(answers, program):
 
 
 @pytest.mark.topology_subset
-def test_a_program_that_does_not_fit_says_what_it_needs_and_what_there_is(answers):
+def test_a_program_that_does_not_fit_reports_its_need_and_the_limit(answers):
     (line,) = answers["too large"]
     assert line.startswith("does not fit: ") and "512.00G" in line and "15.75G" in line, line
 
@@ -94,12 +94,12 @@ def test_slices_are_joined_along_data_alone(answers):
 
 
 @pytest.mark.topology_subset
-def test_a_mesh_that_no_torus_holds_is_an_error_that_says_which_do(answers):
+def test_a_mesh_that_no_torus_holds_is_an_error_with_the_possible_sizes(answers):
     assert "fsdp=8, expert=1, expert_tensor=1, tensor=8" in answers["torus"]
     assert "torus of 4 x 4 x 4 devices" in answers["torus"] and "sizes of 1, 4, 16, 64" in answers["torus"]
 
 
-def test_a_gpu_that_is_not_there_is_not_compiled_for():
+def test_a_gpu_is_not_a_topology_to_compile_for():
     with pytest.raises(ConfigError, match=r"--topology=h100 cannot be compiled for \(a GPU: .* estimate with --plan"):
         aot.topology_devices("h100")
 

@@ -35,7 +35,7 @@ def counted_by_hand():
     return hlo_collectives.collectives(text)
 
 
-def test_collectives_in_loops_count_as_often_as_they_go_round():
+def test_collectives_in_loops_count_once_per_iteration():
     found = fake_devices.answer_of(__name__, count=4)
     assert found["all-reduce"] == [3, 3 * 4 * 5 * 4]
     hops, size = found["collective-permute"]
@@ -74,7 +74,7 @@ ENTRY %main (x: f32[64,8]) -> f32[64,8] {
 """
 
 
-def test_the_collectives_of_a_tpu_are_what_they_do():
+def test_fusions_and_transfers_between_slices_of_a_tpu_program_are_recognized():
     scatter, gather, between = hlo_collectives.operations(TPU_PROGRAM)
     assert scatter == ("reduce-scatter", 4, 16 * 8 * 4, 64 * 8 * 4, "f32", "{{0,2},{1,3}}")
     assert gather == ("all-gather", 4, 64 * 8 * 4, 16 * 8 * 4, "f32", "mesh['a'=2,'b'=2] {'a'}")

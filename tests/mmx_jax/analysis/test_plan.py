@@ -76,7 +76,7 @@ def test_a_plan_that_does_not_fit_says_by_how_much():
     assert "does not fit" in "\n".join(plan.training_lines(small_1b(*overrides), "v5e:2x4"))
 
 
-def test_a_plan_tells_what_the_compiler_has_to_compute_again_to_fit():
+def test_a_plan_reports_what_the_compiler_has_to_recompute_to_fit():
     """The program for v5e:4x4 has 110 instructions that libtpu put in again (".remat"), and fills 14.4 of 15.75 GiB."""
     config = small_1b("mesh.data=1", "mesh.fsdp=16", "training.batch_tokens=131072")
     made, _, target = plan.training_plan(config, "v5e:4x4")
@@ -141,7 +141,7 @@ def test_the_plan_of_a_prompt_agrees_with_a_gpu():
     assert peaks(lines) == pytest.approx([8.33, 6.43], rel=0.08)
 
 
-def test_a_plan_for_a_gpu_tells_of_the_part_of_the_card(monkeypatch):
+def test_a_plan_for_a_gpu_reports_the_memory_fraction(monkeypatch):
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     remat = small_1b("runtime.remat=dots")
@@ -180,7 +180,7 @@ def test_an_unknown_gpu_is_not_planned_for(name):
         targets.find(name)
 
 
-def test_the_name_of_small_1b_is_not_its_size():
+def test_small_1b_is_described_by_its_true_size():
     model = small_1b().model
     parts = flops.forward_flops(model, 1)
     active = sum(parts[name] for name in ("attention_projections", "router", "experts")) / 2
