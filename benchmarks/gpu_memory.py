@@ -82,13 +82,13 @@ def training_child(name, compile_only):
     import numpy as np
 
     from mmx_jax import sharding
-    from mmx_jax.analysis import aot_training, memory_model
+    from mmx_jax.analysis import aot_training, plan
     from mmx_jax.data import device_batch
     from mmx_jax.training import train_step
 
     config = load(TRAINING[name])
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    planned = memory_model.training_plan(config)[0]
+    planned = plan.training_plan(config)[0]
     result = {"program": name, "planned": planned.peak, "planned parts": dict(planned.memory)}
     with jax.set_mesh(mesh):
         step = aot_training.lower_step(config, mesh).compile()
@@ -123,29 +123,35 @@ def inference_child(name, compile_only):
     import jax
 
     from mmx_jax import sharding
-    from mmx_jax.analysis import aot_inference, memory_model
+    from mmx_jax.analysis import aot_inference, plan
+    from mmx_jax.analysis.workload import InferenceWorkload
     from mmx_jax.inference import generate
-    from mmx_jax.models import params as model_params
 
     batch, prompt, context, chunk = INFERENCE[name]
+    workload = InferenceWorkload(
+        dtype="bfloat16", batch=batch, prompt_length=prompt, context=context, prefill_chunk=chunk
+    )
     config = load(())
-    decoder = generate.inference_decoder(config.model, "bfloat16", config.runtime)
+    decoder = generate.inference_decoder(config.model, workload.dtype, config.runtime)
     model = decoder.config
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    slots = generate.slots_for(prompt, context, chunk)
-    bucket = max(bucket for _, _, bucket in generate.pieces(prompt, chunk))
-    shardings = model_params.param_shardings(model, mesh)
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model_params.abstract_params(model), shardings
-    )
-    state = aot_inference.abstract_state(model, mesh, batch, slots)
+    bucket, cache_len = max(workload.pieces), workload.cache_len
+    params = aot_inference.abstract_params(model, mesh)
+    state = aot_inference.abstract_state(model, mesh, batch, cache_len)
     with jax.set_mesh(mesh):
-        piece = compiled_bytes(aot_inference._lower_prefill(decoder, mesh, params, state, bucket).compile())
-        step = compiled_bytes(aot_inference._lower_decode(decoder, mesh, params, state).compile())
-    for of, length, found in (("a piece", bucket, piece), ("a decoding step", 1, step)):
-        planned = memory_model.inference(decoder, dict(mesh.shape), batch=batch, length=length, slots=slots)
+        piece = compiled_bytes(aot_inference.lower_prefill(decoder, mesh, params, state, bucket).compile())
+        step = compiled_bytes(aot_inference.lower_decode(decoder, mesh, params, state).compile())
+    for unit, length, found in (("a piece", bucket, piece), ("a decoding step", 1, step)):
+        planned = plan.inference(
+            decoder,
+            dict(mesh.shape),
+            batch=batch,
+            length=length,
+            cache_len=cache_len,
+            platform=jax.devices()[0].platform,
+        )
         parts = {"planned": planned.peak, "planned parts": dict(planned.memory)}
-        print(RESULT + json.dumps({"program": f"{name}: {of}"} | parts | found), flush=True)
+        print(RESULT + json.dumps({"program": f"{name}: {unit}"} | parts | found), flush=True)
 
 
 def device_line() -> str:

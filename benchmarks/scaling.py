@@ -29,7 +29,7 @@ LARGEST_SLICE = 6144
 
 MILLION = 2**20
 TEXT_01 = "model.expert_buffer=2.0", "training.stages=[]", "training.batch_ramp=[]"
-# Name: (what is shown, topology, settings beside TEXT_01)
+# Name: (what is shown, topology, settings in addition to TEXT_01)
 PROGRAMS = {
     "8k": ("8k, 16M tokens", "v5p:8x8x16", "mesh.data=1 mesh.fsdp=64 mesh.expert=16"),
     "128k": (
@@ -66,7 +66,7 @@ def versions():
 
 
 def measure(name, keep):
-    """What RESULTS keeps of a program."""
+    """The entry of RESULTS for a program."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
@@ -91,11 +91,11 @@ def measure(name, keep):
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(f"{peak}\n{text}")
 
-    one, slices = aot.slices_of(topology)
+    one, slices = aot.split_slices(topology)
     torus = interconnect.Torus.of_v5p([int(size) for size in one.split(":")[1].split("x")])
-    shape = dict(mesh.shape) | {"data": mesh.shape["data"] // slices}
+    mesh_sizes = dict(mesh.shape) | {"data": mesh.shape["data"] // slices}
     chips = math.prod(torus.sizes)
-    places = np.array([device.coords for device in mesh.devices.flat[:chips]])
+    coords = np.array([device.coords for device in mesh.devices.flat[:chips]])
     step = schedule.plan_step(config.training, 0)
     length = step.stage.sequence_length
     return {
@@ -110,7 +110,7 @@ def measure(name, keep):
         "forward_flops_per_token": sum(flops.forward_flops(config.model, length).values()),
         "loads": [
             load._asdict()
-            for load in interconnect.loads(hlo_collectives.operations(text), shape, places, torus, slices)
+            for load in interconnect.loads(hlo_collectives.operations(text), mesh_sizes, coords, torus, slices)
         ],
         "versions": versions(),
     }
@@ -170,11 +170,15 @@ def extrapolate(program, *, chips, tokens, seq=None, slices=1, network=0.0):
     """
     mesh = program["mesh"]
     seq = mesh["seq"] if seq is None else seq
-    share = lambda count: 1 - mesh["expert"] / count  # noqa: E731
+
+    def missing(slice_chips):
+        """The part of the weights that a chip gathers."""
+        return 1 - mesh["expert"] / slice_chips
+
     rows = tokens * seq / (program["tokens"] * mesh["seq"])
     factors = {
         "tokens to experts": tokens / program["tokens"],
-        "weights and gradients": share(chips // slices) / share(program["chips"] // program["slices"]),
+        "weights and gradients": missing(chips // slices) / missing(program["chips"] // program["slices"]),
         "keys and values": rows,
         "lightning states": rows * seq / mesh["seq"],
     }

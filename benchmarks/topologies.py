@@ -71,7 +71,8 @@ CONFIGURATIONS = {
 
 _PEAK = re.compile(r"peak ([\d.]+) GiB of ([\d.]+) GiB: (fits|does not fit)")
 _COMPILED = re.compile(r"lowered in .+? to ([\d,]+) HLO operations, compiled in (.+)")
-_COLLECTIVE = re.compile(r"(\S+): ([\d,]+) a (?:step|piece) and device, ([\d.]+) GiB")
+# Lines that are kept from earlier versions say "a step and device".
+_COLLECTIVE = re.compile(r"(\S+): ([\d,]+) (?:per device and|a) (?:step|piece)(?: and device)?, ([\d.]+) GiB")
 
 
 def versions():

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases, and a picture of the loss."""
+"""Logging of a run: metrics.jsonl, TensorBoard, Weights & Biases, and a plot of the loss."""
 
 import contextlib
 import importlib.util
@@ -8,42 +8,59 @@ import os
 import pathlib
 import sys
 import uuid
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from mmx_jax.storage import filesystem
+
+StrPath = str | os.PathLike[str]
+
+
+class Sink(Protocol):
+    """Another destination for the rows of a `MetricsWriter`."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl and, where tensorboardX is installed, to WORKDIR/tensorboard.
 
-    A row is a flat dict with an int "step"; a number that is not finite is written as null, for JSON has no
-    other word for it. A list goes to the jsonl alone.
+    A row is a flat dict with an int "step". A number that is not finite is written as null, because JSON has no value
+    for it. Lists are written to metrics.jsonl only.
 
     Args:
       workdir: folder of the run.
-      resume_step: rows after this step belong to work that was lost and are removed; 0 starts anew.
+      resume_step: rows after this step are removed, because the run repeats their steps; 0 starts a new file.
     """
 
-    def __init__(self, workdir, resume_step: int = 0):
+    def __init__(self, workdir: StrPath, resume_step: int = 0):
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_rows(self._path, resume_step or -1)  # step 0 has a row where a run begins from a checkpoint
-        self._file = self._path.open("ab", buffering=0)  # nothing that a close could fail on once more
+        truncate_rows(self._path, resume_step or -1)  # a run that starts from a checkpoint has a row for step 0
+        self._file = self._path.open("ab", buffering=0)  # unbuffered: close() has nothing left to write that could fail
         self._board = _tensorboard(self._path.parent / "tensorboard", resume_step)
-        self._sinks = []
+        self._sinks: list[Sink] = []
 
-    def add(self, sink):
-        """Rows go to `sink.write` too, and `sink.close` ends it."""
+    def add(self, sink: Sink) -> None:
+        """Also passes every row to `sink.write`; `close` closes the sink."""
         self._sinks.append(sink)
 
     @property
     def has_tensorboard(self) -> bool:
         return self._board is not None
 
-    def write(self, row: dict):
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes a row everywhere; raises OSError if metrics.jsonl cannot be written."""
         line = json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n"
         _append(self._file, line.encode())
         if self._board is not None and not _has_writer(self._board):
-            print(f"TensorBoard is off from step {row['step']} on: its writer has ended", file=sys.stderr, flush=True)
+            print(
+                f"TensorBoard is off from step {row['step']} on: its writer thread has ended",
+                file=sys.stderr,
+                flush=True,
+            )
             self._board = None
         if self._board is not None:
             for key, value in _scalars(row).items():
@@ -51,7 +68,7 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(row)
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
         if self._board is not None and _has_writer(self._board):
             self._board.close()
@@ -60,9 +77,9 @@ class MetricsWriter:
 
 
 class WandbRun:
-    """A run of Weights & Biases, which the resumed training continues by the id in WORKDIR/wandb_run_id.
+    """A run of Weights & Biases; resumed training continues it by the id in WORKDIR/wandb_run_id.
 
-    Its failures are told once, on standard error, and end nothing but the logging there.
+    The first failure is reported on standard error and ends logging there; training goes on.
 
     Args:
       workdir: folder of the run; wandb's own files go to WORKDIR/wandb.
@@ -70,7 +87,7 @@ class WandbRun:
       config: the resolved config as plain values.
     """
 
-    def __init__(self, workdir, project: str, *, name: str, config: dict):
+    def __init__(self, workdir: StrPath, project: str, *, name: str, config: dict[str, Any]):
         self._run = None
         file = pathlib.Path(workdir) / "wandb_run_id"
         if not file.exists():
@@ -82,21 +99,21 @@ class WandbRun:
             self._run = wandb.init(
                 project=project, name=name, id=run_id, resume="allow", dir=str(workdir), config=config
             )
-            # By our own steps, which may be logged again after going back, and not in wandb's order of calls.
+            # Rows are ordered by their step, not by the order of calls: after going back, steps are logged again.
             self._run.define_metric("*", step_metric="step")
 
-    def write(self, row: dict):
+    def write(self, row: dict[str, Any]) -> None:
         if self._run is not None:
             with self._tolerating():
                 self._run.log({"step": row["step"], **_scalars(row)})
 
-    def close(self):
+    def close(self) -> None:
         if self._run is not None:
             with self._tolerating():
                 self._run.finish()
 
     @contextlib.contextmanager
-    def _tolerating(self):
+    def _tolerating(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -105,14 +122,18 @@ class WandbRun:
             print(f"Weights & Biases failed, and the run goes on without it: {message}", file=sys.stderr, flush=True)
 
 
-def check_wandb():
-    """Raises ImportError where wandb is not installed: a run that was to log there must not begin without."""
+def check_wandb() -> None:
+    """Raises ImportError if wandb is not installed, before a run starts that is meant to log there."""
     if importlib.util.find_spec("wandb") is None:
         raise ImportError("--wandb needs the package wandb: pip install mmx_jax[wandb], or leave the flag out")
 
 
-def read_rows(path) -> list[dict]:
-    """Rows of a metrics.jsonl; a last line cut off by a kill is left out, a broken line elsewhere raises."""
+def read_rows(path: StrPath) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl. An incomplete last line, left by a killed run, is dropped.
+
+    Raises:
+      ValueError: another line is not JSON.
+    """
     path = pathlib.Path(path)
     if not path.exists():
         return []
@@ -127,15 +148,15 @@ def read_rows(path) -> list[dict]:
     return rows
 
 
-def truncate_rows(path, step: int):
-    """Removes the rows after `step`; the file is replaced in one rename."""
+def truncate_rows(path: StrPath, step: int) -> None:
+    """Removes the rows after `step`; the file is replaced by one rename."""
     path = pathlib.Path(path)
     rows = [row for row in read_rows(path) if row["step"] <= step]
     filesystem.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _append(file, data):
-    """Writes all of `data`; the OSError of a failure names the file."""
+    """Writes all of `data`; an OSError names the file."""
     try:
         while data:
             data = data[file.write(data) :]
@@ -144,20 +165,22 @@ def _append(file, data):
 
 
 def missing_lines() -> list[str]:
-    """What is said at the start of a run that could not draw its picture."""
+    """Lines to print at the start of a run that cannot plot its loss."""
     if importlib.util.find_spec("matplotlib") is not None:
         return []
     return ["loss.png will not be drawn: matplotlib is not installed (pip install matplotlib)"]
 
 
-def plot_loss(rows: list[dict], path, *, unigram_entropy: float | None = None, title: str = ""):
-    """Draws training and held-out loss over tokens seen into a PNG (needs matplotlib).
+def plot_loss(
+    rows: list[dict[str, Any]], path: StrPath, *, unigram_entropy: float | None = None, title: str = ""
+) -> None:
+    """Plots training and held-out loss over tokens seen into a PNG file (needs matplotlib).
 
     Args:
       rows: of metrics.jsonl: "tokens_seen" with "loss" or "eval_loss", nats per token.
-      unigram_entropy: nats per token; drawn as the line that a model of word frequencies alone would reach.
+      unigram_entropy: nats per token; drawn as a line, the loss of a model that knows token frequencies only.
     """
-    # Without pyplot there is no global state, and no display is asked for.
+    # Not pyplot: it keeps global state and asks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -176,9 +199,16 @@ def plot_loss(rows: list[dict], path, *, unigram_entropy: float | None = None, t
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="#555555", linestyle="--", linewidth=1.2)
         axes.annotate(
-            f"unigram entropy {unigram_entropy:.3f}", (1.0, unigram_entropy), xycoords=("axes fraction", "data"),
-            xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", color="#555555", fontsize=9,
-        )  # fmt: skip
+            f"unigram entropy {unigram_entropy:.3f}",
+            (1.0, unigram_entropy),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color="#555555",
+            fontsize=9,
+        )
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
@@ -192,16 +222,16 @@ def plot_loss(rows: list[dict], path, *, unigram_entropy: float | None = None, t
     os.replace(temporary, path)
 
 
-def _smooth(points, share: float = 0.05):
-    """Running mean over the last `share` of all points, as (x, y) lists."""
-    window = max(1, round(share * len(points)))
+def _smooth(points, fraction: float = 0.05):
+    """Running mean over the last `fraction` of all points, as (x, y) lists."""
+    window = max(1, round(fraction * len(points)))
     xs, ys = zip(*points, strict=True)
     means = [sum(ys[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(ys))]
     return list(xs), means
 
 
 def _scalars(row):
-    """The finite numbers of a row, but for its step."""
+    """The finite numbers of a row, without its step."""
     return {
         key: value
         for key, value in row.items()
@@ -218,7 +248,7 @@ def _jsonable(value):
 
 
 def _has_writer(board) -> bool:
-    """Whether the thread of a SummaryWriter lives; without it, as on a full disk, adding to it would wait for ever."""
+    """Whether the writer thread of a SummaryWriter is alive. If it has died, on a full disk say, adding would block."""
     writer = getattr(board.file_writer, "event_writer", None)
     worker = getattr(writer, "_worker", None)
     return worker is None or worker.is_alive()

@@ -1,7 +1,8 @@
-"""Collectives of an optimized HLO program: which, how often, how many bytes, among which devices."""
+"""Collectives of an optimized HLO program: kind, count, bytes, and groups of devices."""
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16} | {
@@ -20,12 +21,12 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=(%?
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _COUNTER = re.compile(r" = s32\[\]\S* get-tuple-element\(.*?\), index=(\d+)")
-# XLA:TPU has no other form of a reduce-scatter over some axes: a fusion of the sum and of the slice that is kept of it.
-_SUM_AND_SLICE = re.compile(r" = (?P<shape>.*?) fusion\(.*calls=%all-reduce-scatter")
+# XLA:TPU writes a reduce-scatter over some axes as a fusion: an all-reduce, and the slice of it that is kept.
+_ALL_REDUCE_SCATTER = re.compile(r" = (?P<shape>.*?) fusion\(.*calls=%all-reduce-scatter")
 
 
 class Collective(NamedTuple):
-    """What one device does of a kind of collective in one run of a program."""
+    """All collectives of one kind on one device, in one run of a program."""
 
     count: int
     bytes: int  # of the results
@@ -35,12 +36,12 @@ class Operation(NamedTuple):
     """A collective of an optimized program, as one device runs it.
 
     Attributes:
-      kind: of HLO's; "slices-" and a kind where it is between slices, over the network of the data center.
-      count: how often it runs.
-      bytes: of its results, once.
-      sent: bytes of what this device has in it, once: of its first operand, or of all that it sums.
-      dtype: of its first result, such as "bf16".
-      groups: the text of its groups of devices, or pairs of source and target; "" where it has none.
+      kind: HLO's name; with the prefix "slices-" for transfers between slices, over the data center network.
+      count: number of runs.
+      bytes: of the results of one run.
+      sent: bytes that this device contributes to one run: those of the first operand, or of everything that it sums.
+      dtype: of the first result, such as "bf16".
+      groups: the text of the groups of devices, or of pairs of source and target; "" if there are none.
     """
 
     kind: str
@@ -55,65 +56,68 @@ def operations(text: str) -> list[Operation]:
     """The collectives of an optimized program, in the order of its computations.
 
     Args:
-      text: of `compiled.as_text()`. Loops are those of `lax.scan`: up to a constant in their condition, from 0 or what
-        is left of it where the compiler took the first rounds out.
+      text: of `compiled.as_text()`. Loops must be those of `lax.scan`: they count up to a constant in their condition,
+        from 0, or from a larger number if the compiler peeled off the first iterations.
     """
-    computations, entry = computations_of(text)
-    found = []
-
-    def visit(name, times, kept=None):
-        """kept: the shape of the slice that is kept of a sum, in a fusion of both."""
-        lines = computations.get(name, ())
-        for line in lines:
-            if match := _COLLECTIVE.search(line):
-                found.append(_operation(match, line, lines, times, kept))
-            elif match := _BETWEEN_SLICES.search(line):
-                size, kind = sum(array_bytes(match["shape"])), match["kind"].lower().replace("_", "-")
-                found.append(Operation(f"slices-{kind}", times, size, size, _ARRAY.search(match["shape"])[1], ""))
-            if loop := _WHILE.search(line):
-                operand, condition, body = loop.groups()
-                visit(body, times * _trips(computations[condition], lines, operand))
-                continue
-            called = _CALLED.findall(line)
-            for group in _BRANCHES.findall(line):
-                called += group.split(", ")
-            fused = _SUM_AND_SLICE.search(line)
-            for other in called:
-                visit(other, times, fused["shape"] if fused else None)
-
-    visit(entry, 1)
-    return found
+    computations, entry = parse_computations(text)
+    return list(_operations_of(computations, entry, 1))
 
 
-def _operation(match, line, lines, times, kept):
+def _operations_of(computations, name, times, kept_shape="") -> Iterator[Operation]:
+    """Yields the operations of a computation that runs `times` times.
+
+    Args:
+      kept_shape: in a fusion of an all-reduce and a slice, the shape of the slice.
+    """
+    lines = computations.get(name, ())
+    for line in lines:
+        if match := _COLLECTIVE.search(line):
+            yield _operation(match, line, lines, times, kept_shape)
+        elif match := _BETWEEN_SLICES.search(line):
+            size, kind = sum(array_bytes(match["shape"])), match["kind"].lower().replace("_", "-")
+            yield Operation(f"slices-{kind}", times, size, size, _first_dtype(match["shape"]), "")
+        if loop := _WHILE.search(line):
+            operand, condition, body = loop.groups()
+            iterations = _loop_iterations(computations[condition], lines, operand)
+            yield from _operations_of(computations, body, times * iterations)
+            continue
+        called = _CALLED.findall(line)
+        for group in _BRANCHES.findall(line):
+            called += group.split(", ")
+        fusion = _ALL_REDUCE_SCATTER.search(line)
+        for other in called:
+            yield from _operations_of(computations, other, times, fusion["shape"] if fusion else "")
+
+
+def _operation(match, line, lines, times, kept_shape):
     kind, size, groups = match["kind"], _result_bytes(match), _GROUPS.search(line)
     if kind in ("all-reduce", "collective-permute"):
         sent = size
     else:
         definition = _definition(match["operand"], lines)
         sent = sum(array_bytes(definition.split(" = ")[1].split(" ")[0])) if definition else 0
-    if kept is not None and kind == "all-reduce":
-        kind, size = "reduce-scatter", sum(array_bytes(kept))
-    dtype = next(kind for kind, _ in _ARRAY.findall(match["shape"]) if kind in _ITEM_BITS)
-    return Operation(kind, times, size, sent, dtype, groups[1] if groups else "")
+    if kept_shape and kind == "all-reduce":
+        kind, size = "reduce-scatter", sum(array_bytes(kept_shape))
+    return Operation(kind, times, size, sent, _first_dtype(match["shape"]), groups[1] if groups else "")
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """The collectives of an optimized program, by kind; those in a loop count as often as it goes round.
+    """The collectives of an optimized program by kind, each counted once per run of the loops around it.
 
     Args:
       text: as `operations` takes it.
     """
-    total = {}
+    total: dict[str, Collective] = {}
     for found in operations(text):
-        count, size = total.get(found.kind, (0, 0))
-        total[found.kind] = Collective(count + found.count, size + found.count * found.bytes)
+        before = total.get(found.kind, Collective(0, 0))
+        total[found.kind] = Collective(before.count + found.count, before.bytes + found.count * found.bytes)
     return {kind: total[kind] for kind in sorted(total)}
 
 
-def computations_of(text):
-    """({name: lines}, name of the entry) of an optimized program."""
-    computations, entry, lines = {}, None, []
+def parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """({name: lines} of the computations, name of the entry) of an optimized program."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             lines = computations[head[1]] = []
@@ -124,28 +128,32 @@ def computations_of(text):
 
 
 def collective_bytes(line: str) -> int:
-    """Bytes of the results of the collective that an instruction is, or starts; 0 if it is none."""
+    """Bytes of the results of the collective that an instruction runs or starts; 0 for other instructions."""
     found = _COLLECTIVE.search(line)
     return _result_bytes(found) if found else 0
 
 
 def array_bytes(shape: str, *, scalars: bool = True) -> list[int]:
-    """Sizes of the arrays in the text of a shape, in their order, but for those of no known type."""
-    found = [(kind, dims) for kind, dims in _ARRAY.findall(shape) if kind in _ITEM_BITS and (dims or scalars)]
-    return [math.prod(int(n) for n in dims.split(",") if n) * _ITEM_BITS[kind] // 8 for kind, dims in found]
+    """Bytes of each array in the text of a shape, in order; arrays of an unknown dtype are left out."""
+    found = [(dtype, dims) for dtype, dims in _ARRAY.findall(shape) if dtype in _ITEM_BITS and (dims or scalars)]
+    return [math.prod(int(n) for n in dims.split(",") if n) * _ITEM_BITS[dtype] // 8 for dtype, dims in found]
 
 
-def _trips(condition, lines, operand):
-    """How often a loop goes round, that counts up by one: from what its operand, defined among `lines`, begins with."""
+def _first_dtype(shape):
+    return next(dtype for dtype, _ in _ARRAY.findall(shape) if dtype in _ITEM_BITS)
+
+
+def _loop_iterations(condition, lines, operand):
+    """Number of iterations of a loop that counts up by one, from the start value in its operand, defined in `lines`."""
     if any("ROOT" in line and " and(" in line for line in condition):
-        return 1  # it ends by more than a count, as decoding does, of which one step is told
+        return 1  # the decoding loop also ends by another condition; one step of it is counted
     end = max((int(n) for line in condition for n in _CONSTANT.findall(line)), default=1)
     counter = next((int(found[1]) for line in condition if (found := _COUNTER.search(line))), 0)
-    return end - _begin(_definition(operand, lines), counter, lines)
+    return end - _loop_start(_definition(operand, lines), counter, lines)
 
 
-def _begin(definition, counter, lines):
-    """What a loop counts from: the compiler may have taken its first rounds out. 0 where that is not seen."""
+def _loop_start(definition, counter, lines):
+    """Start value of a loop's counter; 0 if the text does not show it. It is not 0 if iterations were peeled off."""
     elements = re.search(r" tuple\((.*?)\)", definition)
     if not elements:
         return 0
@@ -158,13 +166,13 @@ def _begin(definition, counter, lines):
 
 
 def _definition(name, lines):
-    """The instruction of that name; "" if it is not among `lines`."""
+    """The instruction with that name; "" if it is not in `lines`."""
     return next((line for line in lines if line.lstrip().removeprefix("ROOT ").startswith(f"{name} = ")), "")
 
 
 def _result_bytes(found):
     if not found["start"] or found["kind"] == "all-reduce":
         return sum(array_bytes(found["shape"]))
-    # Operands, then results; the numbers behind them are the compiler's own.
+    # A start has operands, then as many results, then scalars that belong to the compiler.
     sizes = array_bytes(found["shape"], scalars=False)
     return sum(sizes[len(sizes) // 2 :])

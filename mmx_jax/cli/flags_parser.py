@@ -1,7 +1,7 @@
-"""The command line of the mains: help that lists the program's own flags, and errors of two lines, the remedy in them.
+"""The command line of the mains: help that lists the program's own flags, and two-line errors that name the remedy.
 
-`app.run(main, flags_parser=flags_parser.make(program))` replaces absl's own parser, whose errors begin with FATAL and
-whose help knows only the flags of the file that was started.
+`app.run(main, flags_parser=flags_parser.make(program))` replaces absl's parser. The errors of absl's parser begin with
+FATAL, and its help lists only the flags of the file that was started.
 """
 
 import dataclasses
@@ -24,18 +24,26 @@ _Parsed = TypeVar("_Parsed")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One main, as its help and its errors describe it."""
+    """The texts of one main's help and errors.
+
+    Attributes:
+      usage: the flags that every call needs.
+      examples: without the name of the program.
+      module: the module that defines the flags.
+      groups: {title: flags}; flags without a group come last.
+      positional: returns the remedy for an argument that is not a flag; None: such arguments are taken.
+    """
 
     summary: str
-    usage: str  # the flags that every call needs
-    examples: tuple[str, ...]  # without the name of the program
-    module: str  # that defines the flags
-    groups: dict[str, tuple[str, ...]]  # title -> flags; those in no group come last
-    positional: Callable[[str], str] | None  # the remedy for an argument that is no flag; None: such are taken
+    usage: str
+    examples: tuple[str, ...]
+    module: str
+    groups: dict[str, tuple[str, ...]]
+    positional: Callable[[str], str] | None
 
 
 class CommandLineError(ValueError):
-    """A command line that cannot be run; the message names the argument and the remedy."""
+    """An invalid command line; the message names the argument and the remedy."""
 
 
 def program_name() -> str:
@@ -45,8 +53,7 @@ def program_name() -> str:
 
 
 def make(program: Program, values: flags.FlagValues = flags.FLAGS) -> Callable[[Sequence[str]], list[str]]:
-    """The parser that `app.run` takes: sets the flags, or exits with help (status 0) or an error (status 1)."""
-
+    """A parser for `app.run`; it sets the flags, or exits with help (status 0) or an error (status 1)."""
     return lambda argv: parse_or_exit(program, argv, values, lambda: parse_arguments(program, list(argv), values))
 
 
@@ -64,42 +71,42 @@ def parse_or_exit(
         return parse()
     except CommandLineError as error:
         name = program_name()
-        sys.exit(f"{name}: {error}\nusage: {name} {program.usage}; see {name} --help")
+        sys.exit(f"{name}: {error}\nusage: {name} {program.usage} (see {name} --help)")
 
 
 def parse_arguments(program: Program, argv: list[str], values: flags.FlagValues) -> list[str]:
-    """Sets `values` from `argv`, which begins with the name of the program.
+    """Sets `values` from `argv`, which begins with the name of the program; returns what `values(argv)` returns.
 
     Raises:
-      CommandLineError: with the remedy.
+      CommandLineError: the message names the remedy.
     """
     _check_overrides(argv, values)
-    # Before absl, which would first complain of a flag that is missing.
+    # Checked before absl parses: absl would report a missing flag first.
     if program.positional and (stray := _first_positional(argv, values)):
         raise CommandLineError(f"{stray!r} is not a flag; {program.positional(stray)}")
     try:
-        left = values(argv)
+        rest = values(argv)
     except flags.UnrecognizedFlagError as error:
         raise CommandLineError(_unknown_flag(error.flagname, values.get_flags_for_module(program.module))) from None
     except flags.Error as error:
         raise CommandLineError(_readable(str(error))) from None
     if "config" in values and values["config"].value is not None:
         check_config_file(values["config"].value)
-    return left
+    return rest
 
 
-def check_config_file(path: str):
-    """Raises CommandLineError where there is no such file: with the configs that are there, or where they are."""
+def check_config_file(path: str) -> None:
+    """Raises CommandLineError if there is no such file; the message lists the configs, or says where to find them."""
     if pathlib.Path(path).is_file():
         return
     here = sorted(map(str, pathlib.Path("configs").glob("*.py")))
     if here:
         (nearest,) = difflib.get_close_matches(path, here, n=1, cutoff=0)
-        hint = f"the nearest is {nearest}; in this folder are {', '.join(here)}"
+        hint = f"the nearest is {nearest}; this folder has {', '.join(here)}"
     else:
         hint = (
-            "a config is a Python file that defines get_config(). The project's own are in the folder configs/ of its "
-            "source tree, which an installation does not hold"
+            "a config is a Python file that defines get_config(). The project keeps its own in configs/ of its source "
+            "tree, which is not part of an installation"
         )
     raise CommandLineError(f"--config={path}: no such config file; {hint}")
 
@@ -129,7 +136,7 @@ def _describe(flag: flags.Flag) -> Iterator[str]:
     else:
         yield f"  --{flag.name}={_placeholder(flag)}"
     text = " ".join((flag.help or "").split()).removesuffix("; repeat this option to specify a list of values")
-    text = re.sub(r"^<[^>]*>: ", "", text)  # absl's list of an enumeration, which the placeholder shows
+    text = re.sub(r"^<[^>]*>: ", "", text)  # absl repeats the values of an enum, which the placeholder shows
     if flag.default not in (None, "", [], False):
         text += f" (default: {flag.default})"
     yield from textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -142,7 +149,7 @@ def _placeholder(flag: flags.Flag) -> str:
 
 
 def _help_request(argv: list[str], values: flags.FlagValues) -> str:
-    """The argument that asks for help, or ""; the value of a flag does not ask."""
+    """The argument that asks for help, or "". The value of a flag does not count."""
     arguments = iter(argv[1:])
     for argument in arguments:
         if argument == "--":
@@ -155,7 +162,7 @@ def _help_request(argv: list[str], values: flags.FlagValues) -> str:
 
 
 def _first_positional(argv: list[str], values: flags.FlagValues) -> str:
-    """The first argument that is neither a flag nor the value of one, or ""; behind an unknown flag nobody can say."""
+    """The first argument that is neither a flag nor a flag's value; "" if there is none, or after an unknown flag."""
     arguments = iter(argv[1:])
     for argument in arguments:
         if argument == "--":
@@ -177,12 +184,14 @@ def _takes_next(argument: str, values: flags.FlagValues) -> bool:
 # Errors.
 
 
-def _check_overrides(argv: list[str], values: flags.FlagValues):
-    """Raises CommandLineError for `--set path value`, of which absl would take the path alone."""
+def _check_overrides(argv: list[str], values: flags.FlagValues) -> None:
+    """Raises CommandLineError for `--set path value`; absl would read the path as the whole override."""
     for flag, path, *rest in (argv[i : i + 3] for i in range(1, len(argv) - 1)):
         if flag in ("--set", "-set") and "set" in values and "=" not in path:
             value = rest[0] if rest and not rest[0].startswith("--") else "VALUE"
-            raise CommandLineError(f"--set {path}: an override is one argument with =: --set {path}={value}")
+            raise CommandLineError(
+                f"--set {path}: an override is one argument with an equals sign: --set {path}={value}"
+            )
 
 
 def _unknown_flag(name: str, own: Sequence[flags.Flag]) -> str:
@@ -196,7 +205,7 @@ def _unknown_flag(name: str, own: Sequence[flags.Flag]) -> str:
 
 
 def _config_paths(name: str) -> list[str]:
-    """Overrides of the config's fields that are called `name`, by their whole path or its last part."""
+    """Overrides of all config fields whose path, or its last part, is `name`."""
     from mmx_jax.config import io as config_io
 
     name = name.replace("-", "_")
@@ -204,7 +213,7 @@ def _config_paths(name: str) -> list[str]:
 
 
 def _readable(message: str) -> str:
-    """An error of absl, without the values of flags that were not given and without Python's own words."""
+    """An absl error without the values of flags that were not given, and without Python's wording."""
     message = re.sub(r"^flags? (--)?\w+=None: ", "", message.strip())
     message = re.sub(r"^flags \w+=.*?: ", "", message)
     message = re.sub(r"^flag (--\w+=)", r"\1", message)

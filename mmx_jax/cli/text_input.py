@@ -1,4 +1,4 @@
-"""Text that infer.py reads from files and standard input, and its report on a text; no flags here."""
+"""Text that infer.py reads from files and standard input, and its report on a scored text. Defines no flags."""
 
 import math
 import os
@@ -13,10 +13,10 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file, without the byte order mark that some editors put at its head.
+    """The text of a UTF-8 file, without the byte order mark that some editors write first.
 
     Raises:
-      UsageError: no such file, or it is not UTF-8.
+      UsageError: the file does not exist, or is not UTF-8.
     """
     file = Path(os.path.expanduser(path))
     if not file.is_file():
@@ -25,7 +25,7 @@ def read_text(path: str) -> str:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """`data` as UTF-8; UsageError says where it is not."""
+    """`data` as text; raises UsageError, with the position, if it is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -35,9 +35,9 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def turns(stdin: BinaryIO, say: Callable[[str], None]) -> Iterator[str]:
-    """The lines of standard input that are not blank, each behind the prompt `> ` on standard error.
+    """Yields the lines of standard input that are not blank; a prompt `> ` on standard error precedes each.
 
-    A line that is not UTF-8 raises UsageError, but at a terminal: there `say` tells, and it can be typed again.
+    A line that is not UTF-8 raises UsageError. At a terminal it is reported with `say` instead, to be typed again.
     """
     number = 0
     while True:
@@ -52,7 +52,7 @@ def turns(stdin: BinaryIO, say: Callable[[str], None]) -> Iterator[str]:
         except UsageError as error:
             if not stdin.isatty():
                 raise
-            say(f"{error}; the line was not read")
+            say(f"{error}; the line was ignored")
             continue
         if text.strip():
             yield text.removeprefix(BYTE_ORDER_MARK).rstrip("\r\n")
@@ -61,7 +61,7 @@ def turns(stdin: BinaryIO, say: Callable[[str], None]) -> Iterator[str]:
 def score_lines(total: float, tokens: int, size: int) -> list[str]:
     """The report on a text of log-probability `total` (nats), of `tokens` tokens and `size` bytes."""
     mean = -total / (tokens - 1)
-    # e^709 is the largest that a float holds.
+    # A float overflows above e^709.
     perplexity = f"{math.exp(mean):.4f}" if mean < 700 else f"e^{mean:.1f}, more than a float holds"
     return [
         f"tokens             {tokens} (the first one is given, the others are scored)",

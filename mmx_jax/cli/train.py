@@ -3,58 +3,64 @@
 import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags, logging
 
 from mmx_jax.cli import arguments, flags_parser, thread_errors
+from mmx_jax.config import Config, SourceConfig
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("config", None, "Config file: Python with a get_config() that returns a Config.")
-flags.DEFINE_multi_string("set", [], "Override of one field of the config, field.path=value; may be given often.")
-flags.DEFINE_string("data", None, "File or folder to train on, instead of the data sources of the config.")
-flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME with the name in the config.")
-flags.DEFINE_integer("steps", 0, "Stop after this optimizer step of the run; 0: when the tokens are used up.", 0)
+flags.DEFINE_string("config", None, "Config file: a Python file that defines get_config(), which returns a Config.")
+flags.DEFINE_multi_string("set", [], "Override one field of the config, as field.path=value; may be repeated.")
+flags.DEFINE_string("data", None, "File or folder to train on, instead of the data sources in the config.")
+flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME, where NAME is the name in the config).")
+flags.DEFINE_integer(
+    "steps", 0, "Stop after this optimizer step, counted from the start of the run; 0: train on all tokens.", 0
+)
 flags.DEFINE_string(
     "resume",
     "auto",
-    "auto: continue the newest checkpoint of the workdir, if any; no: refuse a workdir that has one; "
-    "a number: go back to that step and discard the later ones.",
+    "auto: continue from the newest checkpoint in the workdir, if there is one; no: refuse a workdir that has one; "
+    "a number: go back to that step and discard later ones.",
 )
 flags.DEFINE_string(
     "init_from",
     None,
-    "Start from the weights of this checkpoint, with a fresh optimizer: a Hugging Face folder, a converted one, a "
-    "training run or a step of one. Its tokenizer is used where the config names none.",
+    "Start from the weights of this checkpoint, with a fresh optimizer: a Hugging Face folder, a converted "
+    "checkpoint, a training run, or one step of a run. Its tokenizer is used if the config names none.",
 )
 flags.DEFINE_bool(
     "model_from_checkpoint",
     False,
-    "With --init_from: the checkpoint says what the model is (shapes, layers, RoPE, norms), the config only how it is "
-    "run and trained; --set still has the last word.",
+    "With --init_from: take the model (shapes, layers, RoPE, norms) from the checkpoint, and only the training and "
+    "runtime settings from the config. --set is applied last.",
 )
 flags.DEFINE_string(
-    "wandb", None, "Also log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline: to files only)."
+    "wandb",
+    None,
+    "Also log to this Weights & Biases project (pip install wandb). WANDB_MODE=offline logs to files only.",
 )
-flags.DEFINE_string("profile_steps", None, "FIRST:LAST optimizer steps to trace into WORKDIR/profile.")
+flags.DEFINE_string("profile_steps", None, "FIRST:LAST, the optimizer steps to trace into WORKDIR/profile.")
 flags.DEFINE_string(
     "distributed",
     None,
-    "This process is one of several: auto, where SLURM, GKE, Open MPI or a TPU pod says which; elsewhere "
-    "HOST:PORT,COUNT,INDEX with an address of process 0, the number of processes and the number of this one.",
+    "Join the other processes of the run. auto: SLURM, GKE, Open MPI or a TPU pod provides the settings. Otherwise "
+    "HOST:PORT,COUNT,INDEX: an address of process 0, the number of processes, and the index of this process.",
 )
 flags.DEFINE_string(
     "topology",
     None,
-    "With --dry_run or --plan: for this TPU topology, such as v5p:8x8x16, without having it; for --plan also a GPU, "
-    "such as h100 or h200:2.",
+    "With --dry_run or --plan: the TPU topology to compile or estimate for, such as v5p:8x8x16; the hardware is not "
+    "needed. --plan also takes GPUs, such as h100 or h200:2.",
 )
-flags.DEFINE_bool("dry_run", False, "Compile the step, print memory and parameters, and end; reads no data.")
-flags.DEFINE_bool("plan", False, "Estimate memory and traffic without compiling.")
+flags.DEFINE_bool("dry_run", False, "Compile the training step, print its memory and collectives, and exit.")
+flags.DEFINE_bool("plan", False, "Estimate memory and communication without compiling, and exit.")
 
 
 PROGRAM = flags_parser.Program(
-    summary="Trains a model, or continues the run in --workdir. The folder of the run receives checkpoints, metrics, "
-    "tokenizer and loss curve.",
+    summary="Trains a model, or continues the run in --workdir. Checkpoints, metrics, the tokenizer and the loss "
+    "curve are written to that folder.",
     usage="--config=FILE [--set field.path=value ...] [--workdir=FOLDER]",
     examples=(
         "--config=configs/debug.py --workdir=runs/demo",
@@ -64,20 +70,20 @@ PROGRAM = flags_parser.Program(
     ),
     module=__name__,
     groups={
-        "What is trained": ("config", "set", "data", "init_from", "model_from_checkpoint"),
-        "The run": ("workdir", "steps", "resume", "distributed"),
-        "Watching it": ("wandb", "profile_steps"),
-        "Without training": ("dry_run", "plan", "topology"),
+        "Model and data": ("config", "set", "data", "init_from", "model_from_checkpoint"),
+        "Run": ("workdir", "steps", "resume", "distributed"),
+        "Logging and profiling": ("wandb", "profile_steps"),
+        "Estimate without training": ("dry_run", "plan", "topology"),
     },
     positional=lambda argument: (
-        f"the config file is named with --config={argument}"
+        f"give the config file as --config={argument}"
         if argument.endswith(".py")
-        else f"overrides are written --set {argument if '=' in argument else 'field.path=' + argument}"
+        else f"write an override as --set {argument if '=' in argument else 'field.path=' + argument}"
     ),
 )
 
 
-@flags.validator("config", "--config is missing: name a config file, such as --config=configs/debug.py")
+@flags.validator("config", "--config is missing: give a config file, such as --config=configs/debug.py")
 def _check_config(value):
     return value is not None
 
@@ -103,7 +109,7 @@ def _check_resume(value):
 
 
 @flags.multi_flags_validator(
-    ["topology", "dry_run", "plan"], "--topology is for --dry_run or --plan: nothing runs on devices that are not there"
+    ["topology", "dry_run", "plan"], "--topology needs --dry_run or --plan: training runs on the devices of this host"
 )
 def _check_topology(values):
     return values["dry_run"] or values["plan"] or not values["topology"]
@@ -117,10 +123,10 @@ def _check_distributed(value):
     return match is not None and int(match[2]) < int(match[1])
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of what it also raises
-    # Imported late, so that --help and a mistyped flag answer at once.
+        logging.set_verbosity(logging.FATAL)  # orbax logs the traceback of an error that it also raises
+    # Imported here, so that --help and errors in flags need no jax.
     from mmx_jax import distributed, metrics
     from mmx_jax.training import run
 
@@ -132,7 +138,7 @@ def main(argv):
             distributed.join(FLAGS.distributed)
         config = read_config()
         if FLAGS.plan or FLAGS.dry_run:
-            foretell(config)
+            print_estimate(config)
             return
         if FLAGS.wandb:
             metrics.check_wandb()
@@ -145,11 +151,11 @@ def main(argv):
             watch=run.Watch(profile_steps=profile_steps(), wandb=FLAGS.wandb or ""),
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        # Ours say what to do; of the others the traceback is worth having with --verbosity=0.
+        # The project's own messages say what to do. For other errors --verbosity=0 shows the traceback.
         if FLAGS["verbosity"].present:
             raise
         lost = isinstance(error, distributed.LostProcessError)
-        distributed.leave(f"{name}: {type(error).__name__}: {error}", lost=lost)
+        distributed.exit_with_error(f"{name}: {type(error).__name__}: {error}", lost=lost)
     loss = "none" if result.loss is None else f"{result.loss:.4f}"
     held_out = "none" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     print(
@@ -158,9 +164,8 @@ def main(argv):
     )
 
 
-def read_config():
-    """The config of the flags. Where the checkpoint says what the model is, --set comes after it."""
-    from mmx_jax.config import SourceConfig
+def read_config() -> Config:
+    """The config that the flags give. --set is applied after --model_from_checkpoint."""
     from mmx_jax.config import io as config_io
 
     config = config_io.load_config(FLAGS.config)
@@ -176,25 +181,26 @@ def read_config():
     return config
 
 
-def foretell(config):
-    """Prints what --plan or --dry_run knows."""
-    from mmx_jax.analysis import aot_training, memory_model
+def print_estimate(config: Config) -> None:
+    """Prints the lines of --plan or --dry_run."""
+    from mmx_jax.analysis import aot_training, plan
     from mmx_jax.config import io as config_io
 
     if FLAGS.plan:
-        print("\n".join(memory_model.training_lines(config, FLAGS.topology or "")))
+        print("\n".join(plan.training_lines(config, FLAGS.topology or "")))
         return
-    if FLAGS.topology and (shortage := memory_model.shortage(config, FLAGS.topology)):
+    if FLAGS.topology and (shortage := plan.shortage(config, FLAGS.topology)):
         print(f"{flags_parser.program_name()}: {shortage}", file=sys.stderr, flush=True)
     print(config_io.format_config(config))
     print("\n".join(aot_training.dry_run(config, FLAGS.topology or "")))
 
 
 def profile_steps() -> tuple[int, ...]:
+    """(first, last) step to trace; () for none."""
     return tuple(map(int, FLAGS.profile_steps.split(":"))) if FLAGS.profile_steps else ()
 
 
-def run_main():
+def run_main() -> None:
     """Entry point of train.py and of `mmx-train`."""
     arguments.check_or_exit(flags_parser.program_name(), sys.argv)
     flags.adopt_module_key_flags(sys.modules[__name__])

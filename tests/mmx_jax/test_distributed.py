@@ -103,7 +103,7 @@ def read_arrays(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Texts to learn from; the runs go beside them."""
+    """Training texts; the runs are written next to them."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "text").mkdir()
     rng = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """What two processes make of the tasks, by name: [result of process 0, of process 1]."""
+    """Results of the tasks in two processes, by name: [result of process 0, of process 1]."""
     tasks = {
         "steps fsdp": dict(task="steps", **FSDP),
         "steps seq": dict(task="steps", **MIXED, **SEQ),
@@ -135,7 +135,7 @@ def two(folder):
 
 @pytest.fixture(scope="module")
 def one(folder, two):
-    """What one process with two devices makes of them; it also continues the runs of two processes."""
+    """Results in one process with two devices, which also continues the runs of two processes."""
     tasks = {
         "steps fsdp": dict(task="steps", **FSDP),
         "steps seq": dict(task="steps", **MIXED, **FSDP),
@@ -149,7 +149,7 @@ def one(folder, two):
 
 @pytest.fixture(scope="module")
 def four(folder, one):
-    """What four processes of one device make of steps, and of a run of two processes that one continued."""
+    """Results of steps in four processes of one device, and of a run of two processes that one continued."""
     tasks = {
         "steps": dict(task="steps", data=2, seq=2),
         "layouts": dict(task="train", name="layouts", steps=6, mesh=dict(data=2, seq=2)),
@@ -384,7 +384,7 @@ def test_a_killed_process_stops_the_other_and_train_py_goes_on_from_the_checkpoi
 
 
 def test_a_process_that_is_silent_or_fails_stops_the_other():
-    """A collective that waits for ever: jax aborts the program, which says what to do all the same."""
+    """A collective waits forever: jax aborts the program, which still says what to do."""
     *pairs, failing = [
         start_programs("-m", "tests.support.processes_worker", *task) for task in (["wait"], ["wait"], ["fail"])
     ]

@@ -236,7 +236,7 @@ def wait(address, *, fails):
     with distributed.together(lambda: "do this"):
         distributed.largest(0)
         if fails and jax.process_index() == 1:
-            distributed.leave("my own failure", lost=False)
+            distributed.exit_with_error("my own failure", lost=False)
         print("waits", flush=True)
         while True:
             distributed.largest(0)

@@ -1,4 +1,4 @@
-"""What counts as hidden behind matrix work, on a schedule written by hand and on one of the TPU compiler's."""
+"""Transfers that overlap with products, in a schedule written by hand and in one of the TPU compiler."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ from mmx_jax.sharding import logical_to_spec, make_mesh
 from pallas_kernels import platform
 from tests.support import ahead_of_time
 
-# Three transfers: one has a fusion with a product behind its start, one an addition, and one, into a buffer that is
-# larger than what is sent, a product; and one that waits.
+# Three asynchronous transfers and a synchronous one. Between start and end run a fusion with a product, an addition,
+# and a product; the last of the three fills a buffer that is larger than its operand.
 SCHEDULE = """HloModule step, is_scheduled=true
 
 %multiplying (p: bf16[8,8]) -> bf16[8,8] {
@@ -44,16 +44,16 @@ ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
 def test_a_transfer_is_hidden_by_products_before_its_end():
     found = overlap(SCHEDULE)
     assert found == (4, 2 * (64 + 128 + 64 + 64), 2 * (128 + 64))
-    assert found.exposed == 0.6
+    assert found.exposed_fraction == 0.6
     assert overlap(SCHEDULE, kinds=("all-gather",)) == (0, 0, 0)
 
 
 @pytest.mark.topology
 def test_groups_of_tokens_travel_while_others_are_multiplied():
-    """A layer that is computed again for its gradient, on four chips: to the experts, back, and both for gradients."""
+    """A recomputed layer on four chips: rows go to the experts and back, forward and backward."""
     exposed = ahead_of_time.answer_of(__name__, "v5e:2x2")
     assert [exposed[groups][0] for groups in ("1", "4")] == [4, 16]
-    # Without groups the products of the gradient are there to hide behind; with four, the first ones travel alone.
+    # Without groups, only products of the backward pass overlap. With four groups, only the first group is exposed.
     assert exposed["4"][1] <= 1 / 8 < exposed["1"][1] <= 1 / 2, exposed
 
 
@@ -61,10 +61,20 @@ def exposed_of(token_groups, topology):
     devices = aot.topology_devices(topology)
     mesh = make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
     config = ModelConfig(
-        vocab_size=512, hidden_size=2048, num_layers=1, layer_pattern=("softmax",), num_heads=16, num_kv_heads=4,
-        head_dim=128, rotary_dim=64, mlp_dim=2816, num_experts=8, experts_per_token=2, dtype="bfloat16",
+        vocab_size=512,
+        hidden_size=2048,
+        num_layers=1,
+        layer_pattern=("softmax",),
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=128,
+        rotary_dim=64,
+        mlp_dim=2816,
+        num_experts=8,
+        experts_per_token=2,
+        dtype="bfloat16",
         expert_buffer=2.0,
-    )  # fmt: skip
+    )
     layer = MixtureOfExperts(config, RuntimeConfig(token_groups=token_groups))
 
     def placed(shape, dtype, axes):
@@ -80,7 +90,7 @@ def exposed_of(token_groups, topology):
         params = {name: placed(box.value.shape, box.value.dtype, box.names) for name, box in boxed.items()}
         program = jax.jit(gradients).lower(params, x, x).compile(compiler_options=platform.compiler_options())
     found = overlap(program.as_text())
-    return found.count, found.exposed
+    return found.count, found.exposed_fraction
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ CUBE = Torus((8, 8, 16), (True,) * 3)
 
 
 def test_a_gather_brings_every_chip_what_it_has_not():
-    assert RING.gather(400, (0,)) == 150  # 300 by two links
-    assert LINE.gather(400, (0,)) == 300  # a chip at the end has one link
-    assert CUBE.gather(6400, (0, 1)) == 1575  # 63 of 64 parts by four links
+    assert RING.all_gather(400, (0,)) == 150  # 300 by two links
+    assert LINE.all_gather(400, (0,)) == 300  # a chip at the end has one link
+    assert CUBE.all_gather(6400, (0, 1)) == 1575  # 63 of 64 parts by four links
     assert CUBE.all_reduce(6400, (0, 1)) == 2 * 1575
-    assert CUBE.gather(1600, (2,)) == 750
+    assert CUBE.all_gather(1600, (2,)) == 750
 
 
 def test_an_all_to_all_is_bound_by_distance():
@@ -64,14 +64,14 @@ def test_v5p_is_closed_in_slices_of_whole_cubes():
 
 def test_groups_are_read_in_every_form_that_xla_writes():
     rows = [(0, 4), (1, 5), (2, 6), (3, 7)]
-    assert interconnect.devices_of("{{0,4},{1,5},{2,6},{3,7}}", 8) == rows
-    assert interconnect.devices_of("mesh['a'=2,'b'=4] {'a'}", 8) == rows
-    assert interconnect.devices_of("[4,2]<=[2,4]T(1,0)", 8) == rows
-    assert interconnect.devices_of("[2,4]<=[8]", 8) == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert interconnect.devices_of("mesh['a'=2,'b'=2,'c'=2] {'c','a'}", 8) == [(0, 4, 1, 5), (2, 6, 3, 7)]
-    assert interconnect.devices_of("{}", 3) == [(0, 1, 2)]
-    with pytest.raises(ValueError, match="in a form that is not known"):
-        interconnect.devices_of("mesh['a'=8] {'a':(2)4}", 8)
+    assert interconnect.parse_groups("{{0,4},{1,5},{2,6},{3,7}}", 8) == rows
+    assert interconnect.parse_groups("mesh['a'=2,'b'=4] {'a'}", 8) == rows
+    assert interconnect.parse_groups("[4,2]<=[2,4]T(1,0)", 8) == rows
+    assert interconnect.parse_groups("[2,4]<=[8]", 8) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert interconnect.parse_groups("mesh['a'=2,'b'=2,'c'=2] {'c','a'}", 8) == [(0, 4, 1, 5), (2, 6, 3, 7)]
+    assert interconnect.parse_groups("{}", 3) == [(0, 1, 2)]
+    with pytest.raises(ValueError, match="have an unknown form"):
+        interconnect.parse_groups("mesh['a'=8] {'a':(2)4}", 8)
 
 
 def test_groups_tell_axes_of_mesh_and_torus():
@@ -81,14 +81,14 @@ def test_groups_tell_axes_of_mesh_and_torus():
     assert interconnect.mesh_axes((0, 2), shape) == ()  # a part of an axis
     places = np.array(list(np.ndindex(2, 2, 2)))
     assert interconnect.torus_axes(places[[0, 2, 4, 6]], Torus((2, 2, 2), (False,) * 3)) == (0, 1)
-    with pytest.raises(ValueError, match="no product of axes of the torus"):
+    with pytest.raises(ValueError, match="not a product of axes of the torus"):
         interconnect.torus_axes(places[[0, 1, 2]], Torus((2, 2, 2), (False,) * 3))
 
 
 def test_between_slices_bytes_go_round_a_ring_of_slices():
     summed = Operation("slices-all-reduce", 3, 100, 100, "f32", "")
-    assert interconnect.between_slices(summed, 2) == 100
-    assert interconnect.between_slices(summed, 4) == 150
+    assert interconnect.dcn_bytes(summed, 2) == 100
+    assert interconnect.dcn_bytes(summed, 4) == 150
     (load,) = interconnect.loads([summed], {"data": 1}, np.zeros((1, 3)), CUBE, slices=4)
     assert load == Load("slices-all-reduce", "f32", ("slices",), 3, 300, 450.0, ())
 

@@ -74,10 +74,10 @@ def test_a_program_on_its_own_chips_is_itself(scaling, results):
         )
 
 
-def test_the_rules_foretell_the_program_for_four_times_the_chips(scaling, results):
+def test_the_rules_predict_the_program_for_four_times_the_chips(scaling, results):
     program = results["8k, 4096 chips"]
-    foretold = scaling.extrapolate(results["8k"], chips=program["chips"], tokens=program["tokens"])
-    assert foretold == pytest.approx(scaling.by_class(program), rel=0.03, abs=0.01)
+    predicted = scaling.extrapolate(results["8k"], chips=program["chips"], tokens=program["tokens"])
+    assert predicted == pytest.approx(scaling.by_class(program), rel=0.03, abs=0.01)
 
 
 def test_a_chip_with_the_fewest_tokens_sends_as_long_as_it_computes(scaling, results):

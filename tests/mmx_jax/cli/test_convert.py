@@ -87,4 +87,4 @@ def test_an_error_takes_two_lines():
     assert done.returncode == 1
     first, second = done.stderr.splitlines()
     assert first == "python -m mmx_jax.convert: import takes two arguments, SRC and DST; it got 1"
-    assert second.startswith("usage: python -m mmx_jax.convert import SRC DST |") and second.endswith("--help")
+    assert second.startswith("usage: python -m mmx_jax.convert import SRC DST |") and second.endswith("--help)")
