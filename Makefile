@@ -59,7 +59,7 @@ fuzz: $(INSTALLED)
 parity: $(INSTALLED_PARITY)
 	$(BIN)/python -m pytest -m parity $(TESTS)
 
-# What is compiled for TPUs that are not there: some minutes.
+# Compile for TPUs without access to one: some minutes.
 topology: $(INSTALLED_TPU)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "topology or topology_subset" $(TESTS)
 

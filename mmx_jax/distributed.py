@@ -92,7 +92,7 @@ def together(remedy: Callable[[], str]) -> Iterator[None]:
         yield
         return
     lost = f"another process of this run has ended or was silent for {_LOST_SECONDS} s (see jax's lines above)"
-    with _message_on_abort(lambda: f"{lost}, and so ends this: {remedy()}\n"):
+    with _message_on_abort(lambda: f"{lost}; this process stops too: {remedy()}\n"):
         try:
             yield
         except (RuntimeError, ValueError) as error:
