@@ -33,9 +33,15 @@ def synthetic_config(total_bytes: int, largest_bytes: int) -> ModelConfig:
     hidden = 2048 if largest_bytes >= 32 * 10**6 else 1024
     mlp_dim = max(64, largest_bytes // (8 * hidden) // 64 * 64)  # a quarter of the largest tensor, the embedding
     shapes = dict(
-        vocab_size=largest_bytes // (2 * hidden) // 64 * 64, hidden_size=hidden, mlp_dim=mlp_dim, num_experts=8,
-        num_heads=hidden // 128, num_kv_heads=4, head_dim=128, layer_pattern=("lightning", "softmax"),
-    )  # fmt: skip
+        vocab_size=largest_bytes // (2 * hidden) // 64 * 64,
+        hidden_size=hidden,
+        mlp_dim=mlp_dim,
+        num_experts=8,
+        num_heads=hidden // 128,
+        num_kv_heads=4,
+        head_dim=128,
+        layer_pattern=("lightning", "softmax"),
+    )
 
     def size(layers):
         mappings = hf_mapping.expand(ModelConfig(num_layers=layers, **shapes))
@@ -82,9 +88,11 @@ def measure(arguments: list[str], total_bytes: int) -> dict[str, float]:
     seconds = time.monotonic() - start
     peak = usage.ru_maxrss * 1024 / 1e6
     return {
-        "seconds": round(seconds, 2), "gigabytes_per_second": round(total_bytes / 1e9 / seconds, 3),
-        "peak_megabytes": round(peak, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-    }  # fmt: skip
+        "seconds": round(seconds, 2),
+        "gigabytes_per_second": round(total_bytes / 1e9 / seconds, 3),
+        "peak_megabytes": round(peak, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+    }
 
 
 def main():
@@ -101,12 +109,14 @@ def main():
         total, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
         source, weights, out = (str(work / name) for name in ("source", "weights", "out"))
         result = {
-            "gigabytes": round(total / 1e9, 3), "tensors": len(specs), "largest_megabytes": round(largest / 1e6, 1),
+            "gigabytes": round(total / 1e9, 3),
+            "tensors": len(specs),
+            "largest_megabytes": round(largest / 1e6, 1),
             "bound_megabytes": 3 * round(largest / 1e6, 1) + 500,
             "import": measure(["import", source, weights], total),
             "export": measure(["export", weights, out], total),
             "verify": measure(["verify", source, weights], total),
-        }  # fmt: skip
+        }
         files = [file.name for file in Path(source).glob("*.safetensors")]
         result["byte_identical"] = filecmp.cmpfiles(source, out, files, shallow=False)[0] == files
     finally:

@@ -38,9 +38,19 @@ from mmx_jax.training import train_step as training_step
 from pallas_kernels import platform
 
 WIDE = ModelConfig(
-    vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, rotary_dim=64,
-    mlp_dim=768, num_experts=8, experts_per_token=2, max_position_embeddings=16384, dtype="float32",
-)  # fmt: skip
+    vocab_size=8192,
+    hidden_size=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    rotary_dim=64,
+    mlp_dim=768,
+    num_experts=8,
+    experts_per_token=2,
+    max_position_embeddings=16384,
+    dtype="float32",
+)
 _demo = config_io.load_config(Path(__file__).resolve().parent.parent / "configs/debug.py")
 DEBUG = _demo.training
 DEBUG_MODEL = dataclasses.replace(_demo.model, rotary_dim=_demo.model.head_dim)

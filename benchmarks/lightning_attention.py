@@ -62,9 +62,15 @@ def measure_jax(shapes, skipped):
 
         def attend(q, k, v, initial=None):
             return lightning_attention(
-                q, k, v, slopes, segment_ids=segment_ids, initial_state=initial, implementation=implementation,
+                q,
+                k,
+                v,
+                slopes,
+                segment_ids=segment_ids,
+                initial_state=initial,
+                implementation=implementation,
                 chunk_size=256,
-            )  # fmt: skip
+            )
 
         def handed_over(tokens):
             return [x[:, -1:] if length > WHOLE else x for x in tokens]

@@ -78,9 +78,19 @@ def with_gradients(function, inputs, cotangents):
 
 
 def lightning_error(
-    implementation, *, dtype="bfloat16", dim=64, heads=2, slopes=None, segments=None, length=192, initial=False,
-    states=False, gradients=False, reverse=False,
-):  # fmt: skip
+    implementation,
+    *,
+    dtype="bfloat16",
+    dim=64,
+    heads=2,
+    slopes=None,
+    segments=None,
+    length=192,
+    initial=False,
+    states=False,
+    gradients=False,
+    reverse=False,
+):
     rng = np.random.default_rng(0)
     ids = None if segments is None else segment_ids(segments)
     length = length if ids is None else ids.shape[1]
@@ -96,9 +106,16 @@ def lightning_error(
     def attend(name, options=()):
         def run(q, k, v, state):
             return lightning.lightning_attention(
-                q, k, v, jnp.asarray(slopes), segment_ids=ids, initial_state=state, reverse=reverse,
-                implementation=name, **dict(options),
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                jnp.asarray(slopes),
+                segment_ids=ids,
+                initial_state=state,
+                reverse=reverse,
+                implementation=name,
+                **dict(options),
+            )
 
         return jax.jit(lambda *inputs: with_gradients(run, inputs, cotangents) if gradients else (run(*inputs), ()))
 

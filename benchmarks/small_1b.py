@@ -94,9 +94,12 @@ def time_training(config, packed, on_mesh=True):
 
         seconds = median_seconds(once, 5)
     return dict(
-        tokens_per_s=rows * length / seconds, step_s=seconds, compile_s=compile_s,
-        temp_gb=memory.temp_size_in_bytes / 1e9, arguments_gb=memory.argument_size_in_bytes / 1e9,
-    )  # fmt: skip
+        tokens_per_s=rows * length / seconds,
+        step_s=seconds,
+        compile_s=compile_s,
+        temp_gb=memory.temp_size_in_bytes / 1e9,
+        arguments_gb=memory.argument_size_in_bytes / 1e9,
+    )
 
 
 def time_prefill(model, params, length, chunk):

@@ -196,7 +196,7 @@ def _batch_axes(mesh, args, in_axes):
     return tuple(taken)
 
 
-def shardings_of(logical_axes: Any, abstract: Any, mesh: Mesh) -> Any:
+def shardings_of(logical_axes: Any, abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedShardings for a tree of logical axes; raises where a mesh axis does not divide its dimension.
 
     Args:

@@ -13,9 +13,9 @@ import collections
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,14 +99,14 @@ class _Measured(NamedTuple):
     failure: str = ""
 
 
-def parse_shape(op, text):
+def parse_shape(op: str, text: str) -> block_sizes.Shape:
     """The shape that "rows=8192,depth=6144" stands for, with the defaults of `op`.
 
     Raises:
       Refusal: an unknown or missing field, or a value that is no size.
     """
     defaults = OPS[op].defaults
-    shape = dict(defaults)
+    shape: dict[str, Any] = dict(defaults)
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in defaults:
@@ -146,7 +146,7 @@ def _choices(op, implementation, shape, *, backward):
     return [choice for choice in record if choice.kernel.implementation == implementation]
 
 
-def resolve(op, implementation, shape):
+def resolve(op: str, implementation: str, shape: block_sizes.Shape) -> str:
     """The name of the implementation to tune.
 
     Raises:
@@ -170,7 +170,7 @@ def resolve(op, implementation, shape):
 
 
 class _Job(NamedTuple):
-    """What stays the same while the kernels of an implementation are measured."""
+    """Settings shared by all measurements of an implementation."""
 
     op: str
     implementation: str
@@ -179,13 +179,15 @@ class _Job(NamedTuple):
     want: list[np.ndarray]  # output and all gradients by the definition, on a short shape
 
 
-def job(op, implementation, shape, rounds):
+def job(op: str, implementation: str, shape: block_sizes.Shape, rounds: int) -> _Job:
     """A `_Job`, with the definition computed."""
     inputs = OPS[op].inputs(OPS[op].shorten(shape))
     return _Job(op, implementation, shape, rounds, _leaves(_program(op, "reference", backward=True)(*inputs)))
 
 
-def measure(job, kernel, parameters, found, *, backward):
+def measure(
+    job: _Job, kernel: block_sizes.Kernel, parameters: block_sizes.Parameters, found: dict, *, backward: bool
+) -> _Measured:
     """Error and time of a kernel with `parameters`.
 
     Args:
@@ -210,7 +212,7 @@ def measure(job, kernel, parameters, found, *, backward):
             # The short shape has no room for these parameters: they are held against what is chosen without them.
             with block_sizes.forced(found):
                 error = max(error, float(_difference(results, program()(*inputs))))
-        if not error <= _LIMITS[job.shape["dtype"]]:
+        if not error <= _LIMITS[str(job.shape["dtype"])]:
             return _Measured(parameters, error, None, f"wrong: error {error:.1e}")
         return _Measured(parameters, error, _median_ms(run, inputs, job.rounds))
     except Exception as failure:  # a block that this chip has no room for fails in its compiler, in many ways
@@ -262,8 +264,10 @@ def _measure_all(job, choice, found, *, backward):
         left = (time.monotonic() - start) / number * (len(candidates) - number)
         print(
             f"{choice.kernel.name}: {number} of {len(candidates)}, best {best:.4g} ms, {left:.0f} s left ",
-            end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True,
-        )  # fmt: skip
+            end="\r" if sys.stderr.isatty() else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
     return measured
 
 
@@ -298,7 +302,16 @@ def _plan(op, implementation, shape, *, forward_alone):
     return [(c, in_all[c.kernel] > in_forward[c.kernel]) for c in {c.kernel: c for c in asked}.values()]
 
 
-def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, rounds=7, dry_run=False):
+def tune(
+    op: str,
+    shape: str,
+    *,
+    implementation: str = "auto",
+    table: str | None = None,
+    forward_alone: bool = False,
+    rounds: int = 7,
+    dry_run: bool = False,
+) -> None:
     """See the head of this file.
 
     Args:
@@ -315,19 +328,19 @@ def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, r
     """
     if op not in OPS:
         raise Refusal(f"--op is one of {', '.join(OPS)}; got {op!r}")
-    shape = parse_shape(op, shape)
-    table = Path(table) if table else block_sizes.table_path()
+    sizes = parse_shape(op, shape)
+    path = Path(table) if table else block_sizes.table_path()
     if not dry_run:
-        _check_writable(table)
-    implementation = resolve(op, implementation, shape)
-    plan = _plan(op, implementation, shape, forward_alone=forward_alone)
-    print(f"{block_sizes.device()}, jax {jax.__version__}, {implementation}, table {table}", flush=True)
+        _check_writable(path)
+    implementation = resolve(op, implementation, sizes)
+    plan = _plan(op, implementation, sizes, forward_alone=forward_alone)
+    print(f"{block_sizes.device()}, jax {jax.__version__}, {implementation}, table {path}", flush=True)
     if dry_run:
         for choice, _ in plan:
             note = f"and {len(choice.candidates)} candidates"
             print(_table_of(choice, [_Measured(choice.heuristic, 0.0, None, note)]))
         return
-    own, found = job(op, implementation, shape, rounds), {}
+    own, found = job(op, implementation, sizes, rounds), {}
     for choice, backward in plan:
         measured = _measure_all(own, choice, found, backward=backward)
         print(_table_of(choice, measured), flush=True)
@@ -336,14 +349,15 @@ def tune(op, shape, *, implementation="auto", table=None, forward_alone=False, r
             raise Refusal(f"no candidate of {choice.kernel.name} is right and runs: nothing is entered for it")
         best = min(timed, key=lambda m: m.ms)
         found[choice.kernel] = best.parameters
-        block_sizes.store(table, choice.kernel, choice.shape, best.parameters, round(best.ms, 5))
+        block_sizes.store(path, choice.kernel, choice.shape, best.parameters, round(best.ms, 5))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.autotune", description=__doc__,
+        prog="python -m pallas_kernels.autotune",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--op", required=True, help=" or ".join(OPS))
     parser.add_argument("--shape", required=True, help="fields and sizes, as above")
     parser.add_argument("--implementation", default="auto", help="instead of the default of this device")

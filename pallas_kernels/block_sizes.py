@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -37,7 +37,7 @@ class TableError(ValueError):
 
 
 class Kernel(NamedTuple):
-    """What has parameters of its own."""
+    """A kernel with block sizes of its own."""
 
     op: str
     implementation: str
@@ -57,9 +57,9 @@ class Choice(NamedTuple):
 
 
 # What a table holds of each entry, and the type of it.
-_FIELDS = dict(
+_FIELDS: dict[str, Any] = dict(
     op=str, implementation=str, kernel=str, device=str, shape=dict, parameters=dict, ms=(int, float), jax=str
-)  # fmt: skip
+)
 
 _FORCED: contextvars.ContextVar[dict[Kernel, Parameters]] = contextvars.ContextVar("forced", default={})  # noqa: B039
 _RECORD: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("record", default=None)
@@ -99,7 +99,7 @@ def choose(
 
 
 @contextlib.contextmanager
-def forced(parameters: dict[Kernel, Parameters]):
+def forced(parameters: dict[Kernel, Parameters]) -> Iterator[None]:
     """Makes `choose` answer these inside, where they are candidates. What jit traced before keeps what it chose."""
     token = _FORCED.set(parameters)
     try:
@@ -109,7 +109,7 @@ def forced(parameters: dict[Kernel, Parameters]):
 
 
 @contextlib.contextmanager
-def recorded():
+def recorded() -> Iterator[Any]:
     """A list that every `choose` inside adds a `Choice` to."""
     record: list[Choice] = []
     token = _RECORD.set(record)
@@ -141,10 +141,10 @@ def load(path: Path) -> list[dict]:
     except OSError as error:
         raise TableError(f"cannot read the tuning table {path}: {error.strerror}") from error
     except ValueError as error:
-        raise TableError(f"the tuning table {path} is not JSON ({error}); mend or replace it") from error
+        raise TableError(f"the tuning table {path} is not JSON ({error}); fix or replace it") from error
     entries = table.get("entries") if isinstance(table, dict) else None
     if not isinstance(entries, list):
-        raise TableError(f'the tuning table {path} is not {{"entries": [...]}}; mend or replace it')
+        raise TableError(f'the tuning table {path} is not {{"entries": [...]}}; fix or replace it')
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or set(entry) != set(_FIELDS):
             raise TableError(f"entry {number} of the tuning table {path} must have the fields {', '.join(_FIELDS)}")
@@ -154,7 +154,7 @@ def load(path: Path) -> list[dict]:
     return entries
 
 
-def store(path: Path, kernel: Kernel, shape: Shape, parameters: Parameters, ms: float):
+def store(path: Path, kernel: Kernel, shape: Shape, parameters: Parameters, ms: float) -> None:
     """Puts what was measured on the device at hand into a table, in place of what it had for the same.
 
     Raises:
@@ -163,14 +163,20 @@ def store(path: Path, kernel: Kernel, shape: Shape, parameters: Parameters, ms: 
     """
     op, implementation, name = kernel
     entry = dict(
-        op=op, implementation=implementation, kernel=name, device=device(), shape=shape, parameters=parameters,
-        ms=ms, jax=jax.__version__,
-    )  # fmt: skip
+        op=op,
+        implementation=implementation,
+        kernel=name,
+        device=device(),
+        shape=shape,
+        parameters=parameters,
+        ms=ms,
+        jax=jax.__version__,
+    )
     entries = load(path) if path.exists() else []
     save(path, [*(e for e in entries if _key_of(e) != _key_of(entry)), entry])
 
 
-def check_writable(path: Path):
+def check_writable(path: Path) -> None:
     """Raises what `store` would, and changes nothing."""
     if path.exists():
         load(path)
@@ -178,7 +184,7 @@ def check_writable(path: Path):
         pass
 
 
-def save(path: Path, entries: list[dict]):
+def save(path: Path, entries: list[dict]) -> None:
     """Replaces a table as a whole, or not at all.
 
     Raises:

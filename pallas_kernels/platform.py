@@ -3,6 +3,8 @@
 import contextlib
 import contextvars
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -20,7 +22,7 @@ def platform() -> str:
 
 
 @contextlib.contextmanager
-def target(name: str):
+def target(name: str) -> Iterator[None]:
     """Makes `platform()` answer `name` inside: for compiling ahead of time for hardware that this host lacks.
 
     It is read while a function is traced, and jit keeps traces: a jitted function that was traced outside keeps
@@ -49,7 +51,7 @@ def compiler_options() -> dict[str, str]:
     return {}
 
 
-def announce(op: str, implementation: str, reason: str):
+def announce(op: str, implementation: str, reason: str) -> None:
     """Logs once per process which implementation `implementation="auto"` stands for."""
     if (op, implementation) not in _ANNOUNCED:
         _ANNOUNCED.add((op, implementation))
@@ -62,7 +64,7 @@ def divided() -> bool:
     return any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes))
 
 
-def why_not(check) -> str | None:
+def why_not(check: Callable[[], object]) -> str | None:
     """Why a kernel cannot be the default here, or None: what its `check` says, or that the compiler divides arrays.
 
     Args:
@@ -77,6 +79,6 @@ def why_not(check) -> str | None:
     return None
 
 
-def cdiv(a: int, b: int) -> int:
-    """Quotient rounded up."""
+def cdiv(a: Any, b: Any) -> Any:
+    """Quotient of two integers, or integer arrays, rounded up."""
     return -(-a // b)

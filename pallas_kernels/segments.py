@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def number_segments(segment_ids) -> jax.Array:
+def number_segments(segment_ids: jax.Array) -> jax.Array:
     """Numbers the documents of each row 1, 2, 3, ... from left to right; padding stays 0.
 
     A document is a maximal run of equal positive ids with padding left out: padding inside a document does not end it,

@@ -71,9 +71,20 @@ ONLY_EXTERNAL = {
 
 # Of an extra: imported where it is used, so that the core runs without it.
 OPTIONAL = {
-    "grain", "array_record", "pyarrow", "zstandard", "tensorboardX", "matplotlib", "wandb", "huggingface_hub",
-    "starlette", "uvicorn", "PIL", "qwix", "tokamax",
-}  # fmt: skip
+    "grain",
+    "array_record",
+    "pyarrow",
+    "zstandard",
+    "tensorboardX",
+    "matplotlib",
+    "wandb",
+    "huggingface_hub",
+    "starlette",
+    "uvicorn",
+    "PIL",
+    "qwix",
+    "tokamax",
+}
 
 # Never at run time, whatever is installed.
 FORBIDDEN = {"torch", "transformers", "safetensors", "tensorflow", "clu", "ml_collections", "einops", "chex"}

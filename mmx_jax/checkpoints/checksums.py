@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping as MappingOf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def stored_checksums(params_dir: Path) -> dict[Path_, int]:
 
 
 def remedy(params_dir: Path) -> str:
-    """What to do about a training step that is damaged."""
+    """The remedy for a damaged training step, for an error message."""
     step, run = params_dir.parent, params_dir.parent.parent
     others = [entry for entry in run.iterdir() if entry.name.isdigit() and entry != step]
     if not others:
@@ -40,7 +41,7 @@ def remedy(params_dir: Path) -> str:
     return f"take another step of the run: {names}"
 
 
-def check(params_dir: Path, found: MappingOf[Path_, int], expected: MappingOf[Path_, int]):
+def check(params_dir: Path, found: MappingOf[Path_, int], expected: MappingOf[Path_, int]) -> None:
     """Raises ConversionError, naming step and parameters, where checksums differ."""
     damaged = sorted("/".join(path) for path, value in found.items() if expected.get(path) != value)
     if damaged:
@@ -58,11 +59,11 @@ class RunningChecksums:
         self._parts: dict[str, int] = {}  # by tensor
         self._lock = threading.Lock()
 
-    def begin(self, tensor: str):
+    def begin(self, tensor: str) -> None:
         """The tensor is read from its start, perhaps once more."""
         self._parts[tensor] = 0
 
-    def add(self, tensor: str, values: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]):
+    def add(self, tensor: str, values: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]) -> None:
         """`values`, of the tensor, lie at `origin` of its parameter of `shape`."""
         if self._expected:
             part = region_checksum(values, origin, shape)
@@ -70,14 +71,14 @@ class RunningChecksums:
                 self._parts[tensor] = (self._parts[tensor] + part) % 2**32
 
     def parts(self, tensors: list[str]) -> dict[str, int]:
-        """What those tensors add, to be kept where reading them again is to be spared."""
+        """Contributions of those tensors, to be kept so that they need not be read again."""
         return {tensor: self._parts[tensor] for tensor in tensors}
 
-    def restore(self, parts: MappingOf[str, int]):
+    def restore(self, parts: MappingOf[str, int]) -> None:
         """Takes what `parts` gave for tensors that are not read again."""
         self._parts.update(parts)
 
-    def check(self, mappings):
+    def check(self, mappings: Any) -> None:
         """Raises ConversionError unless the parameters, all of which were read, are those that were saved."""
         if not self._expected:
             return

@@ -11,6 +11,6 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be converted; the message names the file or tensor and the remedy."""
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """The `repr` of a value from a file, cut short in every direction, so that a message stays one line."""
     return _REPR.repr(value)

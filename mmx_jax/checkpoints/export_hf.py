@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ExportSource:
     carry_from: Path | None
 
 
-def conversion_destination(path, *, arrays: bool = False) -> Path:
+def conversion_destination(path: str | os.PathLike, *, arrays: bool = False) -> Path:
     """A path to write to; raises ConversionError where that cannot be."""
     try:
         return filesystem.destination(path, arrays=arrays)
@@ -80,7 +81,7 @@ def conversion_destination(path, *, arrays: bool = False) -> Path:
         raise ConversionError(str(error)) from None
 
 
-def largest_tensor(specs) -> int:
+def largest_tensor(specs: Any) -> int:
     """Bytes of the largest of the tensors."""
     return max(spec.nbytes for spec in specs)
 
@@ -94,7 +95,7 @@ def carry_files(folder: Path | None, destination: Path) -> list[str]:
     return [file.name for file in carried]
 
 
-def export_checkpoint(source_path, destination, **options) -> str:
+def export_checkpoint(source_path: str | os.PathLike, destination: str | os.PathLike, **options) -> str:
     """Any checkpoint -> Hugging Face folder with the released tensor names.
 
     Args:

@@ -96,7 +96,8 @@ def eos_ids(config: ModelConfig, folder: Path | None) -> tuple[int, ...]:
 
 
 def token_ids(config: ModelConfig, folder: Path | None) -> TokenIds:
-    """What an export states: the config first, then the tokenizer of `folder`, then generation_config.json.
+    """The special tokens that an export states: the config first, then the tokenizer of `folder`, then
+    generation_config.json.
 
     Raises:
       ConversionError: as `eos_ids`, or the tokenizer has an id outside the vocabulary.

@@ -349,7 +349,7 @@ def _rotary_dim(config, head_dim):
 
 
 def _rope_theta(config):
-    """Top-level `rope_theta` wins: a development build of transformers v5 saved its default beside it (spec A.2.5)."""
+    """Top-level `rope_theta` wins: a development build of transformers v5 put its own default in `rope_parameters`."""
     parameters = _rope_parameters(config)
     if config.get("rope_theta") is None:
         if parameters.get("rope_theta") is None:
@@ -359,8 +359,10 @@ def _rope_theta(config):
     if parameters.get("rope_theta") is not None and _number(parameters, "rope_theta") != theta:
         logging.warning(
             "config.json states rope_theta=%g and rope_parameters.rope_theta=%g: the top-level value is used, "
-            "which is right for a model derived from a released one", theta, _number(parameters, "rope_theta"),
-        )  # fmt: skip
+            "which is right for a model derived from a released one",
+            theta,
+            _number(parameters, "rope_theta"),
+        )
     return theta
 
 

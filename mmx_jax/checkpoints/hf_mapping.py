@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections import abc
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class Mapping:
         return out
 
 
-def copy_strips(destination: np.ndarray, source: np.ndarray):
+def copy_strips(destination: np.ndarray, source: np.ndarray) -> None:
     """`destination[...] = source` of one shape and dtype, several times faster where the two are transposed."""
     raw = np.dtype(f"u{destination.dtype.itemsize}")  # bfloat16 copies element by element through a function pointer
     destination, source = destination.view(raw), source.view(raw)
@@ -108,9 +109,15 @@ def expand(config: ModelConfig) -> list[Mapping]:
 
 def _expand(config, num_blocks, num_experts):
     sizes = {
-        "V": config.vocab_size, "M": config.hidden_size, "H": config.num_heads, "K": config.num_kv_heads,
-        "D": config.head_dim, "F": config.mlp_dim, "E": config.num_experts, "3": 3,
-    }  # fmt: skip
+        "V": config.vocab_size,
+        "M": config.hidden_size,
+        "H": config.num_heads,
+        "K": config.num_kv_heads,
+        "D": config.head_dim,
+        "F": config.mlp_dim,
+        "E": config.num_experts,
+        "3": 3,
+    }
     model_rules, layer_rules = _parted_rules()
     mappings = [_mapping(model_rules[0], sizes)]
     period = len(config.layer_pattern)
@@ -143,7 +150,7 @@ def _scale(config):
     return f"num_layers={shown(config.num_layers)} with num_experts={shown(config.num_experts)}"
 
 
-def check_count(config: ModelConfig, present: int, where: str):
+def check_count(config: ModelConfig, present: int, where: str) -> None:
     """Raises ConversionError where a config asks for far more tensors than are there, before they are all named."""
     if sum(_tensors(config, config.num_blocks, config.num_experts)) > 2 * present + 1000:
         raise ConversionError(
@@ -185,7 +192,9 @@ def leaf_shapes(config: ModelConfig, mappings: list[Mapping]) -> dict[tuple[str,
     return {mapping.leaf: prefix[: len(mapping.index)] + mapping.slice_shape for mapping in mappings}
 
 
-def check_parameters(config: ModelConfig, mappings: list[Mapping], parameters: dict[tuple[str, ...], tuple[int, ...]]):
+def check_parameters(
+    config: ModelConfig, mappings: list[Mapping], parameters: dict[tuple[str, ...], tuple[int, ...]]
+) -> None:
     """Checks that `parameters` (path -> shape) are exactly those that the mappings fill, each slice once.
 
     Raises:
@@ -209,7 +218,7 @@ def check_parameters(config: ModelConfig, mappings: list[Mapping], parameters: d
 
 
 def check_tensors(
-    config: ModelConfig, mappings: list[Mapping], tensors: dict[str, TensorSpec], where: str
+    config: ModelConfig, mappings: list[Mapping], tensors: abc.Mapping[str, TensorSpec], where: str
 ) -> list[str]:
     """Checks that the tensors of a Hugging Face checkpoint are exactly those that the mappings consume.
 

@@ -10,7 +10,9 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mmx_jax.checkpoints.errors import ConversionError
 from mmx_jax.checkpoints.safetensors import fsync_folder
@@ -60,7 +62,7 @@ class Job:
         if _exists(self.destination) and not overwrite:
             raise ConversionError(f"{self.destination}: exists already; give --overwrite to replace it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / JOURNAL, "a+b", buffering=0)
+        self._file: Any = open(self.folder / JOURNAL, "a+b", buffering=0)
         lines = self._read()
         self.finished: dict[str, dict] = {}
         self.resumed = bool(lines)
@@ -71,23 +73,23 @@ class Job:
                 return
             if not overwrite:
                 raise ConversionError(
-                    f"{difference} changed since {self.folder} was begun; begin anew with --overwrite"
+                    f"{difference} changed since {self.folder} was begun; start over with --overwrite"
                 )
         self.resumed = False
         self._clear()
         self._plan = plan
 
-    def begin(self):
+    def begin(self) -> None:
         """Records the plan, once the folder is ready to take parts. Nothing is resumed that did not get here."""
         if not self.resumed:
             self._append(self._plan)
 
-    def record(self, part: str, **facts):
+    def record(self, part: str, **facts) -> None:
         """Notes that a part is finished and on disk."""
         self.finished[part] = {"part": part, **facts}
         self._append(self.finished[part])
 
-    def commit(self):
+    def commit(self) -> None:
         """Gives the folder its final name; a kill at any point leaves the old or the new folder there, or beside it."""
         for folder, _, _ in os.walk(self.folder):
             fsync_folder(Path(folder))
@@ -102,11 +104,11 @@ class Job:
             os.rename(self.folder, self.destination)
         self._finish_commit()
 
-    def discard(self):
+    def discard(self) -> None:
         """Removes the unfinished folder: what is in it cannot be made good."""
         filesystem.remove(self.folder)
 
-    def close(self):
+    def close(self) -> None:
         """Lets others convert into the destination."""
         if self._file is not None:
             self._file.close()
@@ -140,10 +142,10 @@ class Job:
         try:
             lines = [json_io.loads(line) for line in whole.split(b"\n")[:-1]]
         except json_io.JsonError as error:
-            raise ConversionError(f"{damaged} ({error}); remove {self.folder} and begin anew") from None
+            raise ConversionError(f"{damaged} ({error}); remove {self.folder} and start over") from None
         known = all(line in (_BY_EXCHANGE, _BY_REPLACED) or _is_part(line) for line in lines[1:])
         if lines and not (isinstance(lines[0], dict) and known):
-            raise ConversionError(f"{damaged}; remove {self.folder} and begin anew")
+            raise ConversionError(f"{damaged}; remove {self.folder} and start over")
         return lines
 
     def _clear(self):
@@ -199,7 +201,7 @@ def _first_difference(old, new, name="the plan"):
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path):
+def disk_errors(folder: Path) -> Iterator[None]:
     """Turns errors of the file system into ConversionError, a full disk with its remedy."""
     remedy = "free some space and run the same command again: it continues where it stopped"
     try:
@@ -209,7 +211,7 @@ def disk_errors(folder: Path):
         raise ConversionError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def check_free_space(folder: Path, needed: int):
+def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConversionError(

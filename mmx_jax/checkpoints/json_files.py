@@ -22,13 +22,13 @@ _OF_AN_ERROR = {
 }
 
 
-def check_regular(path: Path):
+def check_regular(path: Path) -> None:
     """Raises ConversionError unless `path` is a regular file: opening a pipe would wait for ever."""
     if problem := file_kinds.not_regular(path):
         raise ConversionError(f"{path}: {problem}; a file is needed, copy or download it again")
 
 
-def check_itself(path: Path):
+def check_itself(path: Path) -> None:
     """Raises ConversionError where only a pointer to a file, or a broken link, has its name."""
     check_regular(path)
     with open(path, "rb") as file:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import sys
 import uuid
 from pathlib import Path
@@ -26,7 +27,11 @@ FLOAT32 = np.dtype(np.float32)
 
 
 def load_params(
-    path, *, param_dtype: str | None = None, mesh=None, shardings=None
+    path: str | os.PathLike,
+    *,
+    param_dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    shardings: Any = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads the parameters of any checkpoint that `resolve` knows.
 
@@ -46,8 +51,9 @@ def load_params(
     if param_dtype not in (None, *hf_mapping.WEIGHT_DTYPES):
         raise ConversionError(f"param_dtype={param_dtype!r} is not one of {', '.join(hf_mapping.WEIGHT_DTYPES)}")
     huggingface = source.kind == "huggingface"
-    tensors = HuggingFaceTensors(source) if huggingface else None
+    tensors = None
     if huggingface:
+        tensors = HuggingFaceTensors(source)
         mappings = tensors.mappings
         stored = {mapping.leaf: tensors.specs[mapping.hf].dtype for mapping in mappings}
     else:
@@ -62,13 +68,13 @@ def load_params(
     if not huggingface:
         abstract = {path: jax.ShapeDtypeStruct(shapes[path], stored[path], sharding=places[path]) for path in shapes}
         return config, unflatten(_restore_checked(source.params_dir, abstract, dtypes))
-    slices = {}
+    slices: dict[tuple[str, ...], dict] = {}
     for mapping in mappings:
         slices.setdefault(mapping.leaf, {})[mapping.index] = mapping
     leaves = {}
-    for path, shape in shapes.items():
-        read = _ShardReader(tensors, slices[path], shape, dtypes[path])
-        leaves[path] = jax.make_array_from_callback(shape, places[path], read)
+    for leaf, shape in shapes.items():
+        read: Any = _ShardReader(tensors, slices[leaf], shape, dtypes[leaf])
+        leaves[leaf] = jax.make_array_from_callback(shape, places[leaf], read)
     return config, unflatten(leaves)
 
 
@@ -138,7 +144,7 @@ class _ShardReader:
     def __init__(self, tensors, mappings, shape, dtype):
         self._entries = tensors.folder.entries
         self._mappings, self._shape, self._dtype = mappings, shape, dtype
-        self._cached = None, None
+        self._cached: tuple[Any, Any] = None, None
 
     def __call__(self, region: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(size)[part] for part, size in zip(region, self._shape, strict=True)]
@@ -184,7 +190,13 @@ class _ArrayTensors:
 
 
 def save_huggingface(
-    params: dict[str, Any], config: ModelConfig, path, naming: str = "original", *, tokenizer_dir=None, **options
+    params: dict[str, Any],
+    config: ModelConfig,
+    path: str | os.PathLike,
+    naming: str = "original",
+    *,
+    tokenizer_dir: str | os.PathLike | None = None,
+    **options,
 ) -> str:
     """Writes parameters in memory as a Hugging Face folder.
 

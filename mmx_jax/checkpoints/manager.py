@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,9 @@ class Checkpointer:
         """Steps that are whole by the names of their folders: what orbax believes it holds includes one that failed."""
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
-    def save(self, step: int, state, *, position: dict, data, config: dict, eval_loss: float | None = None):
+    def save(
+        self, step: int, state: Any, *, position: dict, data: Any, config: dict, eval_loss: float | None = None
+    ) -> None:
         """Saves the training state of `step`.
 
         Args:
@@ -122,20 +125,20 @@ class Checkpointer:
             self.note_loss(step, eval_loss)
         self.poll()
 
-    def note_loss(self, step: int, eval_loss: float):
+    def note_loss(self, step: int, eval_loss: float) -> None:
         """Notes the held-out loss of `step`, saved or being saved. Without it, or not finite, it cannot be the best."""
         if math.isfinite(eval_loss):
             self._losses[step] = eval_loss
             if self._unread is None:
                 self._settle(step)
 
-    def poll(self):
+    def poll(self) -> None:
         """Reads the last save back if it has ended by now; raises CheckpointError as `wait` does."""
         # Several processes do so together, in `wait`.
         if self._unread is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
             self.wait()
 
-    def wait(self):
+    def wait(self) -> None:
         """Blocks until the last save is on disk and was read back; raises CheckpointError if either failed."""
         try:
             self._manager.wait_until_finished()
@@ -166,7 +169,7 @@ class Checkpointer:
         self._check_exists(step)
         return self._read(step, config=ocp.args.JsonRestore())["config"]
 
-    def restore(self, step: int, abstract_state):
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any, Any]:
         """Restores `step` onto the shardings of `abstract_state`, whatever mesh it was saved from.
 
         Args:
@@ -199,7 +202,7 @@ class Checkpointer:
         self._discard(reversed(later))  # newest first: a kill in between leaves a run that went less far
         return later
 
-    def close(self):
+    def close(self) -> None:
         self._manager.close()
 
     def _item(self, step, name):
@@ -357,7 +360,7 @@ def _check_arrays(folder, shapes, sums):
 
 
 @jax.jit
-def array_checksums(tree):
+def array_checksums(tree: Any) -> Any:
     """Per leaf, the sum of its bits times an odd number for each position, modulo 2^32.
 
     A sum of integers is the same on every mesh, and one flipped bit always changes this one.
@@ -385,7 +388,7 @@ def _checksums(state, position, data):
     """(checksums by name, names of the leaves that are not finite)."""
     arrays = {"params": state["params"], "optimizer": _optimizer_item(state)}
     sums, finite = (_by_name(tree) for tree in jax.device_get(_look_through(arrays)))
-    sums = {name: int(value) for name, value in sums.items()}
+    sums: dict[str, int | str] = {name: int(value) for name, value in sums.items()}
     text = json.dumps([position, data], sort_keys=True)
     sums["position and data"] = hashlib.sha256(text.encode()).hexdigest()
     return sums, [name for name, value in finite.items() if not value]

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(source):
+def read_manifest(source: Any) -> Any:
     path = source.params_dir.parent / MANIFEST
     if source.kind != "weights" or not path.exists():
         return {}

@@ -45,7 +45,7 @@ def choose(config: ModelConfig, naming: str, dtype: str, carried: Collection[str
     """
     notes = []
     if config.capacity_factor is not None:
-        notes.append(f"the exported model drops no token: capacity_factor={config.capacity_factor:g} is left out")
+        notes.append(f"the exported model drops no token: capacity_factor={config.capacity_factor:g} is omitted")
     if naming == "original" and (released := _released_code(config, carried)):
         return dataclasses.replace(released, notes=(*notes, *released.notes))
     load = "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
@@ -66,7 +66,7 @@ def choose(config: ModelConfig, naming: str, dtype: str, carried: Collection[str
 
 
 def stock_differences(config: ModelConfig, dtype: str) -> list[str]:
-    """What transformers' MiniMaxForCausalLM (5.24) would compute otherwise; empty where its logits are the same."""
+    """Differences of transformers' MiniMaxForCausalLM (5.24) from this model; empty where its logits are the same."""
     out, kinds = [], config.layer_kinds
     if "softmax" in kinds and config.rotary_dim != config.head_dim:
         out.append(f"it rotates all {config.head_dim} dims of a head, where the model rotates {config.rotary_dim}")

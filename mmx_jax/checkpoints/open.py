@@ -1,4 +1,4 @@
-"""What a checkpoint path may be, and one interface to its tensors in the Hugging Face layout."""
+"""Kinds of checkpoint paths, and one interface to its tensors in the Hugging Face layout."""
 
 import dataclasses
 import os
@@ -17,10 +17,17 @@ from mmx_jax.storage import filesystem as files
 
 # Files that travel with the weights. The remote code is what `auto_map` of a released config points to.
 CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "chat_template*",
-    "configuration_minimax*.py", "modeling_minimax*.py",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "configuration_minimax*.py",
+    "modeling_minimax*.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class WeightsSource:
         return places.get(self.kind, self.tokenizer_dir)
 
 
-def resolve(path) -> WeightsSource:
+def resolve(path: str | os.PathLike) -> WeightsSource:
     """Finds out what lies at `path`.
 
     Args:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ LAYOUT_BYTES = 4 * 2**20  # of the metadata that orbax writes, generously
 Path_ = tuple[str, ...]  # of a leaf in the tree
 
 
-def unflatten(leaves: dict[Path_, object]) -> dict:
+def unflatten(leaves: dict[Path_, Any]) -> dict[str, Any]:
     """path -> leaf as nested dicts."""
     tree = {}
     for path, leaf in leaves.items():
@@ -43,7 +44,7 @@ def unflatten(leaves: dict[Path_, object]) -> dict:
     return tree
 
 
-def flatten(tree: dict) -> dict[Path_, object]:
+def flatten(tree: dict) -> dict[Path_, Any]:
     """Nested dicts as path -> leaf."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
@@ -113,7 +114,7 @@ class ParamsWriter:
             region = tuple(slice(p * step, (p + 1) * step) for p, step in zip(position, chunk, strict=True))
             yield self._array(path) / ".".join(map(str, index + position)), region, chunk
 
-    def write(self, path: Path_, index: tuple[int, ...], piece: np.ndarray):
+    def write(self, path: Path_, index: tuple[int, ...], piece: np.ndarray) -> None:
         """Writes `leaf[index] = piece`; `piece` may be a transposed view. It is on disk on return."""
         for file, region, chunk in self._parts(path, index, piece.shape):
             part = piece[region]

@@ -18,10 +18,13 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
-                rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn(),
-                rich.progress.TimeRemainingColumn(), console=rich.console.Console(stderr=True),
-            )  # fmt: skip
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.DownloadColumn(),
+                rich.progress.TransferSpeedColumn(),
+                rich.progress.TimeRemainingColumn(),
+                console=rich.console.Console(stderr=True),
+            )
             self._task = self._bar.add_task(title, total=total)
 
     def __enter__(self):
@@ -35,7 +38,7 @@ class Progress:
         elif kind is None:
             self._line()
 
-    def advance(self, count: int, *, skipped: bool = False):
+    def advance(self, count: int, *, skipped: bool = False) -> None:
         self._done += count
         self._worked += 0 if skipped else count
         if self._bar:
@@ -51,5 +54,7 @@ class Progress:
         share = 100 * self._done / self._total if self._total else 100.0
         print(
             f"{self._title}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB ({share:.0f} %), "
-            f"{rate / 1e9:.2f} GB/s, ETA {eta}", file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"{rate / 1e9:.2f} GB/s, ETA {eta}",
+            file=sys.stderr,
+            flush=True,
+        )

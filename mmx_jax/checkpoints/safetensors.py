@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,19 +29,30 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 MAX_AXES = 32  # of a tensor, as NumPy had it before 2.0
 # The sub-byte dtypes F4, F6_E2M3 and F6_E3M2 have no NumPy counterpart that is packed as on disk.
 DTYPES = {
-    "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "U16": np.dtype(np.uint16), "I16": np.dtype(np.int16),
-    "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-    "U32": np.dtype(np.uint32), "I32": np.dtype(np.int32), "F32": np.dtype(np.float32),
-    "U64": np.dtype(np.uint64), "I64": np.dtype(np.int64), "F64": np.dtype(np.float64), "C64": np.dtype(np.complex64),
-}  # fmt: skip
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The safetensors package writes tensors by descending rank of the dtype, then by name; the same order makes our
 # files byte-identical to its own.
-WRITE_ORDER = (
+WRITE_ORDER: Sequence[str] = (
     "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64".split()
 )
 
@@ -75,7 +87,7 @@ class TensorEntry(TensorSpec):
     def read(self) -> np.ndarray:
         """The tensor in memory of its own, so that an I/O error is an exception and not a SIGBUS."""
         out = np.empty(self.nbytes, np.uint8)
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             while done < self.nbytes:
@@ -196,10 +208,10 @@ class SafetensorsFolder:
     fingerprint: dict[str, list]  # file -> [size, mtime in ns, sha256 of the header]
     ignored: tuple[str, ...] = ()  # "NAME in FILE" of copies that the index takes from another shard
 
-    def check_unchanged(self, fingerprint: dict[str, list], since: str):
+    def check_unchanged(self, fingerprint: dict[str, list], since: str) -> None:
         for name in sorted(set(self.fingerprint) | set(fingerprint)):
             if self.fingerprint.get(name) != fingerprint.get(name):
-                raise ConversionError(f"{self.path / name}: changed since {since}; begin anew with --overwrite")
+                raise ConversionError(f"{self.path / name}: changed since {since}; start over with --overwrite")
 
 
 def open_folder(path: str | os.PathLike) -> SafetensorsFolder:
@@ -294,7 +306,7 @@ def plan_shards(specs: list[TensorSpec], shard_size: int, naming: str) -> dict[s
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, base)}
 
 
-def write_index(path: Path, shards: dict[str, list[TensorSpec]]):
+def write_index(path: Path, shards: dict[str, list[TensorSpec]]) -> None:
     """Writes the index of several shards; `total_size` is the number of tensor bytes."""
     weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
     total = sum(spec.nbytes for specs in shards.values() for spec in specs)
@@ -322,7 +334,8 @@ def write_shard(
       The sha256 of the file, in hex.
     """
     specs = file_order(specs)
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    position = 0
     for spec in specs:
         offsets = [position, position + spec.nbytes]
         header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
@@ -351,11 +364,11 @@ def write_shard(
 
 def raw_bytes(array: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array, without a copy."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path):
+def atomic_file(path: Path) -> Iterator[Any]:
     """A file for writing bytes that takes its name only once whole and on disk; nothing is left on an error."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -380,13 +393,13 @@ class _CompleteWriter:
             view = view[self._file.write(view) :]
 
 
-def write_atomically(path: Path, text: str):
+def write_atomically(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         if text:
             file.write(text.encode())
 
 
-def fsync_folder(path: Path):
+def fsync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_main():
+def run_main() -> None:
     """Entry point of `mmx-convert` and of `python -m mmx_jax.convert`."""
     arguments.check_or_exit(flags_parser.program_name(), sys.argv)
     thread_errors.report_in_one_line(flags_parser.program_name())

@@ -4,7 +4,7 @@ import sys
 import threading
 
 
-def report_in_one_line(program: str):
+def report_in_one_line(program: str) -> None:
     """Shortens errors of threads to one line from now on: what concerns the run is raised in the main thread too.
 
     Tensorstore's threads report the reads that a failed one cancels ("Event loop is closed"): these are dropped.

@@ -39,7 +39,7 @@ class ReadingConfig(Section):
     """How data are read; which batches a run sees does not depend on it."""
 
     prefetch: int = 2  # batches read ahead
-    on_bad_row: str = "error"  # or "skip": rows that cannot be read are left out and counted
+    on_bad_row: str = "error"  # or "skip": rows that cannot be read are skipped and counted
     cache_dir: str = ""  # of decompressed copies of compressed JSON lines; empty: ~/.cache/mmx_jax/decompressed
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def _add_stop_tokens(folder: Path, eos: tuple[int, ...]):
         write_atomically(folder / generation_config.FILE, text + "\n")
 
 
-def import_checkpoint(source_path, destination, *, overwrite: bool = False) -> str:
+def import_checkpoint(
+    source_path: str | os.PathLike, destination: str | os.PathLike, *, overwrite: bool = False
+) -> str:
     """Hugging Face folder -> weights folder (config.json, params/, tokenizer files, manifest.json).
 
     Weights keep the dtype that they have on disk; the router is float32 (a bfloat16 one is widened, which is exact).

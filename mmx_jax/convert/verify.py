@@ -1,5 +1,8 @@
 """Two checkpoints compared tensor by tensor."""
 
+import os
+from collections.abc import Callable
+
 from mmx_jax.checkpoints.bounded_map import bounded_map
 from mmx_jax.checkpoints.difference import difference
 from mmx_jax.checkpoints.manifest import sha256
@@ -7,7 +10,13 @@ from mmx_jax.checkpoints.open import open_tensors, resolve
 from mmx_jax.checkpoints.progress import Progress
 
 
-def verify_checkpoints(first, second, print_line=print, *, show_all: bool = False) -> bool:
+def verify_checkpoints(
+    first: str | os.PathLike,
+    second: str | os.PathLike,
+    print_line: Callable[[str], object] = print,
+    *,
+    show_all: bool = False,
+) -> bool:
     """Compares two checkpoints of any kind tensor by tensor, and returns whether all are equal.
 
     Derived buffers do not count. Tensors are equal when dtype, shape and every byte are. A row is printed for each
@@ -23,12 +32,14 @@ def verify_checkpoints(first, second, print_line=print, *, show_all: bool = Fals
         specs = [side.specs.get(name) for side in sides]
         reads = [side.read if name in own else None for side, own in zip(sides, by_name, strict=True)]
         digests = [sha256(read(own[name])) if read else "-" for read, own in zip(reads, by_name, strict=True)]
-        comparable = None not in specs and specs[0].shape == specs[1].shape
-        if comparable and specs[0].dtype == specs[1].dtype and digests[0] == digests[1]:
+        a, b = specs
+        if a is None or b is None:
+            return digests, "only in one"
+        if a.shape != b.shape:
+            return digests, "shapes differ"
+        if a.dtype == b.dtype and digests[0] == digests[1]:
             return digests, None
-        if not comparable:
-            return digests, "only in one" if None in specs else "shapes differ"
-        return digests, difference(*(read(own[name]) for read, own in zip(reads, by_name, strict=True)))
+        return digests, difference(*(side.read(own[name]) for side, own in zip(sides, by_name, strict=True)))
 
     def size(name):
         return max(side.specs[name].nbytes for side in sides if name in side.specs)

@@ -1,7 +1,7 @@
 """Chat templates: messages to the text that a model was trained on.
 
 Templates are Jinja, rendered in a sandbox with the helpers that Hugging Face tokenizers rely on. The two
-built-in ones give the strings of MiniMax-Text-01 and MiniMax-M1 (spec F). Any other template is a program that came
+built-in ones give the strings of MiniMax-Text-01 and MiniMax-M1. Any other template is a program that came
 with a checkpoint. Jinja's sandbox keeps it from files and from Python, but lets it loop and allocate without end. So it
 runs in a process of its own, of limited CPU time and memory: this file, as a script.
 """
@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 # System and user turns read the first part only, as released. Tools follow the messages, also as released,
@@ -136,9 +138,11 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 @functools.cache
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
         extensions=[_Generation, jinja2.ext.loopcontrols],
-    )  # fmt: skip
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -169,7 +173,7 @@ def _reads_parts(source: str) -> bool:
         inner = loop.iter
         while isinstance(inner, jinja2.nodes.Filter):
             inner = inner.node
-        if _is_content(inner):
+        if inner is not None and _is_content(inner):
             return True
     return any(
         _is_content(item.node) and isinstance(item.arg, jinja2.nodes.Const) and isinstance(item.arg.value, int)
@@ -211,11 +215,11 @@ def _arguments(arguments: object, where: str) -> dict:
 
 def _tool_call(call: object, where: str) -> dict:
     """`{"type": "function", "function": {"name", "arguments"}}` with the arguments as an object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    known = isinstance(function, Mapping) and call.get("type", "function") == "function"
-    if not known or not isinstance(function.get("name"), str) or not function["name"]:
-        raise ChatError(f'{where} must be {{"type": "function", "function": {{"name", "arguments"}}}}, got {call!r}')
-    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments", {}), where)}}
+    if isinstance(call, Mapping) and call.get("type", "function") == "function":
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str) and function["name"]:
+            return {**call, "function": {**function, "arguments": _arguments(function.get("arguments", {}), where)}}
+    raise ChatError(f'{where} must be {{"type": "function", "function": {{"name", "arguments"}}}}, got {call!r}')
 
 
 def _with_tool_calls(messages: Sequence[Mapping]) -> list[dict]:
@@ -239,7 +243,8 @@ _KEYS = {"assistant": {"tool_calls"}, "tool": {"name", "tool_call_id"}, "functio
 def _check_written(messages: Sequence[Mapping], template: str) -> None:
     """Raises ChatError for what a built-in template would leave out."""
     for i, message in enumerate(messages):
-        role, content = message["role"], message.get("content")
+        role: str = message["role"]
+        content: Any = message.get("content")
         written = {"role", "content"} | _KEYS.get(role, set())
         left_out = [key for key, value in message.items() if key not in written and value not in (None, "", [], {})]
         if left_out:

@@ -8,6 +8,7 @@ packs what the others pack too.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,17 +20,17 @@ from mmx_jax.sharding import RULES, logical_to_spec
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
 
 
-def batch_sharding(mesh) -> NamedSharding:
+def batch_sharding(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> NamedSharding:
     """Sharding of an array [rows, T] of a batch."""
     return NamedSharding(mesh, logical_to_spec(("batch", "length")))
 
 
-def batch_shards(mesh) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Number of parts that the batch axis is divided into; 1 without a mesh."""
     return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(RULES["batch"]) if not mesh.empty)
 
 
-def rows_by_process(mesh, rows: int) -> dict[int, np.ndarray]:
+def rows_by_process(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int) -> dict[int, np.ndarray]:
     """The numbers of the rows of a batch of which the devices of each process hold parts, ascending."""
     blocks = {}
     for device, (block, _) in batch_sharding(mesh).devices_indices_map((rows, mesh.size)).items():
@@ -37,10 +38,10 @@ def rows_by_process(mesh, rows: int) -> dict[int, np.ndarray]:
     return {process: _numbers(own, rows) for process, own in blocks.items()}
 
 
-def own_rows(mesh, rows: int) -> np.ndarray:
-    """Those of this process."""
+def own_rows(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int) -> list[int]:
+    """Numbers of the rows of a batch that this process reads."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.size))
-    return _numbers([block for block, _ in indices.values()], rows)
+    return _numbers([index[0] for index in indices.values() if index], rows).tolist()
 
 
 def _numbers(blocks, rows):
@@ -53,7 +54,7 @@ def join_parts(parts: list[np.ndarray]) -> np.ndarray:
     return np.stack(parts, axis=1).reshape(-1, parts[0].shape[1])
 
 
-def part_of(own: np.ndarray, numbers: np.ndarray, index) -> np.ndarray:
+def part_of(own: np.ndarray, numbers: Sequence[int] | np.ndarray, index: Any) -> np.ndarray:
     """The part `index` of a batch of which some rows are at hand.
 
     Args:
@@ -66,7 +67,9 @@ def part_of(own: np.ndarray, numbers: np.ndarray, index) -> np.ndarray:
     return own[begin:end, length]
 
 
-def to_devices(batch: Mapping[str, np.ndarray], mesh, rows: int) -> dict[str, jax.Array]:
+def to_devices(
+    batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int
+) -> dict[str, jax.Array]:
     """A batch on the devices of all processes, from what each has read of it.
 
     Args:
@@ -85,8 +88,8 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh, rows: int) -> dict[str, ja
     }
 
 
-def reading_lines(config: Config, mesh) -> list[str]:
-    """What each process reads, a line for every stage; none where there is but one process."""
+def reading_lines(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> list[str]:
+    """Lines that say what each process reads, one for every stage; none if there is one process."""
     lines = []
     for stage in config.training.resolved_stages:
         rows = config.training.row_unit(stage)

@@ -123,7 +123,7 @@ def _gzip_file(stream: BinaryIO) -> gzip.GzipFile:
 
 
 def blocks_of(stream: BinaryIO) -> Iterator[bytes]:
-    """What is left of a stream, in pieces of 1 MiB."""
+    """The rest of a stream, in pieces of 1 MiB."""
     while block := stream.read(_BLOCK_BYTES):
         yield bytes(block)
 

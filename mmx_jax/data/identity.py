@@ -1,4 +1,4 @@
-"""What makes the data of a run the same data: content, never where it lies or when it was written."""
+"""Identity of the data of a run: content, never its place or its time."""
 
 import collections
 import hashlib
@@ -70,7 +70,7 @@ def _sha256(text: str) -> str:
 
 
 def differences(saved: dict, current: dict, names: Sequence[str]) -> list[str]:
-    """What differs between two identities of `data.TrainIterator`, in words.
+    """Differences between two identities of `data.TrainIterator`, in words.
 
     Args:
       names: what to call the sources of `current`.

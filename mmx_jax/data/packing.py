@@ -1,6 +1,8 @@
 """Documents to rows: pieces of bounded length, packed first-fit into rows of one length."""
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -24,28 +26,43 @@ def split_document(tokens: np.ndarray, length: int) -> list[dict[str, np.ndarray
     return [{"tokens": tokens[i : i + length], "targets": targets[i : i + length]} for i in starts]
 
 
-def pack(grain, pieces, *, length: int, bins: int, alignment: int, pad_id: int, seed: int, shuffle: bool):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingSpec:
+    """How pieces become rows.
+
+    Attributes:
+      length: T, tokens of a row.
+      bins: rows that are filled at a time, until a piece fits in none of them.
+      alignment: every segment starts at a multiple of it.
+      pad_id: the token at padding.
+    """
+
+    length: int
+    bins: int
+    alignment: int
+    pad_id: int
+
+
+def pack(grain: Any, pieces: Any, spec: PackingSpec, *, seed: int, shuffle: bool) -> Any:
     """First-fit packing of the pieces of a grain `IterDataset`, as another of rows.
 
     Rows are `{tokens, targets, segment_ids, positions}`, int32 [T]: segments count from 1, 0 is padding; positions
-    restart in every segment; every segment starts at a multiple of `alignment`. `bins` rows are filled at a time,
-    until a piece fits in none of them. The state of the iterator is that of its parent at the first of these
-    rows, and a count: restoring it packs them anew.
+    restart in every segment. The state of the iterator is that of its parent at the first of the rows that were filled
+    together, and a count: restoring it packs these rows again.
 
     Args:
       grain: the module.
       pieces: dataset of `split_document`'s pieces.
-      length: T.
       shuffle: give the rows that were filled together in random order; the first ones are the fullest.
     """
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces,
-        length_struct={"tokens": length, "targets": length},
-        num_packing_bins=bins,
+        length_struct={"tokens": spec.length, "targets": spec.length},
+        num_packing_bins=spec.bins,
         seed=seed,
         shuffle_bins=shuffle,
-        pack_alignment_struct={"tokens": alignment, "targets": alignment},
-        padding_struct={"tokens": pad_id, "targets": IGNORED},
+        pack_alignment_struct={"tokens": spec.alignment, "targets": spec.alignment},
+        padding_struct={"tokens": spec.pad_id, "targets": IGNORED},
     )
     return packed.map(_row)
 

@@ -15,12 +15,13 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from mmx_jax.config import DataConfig
 from mmx_jax.data import identity as data_identity
-from mmx_jax.data.packing import batches_of, pack, split_document
+from mmx_jax.data.packing import PackingSpec, batches_of, pack, split_document
 from mmx_jax.data.sources import (
     BadRowError,
     CheckedSource,
@@ -124,17 +125,17 @@ class Corpus:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the sources, a line each."""
+        """Notes on the sources for the user, a line each."""
         return [note for source in self.sources for note in source.notes]
 
     @property
-    def left_out(self) -> list[str]:
-        """What this process has left out so far, a line each."""
+    def skipped(self) -> list[str]:
+        """Rows that this process has skipped so far, a line for each source."""
         return [line for source in self.sources for line in source.summary()]
 
     @property
     def bad_rows(self) -> int:
-        """How many rows this process has left out so far, each counted once."""
+        """How many rows this process has skipped so far, each counted once."""
         return sum(len(source.bad_rows) for source in self.sources)
 
 
@@ -159,7 +160,7 @@ def open_corpus(data: DataConfig | Corpus, tokenizer: Tokenizer) -> Corpus:
 class _Tokenise:
     """A document to int32 [n], eos at its end where the tokenizer has one; [0] where there is nothing to learn from.
 
-    That is a document of which the tokenizer leaves nothing, or a bad one that is left out.
+    That is a document of which the tokenizer leaves nothing, or a bad one that is skipped.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: CheckedSource):
@@ -186,7 +187,7 @@ class _Tokenise:
             f"a document of {self._source.name} holds token {low if low < 0 else high}; the vocabulary has "
             f"{self._tokenizer.vocab_size}: tokenise it with the tokenizer of this run"
         )
-        self._source.leave_out(content_hash(document), error)
+        self._source.skip(content_hash(document), error)
         return np.zeros(0, np.int32)
 
 
@@ -471,52 +472,68 @@ def make_train_iterator(
     """
     grain = import_extra("grain")
     corpus = open_corpus(data, tokenizer)
-    data, sources, split = corpus.config, corpus.sources, corpus.split
+    data = corpus.config
     own_rows = range(rows) if own_rows is None else own_rows
-    numbers = groups_of_rows(rows, data.shards, own_rows)
     seed = data.seed if seed is None else seed
     weights = mixture(data, source_weights)
 
-    def rows_of(index: int, source: Source, shard: int):
-        documents = grain.MapDataset.source(source)
-        document_seed = _seed_of(seed, index)
-        if data.shuffle_buffer:
-            documents = grain.experimental.WindowShuffleMapDataset(
-                documents.repeat(), window_size=data.shuffle_buffer, seed=document_seed
-            )
-        else:
-            documents = documents.shuffle(document_seed).repeat()
-        documents = documents[shard :: data.shards].filter(split.is_train)
-        packed = pack(
-            grain, _pieces(grain, documents.map(_Tokenise(tokenizer, source)), sequence_length),
-            length=sequence_length, bins=data.packing_bins, alignment=data.packing_alignment,
-            pad_id=tokenizer.pad_id or 0, seed=_seed_of(seed, index, shard), shuffle=True,
-        )  # fmt: skip
-        return iter(packed)
-
     def open_shard(number: int):
-        streams = [rows_of(i, source, number) for i, source in enumerate(sources)]
+        streams = [
+            _packed_rows(corpus, tokenizer, i, number, sequence_length=sequence_length, seed=seed)
+            for i in range(len(corpus.sources))
+        ]
         return _Shard(streams, weights, phase=number / data.shards)
 
+    numbers = groups_of_rows(rows, data.shards, own_rows)
     groups = {group: {number: open_shard(number) for number in members} for group, members in numbers.items()}
-    iterator = _Batches(groups, rows // math.gcd(rows, data.shards), own_rows)
+    iterator: Any = _Batches(groups, rows // math.gcd(rows, data.shards), own_rows)
     if data.reading.prefetch:
         iterator = grain.experimental.ThreadPrefetchDatasetIterator(iterator, data.reading.prefetch)
-    identity = {
+    own = dict(weights=list(weights), sequence_length=sequence_length, rows=rows, seed=seed)
+    identity = _corpus_identity(corpus, tokenizer) | own
+    return TrainIterator(iterator, identity, [source.name for source in corpus.sources])
+
+
+def _corpus_identity(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings that decide the rows of a corpus, apart from their length, number, weights and seed."""
+    data = corpus.config
+    return {
         "sources": corpus.identity,
         "tokenizer": data_identity.tokenizer_identity(tokenizer),
-        "weights": list(weights),
         "vocab_size": tokenizer.vocab_size,
         "eval_fraction": data.eval_fraction,
-        "sequence_length": sequence_length,
-        "rows": rows,
         "shards": data.shards,
         "packing_bins": data.packing_bins,
         "packing_alignment": data.packing_alignment,
         "shuffle_buffer": data.shuffle_buffer,
-        "seed": seed,
     }
-    return TrainIterator(iterator, identity, [source.name for source in sources])
+
+
+def _packed_rows(corpus: Corpus, tokenizer: Tokenizer, index: int, shard: int, *, sequence_length: int, seed: int):
+    """Endless rows of the training documents that source `index` deals out to a shard."""
+    grain = import_extra("grain")
+    data, source = corpus.config, corpus.sources[index]
+    documents = grain.MapDataset.source(source)
+    document_seed = _seed_of(seed, index)
+    if data.shuffle_buffer:
+        documents = grain.experimental.WindowShuffleMapDataset(
+            documents.repeat(), window_size=data.shuffle_buffer, seed=document_seed
+        )
+    else:
+        documents = documents.shuffle(document_seed).repeat()
+    documents = documents[shard :: data.shards].filter(corpus.split.is_train)
+    pieces = _pieces(grain, documents.map(_Tokenise(tokenizer, source)), sequence_length)
+    spec = _packing_spec(data, tokenizer, sequence_length)
+    return iter(pack(grain, pieces, spec, seed=_seed_of(seed, index, shard), shuffle=True))
+
+
+def _packing_spec(data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> PackingSpec:
+    return PackingSpec(
+        length=sequence_length,
+        bins=data.packing_bins,
+        alignment=data.packing_alignment,
+        pad_id=tokenizer.pad_id or 0,
+    )
 
 
 def _pieces(grain, documents, length: int):
@@ -568,11 +585,8 @@ def make_eval_batches(
         wanted = math.ceil(share * total)
         documents = _held_out_tokens(data, source, i, split, _Tokenise(tokenizer, source), wanted * sequence_length)
         if documents:
-            packed = pack(
-                grain, _pieces(grain, grain.MapDataset.source(documents), sequence_length), length=sequence_length,
-                bins=data.packing_bins, alignment=data.packing_alignment, pad_id=tokenizer.pad_id or 0, seed=0,
-                shuffle=False,
-            )  # fmt: skip
+            pieces = _pieces(grain, grain.MapDataset.source(documents), sequence_length)
+            packed = pack(grain, pieces, _packing_spec(data, tokenizer, sequence_length), seed=0, shuffle=False)
             chosen += itertools.islice(packed, wanted)
     if not chosen:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Which files a source is made of, in which format they are, and which files of its folder are left out."""
+"""Which files a source is made of, in which format they are, and which files of its folder are skipped."""
 
 import collections
 import dataclasses
@@ -52,7 +52,7 @@ def find_files(config: SourceConfig) -> SourceFiles:
         return SourceFiles(form, [path], notes)
     if not path.is_dir():
         raise FileNotFoundError(f"data source {path} does not exist")
-    files, left_out = _walk(path)
+    files, skipped = _walk(path)
     form, suffixes, notes = _form_of_folder(path, files, config)
     chosen = [file for file in files if suffixes is None or _taken(file, form, suffixes)]
     if not chosen:
@@ -61,19 +61,19 @@ def find_files(config: SourceConfig) -> SourceFiles:
     taken = set(chosen)
     for file in files:
         if file not in taken:
-            left_out[file.suffix.lower() or "no suffix"].append(file)
+            skipped[file.suffix.lower() or "no suffix"].append(file)
     full = [file for file in chosen if file.stat().st_size]
-    left_out["empty"] += [file for file in chosen if not file.stat().st_size]
+    skipped["empty"] += [file for file in chosen if not file.stat().st_size]
     if not full:
         raise DataError(f"data source {path} is empty")
-    return SourceFiles(form, full, notes + _left_out_lines(path, left_out, len(full)))
+    return SourceFiles(form, full, notes + _skipped_lines(path, skipped, len(full)))
 
 
 def container(files: Sequence[pathlib.Path], form: str) -> str:
     """The format of the files themselves: that of pre-tokenised rows goes by suffix."""
     if form != "tokens":
         return form
-    kinds = sorted({SUFFIXES.get(kind_suffix(file), file.suffix or file.name) for file in files})
+    kinds = sorted({SUFFIXES.get(kind_suffix(file)) or file.suffix or file.name for file in files})
     if len(kinds) > 1 or kinds[0] not in SUFFIXES.values():
         kinds = [_magic_form(read_at(files[0], 0, min(8, files[0].stat().st_size)))] if len(files) == 1 else kinds
     if len(kinds) > 1 or kinds[0] not in SUFFIXES.values():
@@ -92,24 +92,24 @@ def kind_suffix(path: pathlib.Path) -> str:
 
 def _walk(root: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, list[pathlib.Path]]]:
     """(files in order, those that are never read, by reason)."""
-    files, left_out = [], collections.defaultdict(list)
+    files, skipped = [], collections.defaultdict(list)
 
     def fail(error):
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
         here = pathlib.Path(folder)
-        left_out["links to folders, which are not followed"] += [
+        skipped["links to folders, which are not followed"] += [
             here / name for name in subfolders if not _is_hidden(name) and (here / name).is_symlink()
         ]
-        left_out["hidden"] += [here / name for name in [*subfolders, *names] if _is_hidden(name)]
+        skipped["hidden"] += [here / name for name in [*subfolders, *names] if _is_hidden(name)]
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
         for path in (here / name for name in names if not _is_hidden(name)):
             if path.is_file():
                 files.append(path)
             else:
-                left_out["broken links or no files"].append(path)
-    return sorted(files), left_out
+                skipped["broken links or no files"].append(path)
+    return sorted(files), skipped
 
 
 def _is_hidden(name: str) -> bool:
@@ -123,14 +123,14 @@ def _taken(file: pathlib.Path, form: str, suffixes: Iterable[str]) -> bool:
     return file.suffix.lower() not in COMPRESSED_SUFFIXES or by_itself in _COMPRESSIBLE
 
 
-def _left_out_lines(root: pathlib.Path, left_out: dict[str, list[pathlib.Path]], taken: int) -> list[str]:
-    groups = {reason: files for reason, files in sorted(left_out.items()) if files}
+def _skipped_lines(root: pathlib.Path, skipped: dict[str, list[pathlib.Path]], taken: int) -> list[str]:
+    groups = {reason: files for reason, files in sorted(skipped.items()) if files}
     if not groups:
         return []
     total = sum(map(len, groups.values()))
     parts = [f"{len(files)} {reason} (as {files[0].relative_to(root)})" for reason, files in groups.items()]
     parts = parts[:8] + ([f"and {len(parts) - 8} more kinds"] if len(parts) > 8 else [])
-    return [f"data source {root}: {taken} files are read, {total} are left out: {', '.join(parts)}"]
+    return [f"data source {root}: {taken} files are read, {total} are skipped: {', '.join(parts)}"]
 
 
 # -- format by suffix, then by content --------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def _form_of_text_folder(root: pathlib.Path, by_suffix: dict, config: SourceConf
 
 
 def _kind_of_all(paths: Sequence[pathlib.Path], config: SourceConfig) -> str | None:
-    """What a sample of the files all hold, if it is JSON lines or JSON arrays."""
+    """The kind of JSON, lines or arrays, that a sample of the files all hold; None if neither."""
     with_content = [path for path in paths if path.stat().st_size]
     kinds = set()
     for i in evenly(len(with_content), _LOOKED_INTO) if with_content else ():
@@ -220,8 +220,9 @@ def _kind_of_all(paths: Sequence[pathlib.Path], config: SourceConfig) -> str | N
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _magic_form(head: bytes) -> str | None:
-    return "parquet" if head.startswith(b"PAR1") else "tokens" if head.startswith(b"\x93NUMPY") else None
+def _magic_form(head: bytes) -> str:
+    """The format that the first bytes of a file name, or ""."""
+    return "parquet" if head.startswith(b"PAR1") else "tokens" if head.startswith(b"\x93NUMPY") else ""
 
 
 def _text_kind(head: bytes, config: SourceConfig) -> str | None:

@@ -11,7 +11,7 @@ import json
 import pathlib
 import sysconfig
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,12 +45,12 @@ class Source(Protocol):
 
 
 class CheckedSource:
-    """A source whose bad rows are errors that say what to do, or are left out: then they are empty documents.
+    """A source whose bad rows are errors that say what to do, or are skipped: then they are empty documents.
 
     Attributes:
       paths: the files.
       notes: what the user should know, a line each.
-      bad_rows: why each row left out so far was, by its number (or the hash of its tokens).
+      bad_rows: why each row skipped so far was, by its number (or the hash of its tokens).
       without_tokens: hashes of documents of which the tokenizer leaves nothing.
     """
 
@@ -70,7 +70,7 @@ class CheckedSource:
         try:
             return self._documents[index]
         except BadRowError as error:
-            self.leave_out(int(index), error)
+            self.skip(int(index), error)
             return ""
 
     @property
@@ -78,14 +78,14 @@ class CheckedSource:
         """Of every file, where opening reads all of it."""
         return getattr(self._documents, "checksums", None)
 
-    def leave_out(self, key: Hashable, error: BadRowError):
-        """Counts a bad row; raises where the config wants no row left out."""
+    def skip(self, key: Hashable, error: BadRowError) -> None:
+        """Counts a bad row; raises where the config wants no row skipped."""
         if not self._skips:
-            remedy = "mend or remove it, or set data.reading.on_bad_row=skip to leave out such rows"
+            remedy = "fix or remove it, or set data.reading.on_bad_row=skip to skip such rows"
             raise BadRowError(f"{error}: {remedy}") from error
         self.bad_rows.setdefault(key, str(error))
 
-    def check(self):
+    def check(self) -> None:
         """Reads a small source through, and of a large one the rows that looked suspicious when it was opened."""
         size = sum(path.stat().st_size for path in self.paths)
         small = size <= _READ_THROUGH_BYTES and len(self) <= _READ_THROUGH_DOCUMENTS
@@ -96,20 +96,20 @@ class CheckedSource:
             raise DataError(f"data source {self.name}: all of its {len(self)} rows are bad, the first: {first}")
 
     def summary(self) -> list[str]:
-        """What was left out so far, for the user; nothing if nothing was."""
+        """Lines for the user on rows skipped so far; empty if none was."""
         lines = []
         if self.bad_rows:
             first = next(iter(self.bad_rows.values()))
-            lines.append(f"data source {self.name}: {len(self.bad_rows)} bad rows were left out, the first: {first}")
+            lines.append(f"data source {self.name}: {len(self.bad_rows)} bad rows were skipped, the first: {first}")
         if self.without_tokens:
             lines.append(
-                f"data source {self.name}: {len(self.without_tokens)} documents were left out of which the tokenizer "
-                "leaves nothing"
+                f"data source {self.name}: {len(self.without_tokens)} documents were skipped: the tokenizer makes no "
+                "token of them"
             )
         return lines
 
 
-def import_extra(module: str):
+def import_extra(module: str) -> Any:
     """Imports an optional dependency of the data pipeline, or says how to get it."""
     try:
         return importlib.import_module(module)

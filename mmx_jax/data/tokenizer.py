@@ -18,7 +18,7 @@ __all__ = ["SPECIAL_TOKENS", "TEMPLATES", "ChatError", "StreamDecoder", "Tokeniz
 
 END_OF_DOCUMENT = "<end_of_document>"
 END_OF_SENTENCE = "<end_of_sentence>"
-# Of a tokenizer trained here; the names are those of the released vocabularies (spec F).
+# Special tokens of a tokenizer trained here, with the names of the released vocabularies.
 SPECIAL_TOKENS = (END_OF_DOCUMENT, "<pad>", "<beginning_of_sentence>", END_OF_SENTENCE)
 _BYTES = 256
 # Far above any known one. The library counts through all ids below the largest, those that are not there in a list.
@@ -276,9 +276,11 @@ class Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(special_tokens), show_progress=False,
+            vocab_size=vocab_size,
+            special_tokens=list(special_tokens),
+            show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        )  # fmt: skip
+        )
         backend.train_from_iterator(texts, trainer)
         roles = {"eos_token": END_OF_DOCUMENT, "pad_token": "<pad>"}
         config = {
@@ -312,8 +314,8 @@ class Tokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end generation: eos, and the end of a chat turn where the vocabulary has it."""
-        ids = {self.eos_id, self.token_to_id(END_OF_SENTENCE)} - {None}
-        return tuple(sorted(ids))
+        ids = {self.eos_id, self.token_to_id(END_OF_SENTENCE)}
+        return tuple(sorted(token for token in ids if token is not None))
 
     @functools.cached_property
     def shown_as_nothing(self) -> dict[int, str]:

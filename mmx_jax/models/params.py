@@ -45,7 +45,7 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
-def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, Any]:
     """The parameter tree as `NamedSharding`s on `mesh`."""
     return shardings_of(logical_axes(config), abstract_params(config), mesh)
 

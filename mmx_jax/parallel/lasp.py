@@ -18,7 +18,7 @@ with zero would read q and the outputs and write these again, rounded twice.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def lightning_attention(
       (output [B, T, H*E], final state of the whole rows, float32 [B, H, D, E], the same on all devices of the axis).
       The final state is None if there is no initial state: then only the exchange itself is sent.
     """
-    options = dict(segmented=segment_ids is not None, chunk_size=spec.chunk_size)
+    options: dict[str, Any] = dict(segmented=segment_ids is not None, chunk_size=spec.chunk_size)
     if spec.axis is None or lax.axis_size(spec.axis) == 1:
         output, state = lightning.lightning_attention(
             q,

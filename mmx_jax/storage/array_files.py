@@ -44,7 +44,7 @@ class ArrayFolder:
 
 
 def region_checksum(values: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """What a region adds to the checksum of its array; the sums of all regions, modulo 2^32, are that checksum.
+    """Contribution of a region to the checksum of its array; the sums over all regions, modulo 2^32, are that checksum.
 
     It is the sum of the bits of each element times an odd number for its position, as
     `mmx_jax.checkpoints.manager.array_checksums` computes it on devices.

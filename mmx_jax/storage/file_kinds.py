@@ -1,4 +1,4 @@
-"""What lies where a file of weights, JSON or text is expected, when it is something else."""
+"""Names the kind of a file that is not the weights, JSON or text that was expected."""
 
 import errno
 import os

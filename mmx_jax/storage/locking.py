@@ -78,7 +78,7 @@ class FolderLock:
         self._thread = threading.Thread(target=self._beat, daemon=True, name=f"lock {path.name}")
         self._thread.start()
 
-    def check(self):
+    def check(self) -> None:
         """Raises LockedError where another process has taken the folder over from this one, held up for too long."""
         found = _read(self.path)
         if found is not None and found.token != self.holder.token:
@@ -87,7 +87,7 @@ class FolderLock:
                 "or its lock file was removed; it writes nothing more"
             )
 
-    def release(self):
+    def release(self) -> None:
         """Gives the folder back; the file goes."""
         self._stop.set()
         self._thread.join()

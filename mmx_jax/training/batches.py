@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from mmx_jax import distributed, sharding
 from mmx_jax.config import Config, ConfigError
 from mmx_jax.data import device_batch
@@ -39,14 +41,14 @@ class TrainBatches:
         states = distributed.gather(None if self._iterator is None else self._iterator.get_state())
         return None if self._iterator is None else data_pipeline.merge_states(states)
 
-    def restore(self, stage_index: int, position: dict | None):
+    def restore(self, stage_index: int, position: dict | None) -> None:
         """Opens a stage at a position; None: at its beginning."""
         self._open(stage_index)
         if position is not None:
             self._iterator.set_state(position)
             self.notes += self._iterator.notes
 
-    def close(self):
+    def close(self) -> None:
         """Stops the thread of the data pipeline."""
         if self._iterator is not None:
             self._iterator.close()
@@ -69,7 +71,7 @@ class TrainBatches:
         self.position()  # raises at once where processes do not see the same data
 
 
-def check_batches(config: Config, mesh):
+def check_batches(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
     """Raises ConfigError where a micro-batch does not divide over the devices that share the batch axis, or tokens not
     over all devices."""
     shards = device_batch.batch_shards(mesh)
@@ -87,7 +89,9 @@ def check_batches(config: Config, mesh):
         check_tokens(config.runtime.token_groups, mesh, rows // shards, stage.sequence_length)
 
 
-def check_tokens(token_groups: int, mesh, rows: int, length: int):
+def check_tokens(
+    token_groups: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int, length: int
+) -> None:
     """Raises ConfigError where the experts could not be given the same number of tokens by every device.
 
     Args:

@@ -37,7 +37,7 @@ class MetricsHook(Hook):
         self._config, self._writer, self._progress = config, writer, progress
         self._corpus, self._unigram_entropy = corpus, unigram_entropy
 
-    def on_record(self, record: StepRecord):
+    def on_record(self, record: StepRecord) -> None:
         router = {f"router_{name}": value.tolist() for name, value in record.metrics["router"].items()}
         scalars = {name: float(value) for name, value in record.metrics.items() if name != "router"}
         skips = self._config.data.reading.on_bad_row == "skip"
@@ -62,7 +62,7 @@ class MetricsHook(Hook):
             mfu=record.mfu,
         )
 
-    def on_validation(self, trainer: Trainer, held_out: HeldOut):
+    def on_validation(self, trainer: Trainer, held_out: HeldOut) -> None:
         self._write(
             {
                 "step": trainer.step,
@@ -104,10 +104,10 @@ class CheckpointHook(Hook):
         self._check_lock, self._message = check_lock, message
         self._saved_step = saved_step
 
-    def after_step(self, step: int):
+    def after_step(self, step: int) -> None:
         self._checkpointer.poll()
 
-    def save(self, trainer: Trainer):
+    def save(self, trainer: Trainer) -> None:
         if trainer.nonfinite_in_a_row:
             # Whatever broke the last step may be in the parameters: it must not push out a good checkpoint.
             count = trainer.nonfinite_in_a_row
@@ -126,7 +126,7 @@ class CheckpointHook(Hook):
             raise NonFiniteError("\n".join([str(error), *self.advice(trainer.step)])) from None
         self._saved_step = trainer.step
 
-    def on_validation(self, trainer: Trainer, held_out: HeldOut):
+    def on_validation(self, trainer: Trainer, held_out: HeldOut) -> None:
         if self._saved_step == trainer.step:
             self._checkpointer.note_loss(trainer.step, held_out.loss)
 
@@ -134,7 +134,7 @@ class CheckpointHook(Hook):
         self._checkpointer.wait()
         place, good = self._checkpointer.directory, self._checkpointer.last_good()
         if good is None:
-            return [f"no good checkpoint has been saved in {place}: begin anew with a lower learning rate"]
+            return [f"no good checkpoint has been saved in {place}: start over with a lower learning rate"]
         lower = f"--set training.learning_rate={self._config.training.learning_rate / 10:g}"
         if good < failed_on:
             return [
@@ -151,7 +151,7 @@ class CheckpointHook(Hook):
                 f"lower learning rate, as in --resume={older} {lower}"
             )
         else:
-            lines.append("it is the only one: begin anew in another --workdir with a lower learning rate")
+            lines.append("it is the only one: start over in another --workdir with a lower learning rate")
         return [
             *lines,
             f"if one bad batch is to blame: --resume={good} with another data.seed, or skip such steps with "
@@ -165,10 +165,10 @@ class ProfileHook(Hook):
     def __init__(self, first: int, last: int, folder: pathlib.Path):
         self._first, self._last, self._folder = first, last, folder
 
-    def before_step(self, step: int):
+    def before_step(self, step: int) -> None:
         if step == self._first and distributed.is_first():
             jax.profiler.start_trace(str(self._folder))
 
-    def after_step(self, step: int):
+    def after_step(self, step: int) -> None:
         if step == self._last and distributed.is_first():
             jax.profiler.stop_trace()

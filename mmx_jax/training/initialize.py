@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class InitializationError(ConfigError):
     """A run that cannot begin from this checkpoint; the message names the fields or files and the remedy."""
 
 
-def check_model(wanted: ModelConfig, stored: ModelConfig, path) -> list[str]:
+def check_model(wanted: ModelConfig, stored: ModelConfig, path: str | os.PathLike) -> list[str]:
     """Lines about fields that the run changes on purpose.
 
     Raises:
@@ -65,7 +66,7 @@ def check_model(wanted: ModelConfig, stored: ModelConfig, path) -> list[str]:
     return [f"model.{name} is {_shown(new)}; the checkpoint has {_shown(old)}" for name, old, new in differing]
 
 
-def with_model_of(config: Config, path, workdir) -> Config:
+def with_model_of(config: Config, path: str | os.PathLike, workdir: str | os.PathLike) -> Config:
     """`config` with what the checkpoint's model is; how it is run and trained stays.
 
     A run that has begun from `path` keeps the model of that time in its folder, and needs `path` no more.
@@ -83,7 +84,7 @@ def with_model_of(config: Config, path, workdir) -> Config:
         raise InitializationError(f"the config does not go with the model of {path}: {error}") from error
 
 
-def check(config: Config, path, workdir, start: int) -> list[str]:
+def check(config: Config, path: str | os.PathLike, workdir: str | os.PathLike, start: int) -> list[str]:
     """Checks, before anything is allocated, what --init_from means to the run, and records a new beginning.
 
     Args:
@@ -129,7 +130,7 @@ def _check_not_forgotten(workdir, origin):
         )
 
 
-def tokenizer_of(config: Config, path) -> Tokenizer:
+def tokenizer_of(config: Config, path: str | os.PathLike) -> Tokenizer:
     """The tokenizer that goes with the checkpoint's weights.
 
     Raises:
@@ -150,7 +151,7 @@ def tokenizer_of(config: Config, path) -> Tokenizer:
     return named
 
 
-def check_vocabulary(tokenizer: Tokenizer, stored: Tokenizer, name: str, remedy: str):
+def check_vocabulary(tokenizer: Tokenizer, stored: Tokenizer, name: str, remedy: str) -> None:
     """Raises InitializationError where a token has another id than in the checkpoint's tokenizer."""
     ours, theirs = (each.backend.get_vocab(with_added_tokens=True) for each in (tokenizer, stored))
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
@@ -164,7 +165,7 @@ def check_vocabulary(tokenizer: Tokenizer, stored: Tokenizer, name: str, remedy:
         )
 
 
-def load_state(config: Config, mesh, path):
+def load_state(config: Config, mesh: jax.sharding.Mesh, path: str | os.PathLike) -> Any:
     """A new training state with the parameters of the checkpoint; each process reads what its shards need.
 
     Raises:
@@ -195,7 +196,7 @@ def load_state(config: Config, mesh, path):
     return {"params": params, **jax.jit(rest, out_shardings=places)(params)}
 
 
-def read_origin(workdir) -> dict | None:
+def read_origin(workdir: str | os.PathLike) -> dict | None:
     """{"path", "model"} of the checkpoint that the run began from; None: it began with new weights."""
     file = pathlib.Path(workdir) / _ORIGIN
     if not file.exists():
@@ -209,7 +210,7 @@ def read_origin(workdir) -> dict | None:
     return origin
 
 
-def write_origin(workdir, path, model: ModelConfig):
+def write_origin(workdir: str | os.PathLike, path: str | os.PathLike, model: ModelConfig) -> None:
     """Records that the run in `workdir` begins from the checkpoint `path`."""
     file = pathlib.Path(workdir) / _ORIGIN
     temporary = file.with_suffix(".tmp")

@@ -1,7 +1,7 @@
 """Training losses: cross entropy in chunks over a large vocabulary, and the load-balancing loss of the router."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,16 @@ class CrossEntropy(NamedTuple):
     count: jax.Array
 
 
-def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, groups=1, parts=1):
+def chunked_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    z_loss_coef: float = 0.0,
+    groups: int = 1,
+    parts: int = 1,
+) -> CrossEntropy:
     """Cross entropy of a linear head; at most `chunk` tokens of a group have logits at one time, backward included.
 
     The gradients are computed in the forward scan, where the logits are at hand: the backward pass only
@@ -69,11 +78,11 @@ def chunked_cross_entropy(hidden, head, targets, *, chunk, z_loss_coef=0.0, grou
     return CrossEntropy(objective, *jax.lax.stop_gradient(sums))
 
 
-def load_balancing_loss(stats, *, form="switch", pooling="pooled"):
+def load_balancing_loss(stats: Any, *, form: str = "switch", pooling: str = "pooled") -> tuple[jax.Array, jax.Array]:
     """Load-balancing loss of the router (docs/model.md, "Losses"); f carries no gradient, P does.
 
     Args:
-      stats: RouterStats: `assignments` and `probability` [L, E], `tokens` [L], of one micro-batch.
+      stats: `assignments` and `probability` [L, E], `tokens` [L], of one micro-batch.
       form: "switch": E sum_e f_e P_e, k at uniform load; "report": (1/E) sum_e f_e P_e (section 2.1 of the report).
       pooling: "pooled": f and P are means over all layers and tokens; "per_layer": the mean of the layers' losses.
 

@@ -3,6 +3,8 @@
 The learning rate is an argument of `apply_gradients`: the schedule counts tokens and lives on the host.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,17 +21,17 @@ def make_adam(training: TrainingConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=training.adam_b1, b2=training.adam_b2, eps=training.adam_eps, mu_dtype=jnp.float32)
 
 
-def init_optimizer(training: TrainingConfig, params):
+def init_optimizer(training: TrainingConfig, params: Any) -> Any:
     """Zero moments: ScaleByAdamState(count, mu, nu), mu and nu shaped as `params`, float32."""
     return make_adam(training).init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
-def decay_mask(params):
+def decay_mask(params: Any) -> Any:
     """Tree of bools: whether weight decay applies, decided by the leaf's name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED_NAMES, params)
 
 
-def squared_norms(tree):
+def squared_norms(tree: Any) -> Any:
     """Tree of float32 squared norms: [N] for leaves stacked over blocks (under "blocks"), scalars elsewhere."""
 
     def squared_norm(path, x):
@@ -39,12 +41,19 @@ def squared_norms(tree):
     return jax.tree_util.tree_map_with_path(squared_norm, tree)
 
 
-def total_norm(squared):
+def total_norm(squared: Any) -> jax.Array:
     """Global norm from the tree that `squared_norms` gives."""
     return jnp.sqrt(sum(jnp.sum(x) for x in jax.tree.leaves(squared)))
 
 
-def apply_gradients(training: TrainingConfig, params, opt_state, gradients, gradient_norm, learning_rate):
+def apply_gradients(
+    training: TrainingConfig,
+    params: Any,
+    opt_state: Any,
+    gradients: Any,
+    gradient_norm: jax.Array,
+    learning_rate: jax.Array,
+) -> tuple[Any, Any]:
     """One AdamW step.
 
     Args:

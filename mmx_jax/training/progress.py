@@ -17,9 +17,15 @@ class Progress:
     """
 
     def __init__(
-        self, total_tokens: int, tokens_seen: int, *, step: int = 0, total_steps: int = 0, console=None,
+        self,
+        total_tokens: int,
+        tokens_seen: int,
+        *,
+        step: int = 0,
+        total_steps: int = 0,
+        console=None,
         seconds_between_lines: float = 5.0,
-    ):  # fmt: skip
+    ):
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._total = total_tokens
         self._of = f"/{total_steps}" if total_steps else ""
@@ -45,11 +51,13 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def message(self, text: str):
+    def message(self, text: str) -> None:
         """One line that stays, above the bar."""
         self._console.print(text, markup=False)
 
-    def update(self, *, step: int, tokens_seen: int, loss: float, tokens_per_second: float | None, mfu: float | None):
+    def update(
+        self, *, step: int, tokens_seen: int, loss: float, tokens_per_second: float | None, mfu: float | None
+    ) -> None:
         """Shows the state after `step`; a number that is None is left out."""
         parts = [f"loss {loss:.4f}"]
         if tokens_per_second:

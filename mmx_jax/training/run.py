@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+from typing import Any
 
 import jax
 import rich.console
@@ -54,13 +56,13 @@ class Watch:
 
 def train(
     config: Config,
-    workdir,
+    workdir: str | os.PathLike,
     *,
     steps: int = 0,
     resume: str = "auto",
     init_from: str = "",
     watch: Watch = Watch(),
-    console=None,
+    console: Any = None,
 ) -> TrainResult:
     """Trains until the tokens are used up, `steps` is reached, or SIGTERM or SIGINT asks to stop (saves, returns).
 
@@ -122,7 +124,7 @@ def _find_start(config, workdir, checkpointer, resume_from):
     other_order = stored["data"]["seed"] != current["data"]["seed"]
     if other_order:
         notes.append(
-            f"data.seed is another: the data of the stage begin anew in the order of seed {config.data.seed}, and "
+            f"data.seed is another: the data of the stage start over in the order of seed {config.data.seed}, and "
             "held-out losses before and after this step are of other documents"
         )
     return resuming.look_at(checkpointer, step, workdir, data_begins_anew=other_order), notes
@@ -258,7 +260,7 @@ class _Run:
         self.checkpointer.wait()
         if not received:
             trainer.validate()
-        for line in self.corpus.left_out:
+        for line in self.corpus.skipped:
             progress.message(line)
         self._draw(progress)
         return TrainResult(

@@ -4,7 +4,7 @@ The training state is a plain pytree, {"step": int32 scalar, "params": tree, "op
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from mmx_jax.training import optimizer
 from pallas_kernels import platform
 
 
-def state_shardings(config: Config, mesh):
+def state_shardings(config: Config, mesh: jax.sharding.Mesh) -> Any:
     """Shardings of the training state: a moment lies where its parameter lies."""
     params = model_params.param_shardings(config.model, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -33,7 +33,7 @@ def state_shardings(config: Config, mesh):
     }
 
 
-def abstract_state(config: Config, mesh):
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> Any:
     """The training state as jax.ShapeDtypeStruct with shardings; nothing is allocated."""
     params = model_params.abstract_params(config.model)
     state = {
@@ -46,7 +46,7 @@ def abstract_state(config: Config, mesh):
     )
 
 
-def init_state(config: Config, mesh):
+def init_state(config: Config, mesh: jax.sharding.Mesh) -> Any:
     """A new training state, every shard made where it stays."""
 
     def init(key):
@@ -58,7 +58,7 @@ def init_state(config: Config, mesh):
     return jax.jit(init, out_shardings=state_shardings(config, mesh))(key)
 
 
-def microbatch_objective(config: Config, params, batch):
+def microbatch_objective(config: Config, params: Any, batch: Any) -> tuple[jax.Array, Any]:
     """Cross entropy, z-loss and load-balancing loss of one micro-batch, as sums over its tokens.
 
     The cross entropy and z-loss are sums over tokens, so that accumulation over micro-batches equals one big
@@ -98,7 +98,9 @@ def microbatch_objective(config: Config, params, batch):
     return entropy.objective + model.router_aux_loss_coef * aux * entropy.count, jax.lax.stop_gradient(sums)
 
 
-def accumulate_gradients(config: Config, params, batch, microbatches: int, loss_fn=microbatch_objective):
+def accumulate_gradients(
+    config: Config, params: Any, batch: Any, microbatches: int, loss_fn: Callable = microbatch_objective
+) -> tuple[Any, Any]:
     """Gradients of the mean objective over the whole batch, in float32.
 
     Args:
@@ -131,7 +133,7 @@ def accumulate_gradients(config: Config, params, batch, microbatches: int, loss_
     return jax.tree.map(lambda g: g * scale, gradients), sums
 
 
-def frozen(loss_fn: Callable, trainable) -> Callable:
+def frozen(loss_fn: Callable, trainable: Any) -> Callable:
     """`loss_fn` whose gradient to the leaves that are not `trainable` is 0, and costs nothing."""
 
     def loss(config, params, batch):
@@ -141,7 +143,9 @@ def frozen(loss_fn: Callable, trainable) -> Callable:
     return loss
 
 
-def make_train_step(config: Config, mesh, loss_fn: Callable = microbatch_objective, trainable=None) -> Callable:
+def make_train_step(
+    config: Config, mesh: jax.sharding.Mesh, loss_fn: Callable = microbatch_objective, trainable: Any = None
+) -> Callable:
     """Builds the jitted step.
 
     Args:
@@ -203,7 +207,7 @@ def _keep_frozen(trainable, new, old):
     return choose(params, old_params), opt_state._replace(**moments)
 
 
-def make_eval_step(config: Config):
+def make_eval_step(config: Config) -> Callable:
     """Builds the jitted evaluation: eval_step(params, batch) -> {"nll", "correct", "count"}, float32 sums."""
 
     def eval_step(params, batch):
@@ -217,7 +221,7 @@ def make_eval_step(config: Config):
 _MEANS = {"nll": "loss", "z": "z_loss", "aux": "aux_loss", "correct": "accuracy"}
 
 
-def step_metrics(config: Config, sums):
+def step_metrics(config: Config, sums: Any) -> dict[str, Any]:
     """Means from the sums of a batch. Loads of the router are relative to the uniform one (1 is balanced)."""
     count = jnp.maximum(sums["count"], 1.0)
     router = sums["router"]
@@ -225,7 +229,7 @@ def step_metrics(config: Config, sums):
     uniform = tokens * config.model.experts_per_token / config.model.num_experts
     load = router.assignments / uniform[:, None]
     means = {name: sums[name] / count for name in sums if name not in ("count", "router", "aux_per_layer")}
-    return {_MEANS.get(name, name): mean for name, mean in means.items()} | {
+    return {str(_MEANS.get(name, name)): mean for name, mean in means.items()} | {
         "tokens": sums["count"],
         "router": {
             "max_load": load.max(-1),
@@ -237,7 +241,7 @@ def step_metrics(config: Config, sums):
     }
 
 
-def nonfinite_names(gradient_norms, layers_per_block: int) -> list[str]:
+def nonfinite_names(gradient_norms: Any, layers_per_block: int) -> list[str]:
     """Names of the parameters whose gradient is not finite, with the absolute layers concerned.
 
     Args:

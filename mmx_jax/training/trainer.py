@@ -41,19 +41,19 @@ class StepRecord:
 class Hook:
     """Callbacks around the steps of a `Trainer`; a subclass overrides those it needs."""
 
-    def before_step(self, step: int):
+    def before_step(self, step: int) -> None:
         """Called before the optimizer step number `step`."""
 
-    def after_step(self, step: int):
+    def after_step(self, step: int) -> None:
         """Called after it."""
 
-    def on_record(self, record: StepRecord):
+    def on_record(self, record: StepRecord) -> None:
         """Called after every `monitoring.log_every_steps` steps."""
 
-    def on_validation(self, trainer: "Trainer", held_out: HeldOut):
+    def on_validation(self, trainer: "Trainer", held_out: HeldOut) -> None:
         """Called after a validation."""
 
-    def save(self, trainer: "Trainer"):
+    def save(self, trainer: "Trainer") -> None:
         """Called every `checkpoint.save_every_steps` steps and after the last one."""
 
     def advice(self, failed_on: int) -> Sequence[str]:
@@ -113,7 +113,7 @@ class Trainer:
         self._train_steps = {}  # by RoPE base
         self._compiled = set()  # (RoPE base, rows, length) of the steps taken so far
 
-    def run(self, last_step: int = 0, should_stop: Callable[[], object] = lambda: False):
+    def run(self, last_step: int = 0, should_stop: Callable[[], object] = lambda: False) -> None:
         """Trains until the tokens of the schedule are used up, `last_step` is reached (0: no limit), or a stop.
 
         Args:
@@ -143,13 +143,13 @@ class Trainer:
                 with clock.paused():
                     self.validate()
 
-    def save(self):
+    def save(self) -> None:
         """Lets the hooks save this step, once."""
         if self._saved_at != self.step:
             self._saved_at = self.step
             self._call("save", self)
 
-    def validate(self):
+    def validate(self) -> None:
         """Held-out loss of the parameters as they are, once a step."""
         if self._validation is None or self._validated_at == self.step:
             return

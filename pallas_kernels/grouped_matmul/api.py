@@ -1,6 +1,7 @@
 """The entry points, one product and a whole SwiGLU expert: validation, choice of backend, differentiation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ IMPLEMENTATIONS = {"reference": reference, "tiled_xla": tiled_xla, "mosaic_gpu":
 _KERNELS = {"gpu": "mosaic_gpu", "tpu": "megablox"}
 
 
-def default_implementation(lhs, rhs) -> str:
-    """What `implementation="auto"` stands for: the kernel of the platform if it serves the shapes, or tiled_xla."""
+def default_implementation(lhs: Any, rhs: Any) -> str:
+    """The choice of `implementation="auto"`: the kernel of the platform if it serves the shapes, or tiled_xla."""
     kernel = _KERNELS.get(platform.platform())
     reason = kernel and platform.why_not(lambda: IMPLEMENTATIONS[kernel].check(lhs, rhs))
     chosen = kernel if kernel and reason is None else "tiled_xla"
@@ -25,7 +26,9 @@ def default_implementation(lhs, rhs) -> str:
     return chosen
 
 
-def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto"
+) -> jax.Array:
     """Multiplies the rows of group g, which lie one group after the other, with `rhs[g]`.
 
     Args:
@@ -54,7 +57,15 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation="auto"):
     return _multiply(_resolve(implementation, lhs, rhs), lhs, rhs, group_sizes)
 
 
-def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto"):
+def grouped_swiglu(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str = "auto",
+) -> jax.Array:
     """A SwiGLU expert for each group of rows: (silu(x @ w_gate[g]) * (x @ w_up[g])) @ w_down[g].
 
     Args:
@@ -89,7 +100,7 @@ def grouped_swiglu(x, w_gate, w_up, w_down, group_sizes, *, implementation="auto
     return _swiglu(_resolve(implementation, x, w_gate), x, *weights, group_sizes)
 
 
-def serves_few_tokens(x, chosen, w_gate, *, implementation="auto") -> bool:
+def serves_few_tokens(x: Any, chosen: int, w_gate: Any, *, implementation: str = "auto") -> bool:
     """Whether `few_tokens_swiglu` serves x [R, M], of which each row has `chosen` experts, and w_gate [G, M, F].
 
     `implementation` is that of `grouped_swiglu`, in whose place it would be.
@@ -97,7 +108,9 @@ def serves_few_tokens(x, chosen, w_gate, *, implementation="auto") -> bool:
     return _resolve(implementation, x, w_gate) == "mosaic_gpu" and mosaic_gpu.serves_few_tokens(x, chosen, w_gate)
 
 
-def few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down):
+def few_tokens_swiglu(
+    x: jax.Array, ranking: jax.Array, chosen: int, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
     """Every token through the SwiGLU experts that it has chosen, in two kernels, with nothing sorted: for decoding.
 
     Args:
@@ -121,7 +134,7 @@ def few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down):
     return mosaic_gpu.few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down)
 
 
-def serves_norm_and_route(x, experts, *, implementation="auto") -> bool:
+def serves_norm_and_route(x: Any, experts: int, *, implementation: str = "auto") -> bool:
     """Whether `norm_and_route` serves x [R, M] and so many experts.
 
     `implementation` is that of `grouped_swiglu`, which comes behind it. No other one than "mosaic_gpu" has it.
@@ -133,7 +146,7 @@ def serves_norm_and_route(x, experts, *, implementation="auto") -> bool:
     return reason is None
 
 
-def norm_and_route(x, scale, eps, router, chosen):
+def norm_and_route(x: jax.Array, scale: jax.Array, eps: float, router: jax.Array, chosen: int) -> tuple[jax.Array, ...]:
     """The norm before experts and the choice of their router in one kernel: for decoding.
 
     Args:

@@ -10,7 +10,7 @@ writes a gradient once, and reads the rows once for every `n` columns on one sid
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ _CANDIDATES = 24  # that tuning measures
 _FLOPS_PER_BYTE = 240  # of TPU v5e; v5p has 166, v6e 560, tpu7x 310
 
 
-def check(lhs, rhs):
+def check(lhs: Any, rhs: Any) -> None:
     """Serves widths that are multiples of 128 in bfloat16 and float32, on TPU and interpreted on the CPU."""
     depth, columns = lhs.shape[-1], rhs.shape[-1]
     if platform() not in ("cpu", "tpu"):
@@ -43,19 +43,23 @@ def _refusal(what, served):
     return NotImplementedError(f"megablox cannot serve {what}: it serves {served}; 'tiled_xla' serves every shape")
 
 
-def forward(lhs, rhs, group_sizes):
+def forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.grouped_matmul`."""
     return _zero_surplus(_rows(lhs, rhs, group_sizes), group_sizes)
 
 
-def backward(lhs, rhs, group_sizes, d_output):
+def backward(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, d_output: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Gradients to lhs and rhs."""
     d_output = d_output.astype(lhs.dtype)
     d_lhs = _rows(d_output, rhs, group_sizes, transposed=True)
     return _zero_surplus(d_lhs, group_sizes), _columns(lhs, d_output, group_sizes)
 
 
-def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
+def swiglu_forward(
+    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array, group_sizes: jax.Array, *, differentiated: bool
+) -> tuple[jax.Array, Any]:
     """See `api.grouped_swiglu`; returns (output, residuals of the backward).
 
     Surplus rows of the residuals hold anything: they reach no row but themselves, and no gradient of a matrix.
@@ -65,16 +69,24 @@ def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
     return forward(swiglu.activate(gate, up), w_down, group_sizes), (gate, up)
 
 
-def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
+def swiglu_backward(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    group_sizes: jax.Array,
+    residuals: Any,
+    d_output: jax.Array,
+) -> tuple[jax.Array, ...]:
     """Gradients to x, w_gate, w_up and w_down."""
     d_output = d_output.astype(x.dtype)
     d_hidden = _rows(d_output, w_down, group_sizes, transposed=True)
-    hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden)
-    d_x = sum(
+    hidden, d_gate, d_up = swiglu.activate_backward(*residuals, d_hidden=d_hidden)
+    by_gate, by_up = (
         _rows(d, w, group_sizes, transposed=True).astype(jnp.float32) for d, w in ((d_gate, w_gate), (d_up, w_up))
     )
-    d_weights = (_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
-    return _zero_surplus(d_x.astype(x.dtype), group_sizes), *d_weights
+    d_x = _zero_surplus((by_gate + by_up).astype(x.dtype), group_sizes)
+    return d_x, *(_columns(a, b, group_sizes) for a, b in ((x, d_gate), (x, d_up), (hidden, d_output)))
 
 
 def _zero_surplus(x, group_sizes):
@@ -90,9 +102,14 @@ def _rows(lhs, rhs, group_sizes, *, transposed=False):
     tile = _choose("rows transposed" if transposed else "rows", _rows_tiles, lhs, columns, group_sizes)
     with _precision(lhs.dtype):
         output = gmm(
-            _pad_rows(lhs, tile.rows), rhs, group_sizes, lhs.dtype, tuple(tile), transpose_rhs=transposed,
+            _pad_rows(lhs, tile.rows),
+            rhs,
+            group_sizes,
+            lhs.dtype,
+            tuple(tile),
+            transpose_rhs=transposed,
             interpret=platform() == "cpu",
-        )  # fmt: skip
+        )
     return output[: lhs.shape[0]]
 
 
@@ -116,7 +133,7 @@ def _precision(dtype):
 
 
 class Tile(NamedTuple):
-    """What a step of a kernel multiplies."""
+    """Block sizes that one step of a kernel multiplies."""
 
     rows: int
     depth: int  # `gmm`: of the contraction; `tgmm`: of the columns of lhs
@@ -134,11 +151,14 @@ def _choose(kernel, tiles_of, lhs, columns, group_sizes) -> Tile:
 
     return Tile(
         **block_sizes.choose(
-            "grouped_matmul", "megablox", kernel, shape,
+            "grouped_matmul",
+            "megablox",
+            kernel,
+            shape,
             candidates=lambda: tiles(2 * _VMEM_BYTES)[:_CANDIDATES],  # some chips give a kernel 32 MiB
             heuristic=lambda: tiles(_VMEM_BYTES)[0],
         )
-    )  # fmt: skip
+    )
 
 
 def _rows_tiles(num_rows, depth, columns, groups, itemsize, vmem_bytes) -> list[Tile]:

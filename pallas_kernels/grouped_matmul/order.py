@@ -1,5 +1,6 @@
 """The order of rows that a grouped product takes: sorted by group."""
 
+import jax
 import jax.numpy as jnp
 
 # Up to so many assignments are sorted by comparing all with all. On a GPU that is two kernels, where two sorts and the
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 FEW_ASSIGNMENTS = 256
 
 
-def order_by_group(assignment, num_groups):
+def order_by_group(assignment: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The stable order of assignments by group.
 
     Args:

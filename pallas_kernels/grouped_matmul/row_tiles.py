@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.platform import cdiv
@@ -17,7 +18,7 @@ class RowTiles(NamedTuple):
     used: jnp.ndarray  # int32 (), tiles that have rows
 
 
-def cover(group_sizes, num_rows, tile_rows, *, alignment=1) -> RowTiles:
+def cover(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, alignment: int = 1) -> RowTiles:
     """Tiles of `tile_rows` rows, each inside one group but for the rows before it that alignment adds.
 
     Args:

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
-def activate(gate, up):
+def activate(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, in the dtype of `gate`."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def activate_backward(gate, up, d_hidden):
+def activate_backward(gate: jax.Array, up: jax.Array, d_hidden: jax.Array) -> tuple[jax.Array, ...]:
     """(activate(gate, up), gradient to gate, gradient to up), in the dtype of `gate`."""
     dtype = gate.dtype
     gate, up, d_hidden = (x.astype(jnp.float32) for x in (gate, up, d_hidden))

@@ -5,8 +5,9 @@ groups that have rows are read, which is what decoding lives on, and nothing of 
 besides the weight gradient itself.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,12 +15,12 @@ from pallas_kernels.grouped_matmul import row_tiles, swiglu
 from pallas_kernels.platform import cdiv, platform
 
 
-def check(lhs, rhs):
+def check(lhs: Any, rhs: Any) -> None:
     """Serves every shape and dtype."""
     del lhs, rhs
 
 
-def forward(lhs, rhs, group_sizes):
+def forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.grouped_matmul`."""
 
     def multiply(arrays, sums, tile, weights):
@@ -31,7 +32,9 @@ def forward(lhs, rhs, group_sizes):
     return output
 
 
-def backward(lhs, rhs, group_sizes, d_output):
+def backward(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, d_output: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Gradients to lhs and rhs."""
 
     def accumulate(arrays, sums, tile, weights):
@@ -44,7 +47,9 @@ def backward(lhs, rhs, group_sizes, d_output):
     return d_lhs, d_rhs.astype(rhs.dtype)
 
 
-def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
+def swiglu_forward(
+    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array, group_sizes: jax.Array, *, differentiated: bool
+) -> tuple[jax.Array, Any]:
     """See `api.grouped_swiglu`; returns (output, residuals of the backward)."""
     del differentiated  # what nobody reads is not computed
 
@@ -63,7 +68,15 @@ def swiglu_forward(x, w_gate, w_up, w_down, group_sizes, *, differentiated):
     return output, (gates, ups)
 
 
-def swiglu_backward(x, w_gate, w_up, w_down, group_sizes, residuals, d_output):
+def swiglu_backward(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    group_sizes: jax.Array,
+    residuals: Any,
+    d_output: jax.Array,
+) -> tuple[jax.Array, ...]:
     """Gradients to x, w_gate, w_up and w_down."""
     gates, ups = residuals
 
@@ -184,7 +197,10 @@ def _fold_table(body, group_sizes, rows, num_rows, arrays, weights, sums):
 
     carry = arrays, sums
     if platform() == "cpu":
-        step = lambda t, carry: visit(carry, tuple(column[t] for column in table))[0]  # noqa: E731
+
+        def step(t, carry):
+            return visit(carry, tuple(column[t] for column in table))[0]
+
         return lax.fori_loop(0, tiles.used, step, carry)
     # A trip count known when compiling spares the accelerator a round trip to the host for each tile.
     return lax.scan(visit, carry, table)[0]

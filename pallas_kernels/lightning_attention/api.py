@@ -1,6 +1,7 @@
 """The one entry point of lightning attention: validation, choice of backend, differentiation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ IMPLEMENTATIONS = {
 _KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 
-def default_implementation(q, k, v, slopes, *, segmented, chunk_size) -> str:
-    """What `implementation="auto"` stands for: the kernel of the platform if it serves the shapes, or chunked_xla."""
-    options = dict(segmented=segmented, chunk_size=chunk_size)
+def default_implementation(q: Any, k: Any, v: Any, slopes: Any, *, segmented: bool, chunk_size: int | None) -> str:
+    """The choice of `implementation="auto"`: the kernel of the platform if it serves the shapes, or chunked_xla."""
+    options: dict[str, Any] = dict(segmented=segmented, chunk_size=chunk_size)
     kernel = _KERNELS.get(platform.platform())
     reason = kernel and platform.why_not(lambda: IMPLEMENTATIONS[kernel].check(q, k, v, slopes, **options))
     chosen = kernel if kernel and reason is None else "chunked_xla"
@@ -32,8 +33,17 @@ def default_implementation(q, k, v, slopes, *, segmented, chunk_size) -> str:
 
 
 def lightning_attention(
-    q, k, v, slopes, *, segment_ids=None, initial_state=None, reverse=False, chunk_size=None, implementation="auto"
-):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
     """Causal linear attention with per-head exponential decay (arXiv 2501.08313, section 2.2.1; 2401.04658).
 
     With S_0 the initial state, per row and head:
@@ -65,7 +75,7 @@ def lightning_attention(
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
     _validate(q, k, v, slopes, segment_ids, initial_state, chunk_size)
-    options = dict(segmented=segment_ids is not None, chunk_size=chunk_size)
+    options: dict[str, Any] = dict(segmented=segment_ids is not None, chunk_size=chunk_size)
     if implementation == "auto":
         implementation = default_implementation(q, k, v, slopes, **options)
     IMPLEMENTATIONS[implementation].check(q, k, v, slopes, **options)
@@ -78,11 +88,20 @@ def lightning_attention(
         q, k, v = (jnp.flip(x, axis=1) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
     documents = documents_for(implementation, segment_ids, numbered=False)
-    output, state = _attend(implementation, chunk_size, q, k, v, slopes, documents, initial_state)
+    output, state = _attend(implementation, chunk_size, q, k, v, slopes, documents, initial_state)  # pyright: ignore[reportGeneralTypeIssues]
     return (jnp.flip(output, axis=1) if reverse else output), state
 
 
-def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=None, implementation):
+def end_state(
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    implementation: str,
+) -> jax.Array:
     """The state alone that tokens leave behind, from a zero state on; not differentiable.
 
     With `reverse` False it is the final state of `lightning_attention`. With `reverse` it is what the gradient to
@@ -92,23 +111,23 @@ def end_state(k, v, slopes, runs=None, *, reverse=False, chunk_size=None, implem
     Args:
       k: [B, T, H*D], v: [B, T, H*E], one floating dtype.
       slopes: float32 [H].
-      runs: int32 [B, T], numbers of documents that grow along the row, 0 at padding; they need not start at 1. None:
-        one document, number 1.
+      segments: int32 [B, T], numbers of documents that grow along the row, 0 at padding; they need not start at 1.
+        None: one document, number 1.
       chunk_size, implementation: as in `lightning_attention`; a key of `IMPLEMENTATIONS`.
 
     Returns:
       float32 [B, H, D, E].
     """
-    documents = documents_for(implementation, runs, numbered=True)
+    documents = documents_for(implementation, segments, numbered=True)
     return IMPLEMENTATIONS[implementation].end_state(k, v, slopes, documents, reverse=reverse, chunk_size=chunk_size)
 
 
-def documents_for(implementation, ids, *, numbered):
-    """What the backend takes as documents: of segment ids, or of runs, whose document 1 goes on from the left."""
+def documents_for(implementation: str, ids: jax.Array | None, *, numbered: bool) -> Any:
+    """Documents in the form of the backend: of segment ids, or of numbered segments, of which 1 continues the left."""
     return None if ids is None else IMPLEMENTATIONS[implementation].documents(ids, numbered=numbered)
 
 
-def serves_gated_step(dtype, slopes, state, *, implementation="auto") -> bool:
+def serves_gated_step(dtype: jax.typing.DTypeLike, slopes: Any, state: Any, *, implementation: str = "auto") -> bool:
     """Whether `gated_step` serves projections of this dtype, slopes [H] and a state [B, H, D, D].
 
     `implementation` is that of `lightning_attention`, in whose place it would be.
@@ -123,7 +142,9 @@ def serves_gated_step(dtype, slopes, state, *, implementation="auto") -> bool:
 
 
 @jax.custom_vjp
-def gated_step(projected, slopes, state, scale, real=None):
+def gated_step(
+    projected: jax.Array, slopes: jax.Array, state: Any, scale: jax.Array, token_mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One token of decoding in one kernel, from the projections of a layer to what its output projection takes.
 
     With q, k and v behind SiLU in float32, rounded to the dtype of `projected`:
@@ -138,7 +159,7 @@ def gated_step(projected, slopes, state, scale, real=None):
       slopes: float32 [H].
       state: float32 [B, H, D, D]. The next one takes its place in memory where nothing else needs it.
       scale: [H*D], of the norm.
-      real: bool [B]; rows that hold no token keep their state.
+      token_mask: bool [B]; rows that hold no token keep their state.
 
     Returns:
       (output [B, H*D] in the dtype of `projected`, squares float32 [B, H*D / SQUARES], state float32 [B, H, D, D]).
@@ -159,12 +180,14 @@ def gated_step(projected, slopes, state, scale, real=None):
         )
     if not serves_gated_step(projected.dtype, slopes, state, implementation="mosaic_gpu"):
         raise NotImplementedError("gated_step serves one device; 'recurrent_step' is divided over several")
-    return decode_kernel.gated_step(projected, slopes, state, scale, real)
+    return decode_kernel.gated_step(projected, slopes, state, scale, token_mask)
 
 
-def _gated_step_forward(projected, slopes, state, scale, real):
+def _gated_step_forward(projected, slopes, state, scale, token_mask):
     # The recurrence of one token has nothing that only a kernel could do well in a backward.
-    return jax.vjp(lambda *inputs: reference.gated_step(*inputs, real), projected, slopes, state, scale)
+    return jax.vjp(
+        lambda *inputs: reference.gated_step(*inputs, token_mask=token_mask), projected, slopes, state, scale
+    )
 
 
 def _gated_step_backward(vjp, cotangents):

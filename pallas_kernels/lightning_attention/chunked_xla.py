@@ -1,7 +1,7 @@
 """Lightning attention as a scan over chunks, in plain XLA: any length, any platform.
 
 Inside a chunk with entry state S, c_i the number of its real tokens up to and including i, and n their
-total (arXiv 2401.04658, algorithms 1 and 2; spec C.3 and C.7):
+total (arXiv 2401.04658, algorithms 1 and 2; docs/model.md, "Lightning attention"):
 
     o_i   = sum_{j<=i} exp(-s (c_i - c_j)) (q_i . k_j) v_j + exp(-s c_i) q_i S
     S_out = exp(-s n) S + sum_j exp(-s (n - c_j)) k_j^T v_j
@@ -11,8 +11,9 @@ exp(-s c_i) exp(+s c_j) would overflow. The backward keeps q, k, v and the entry
 and is one scan from the last chunk to the first.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,14 +27,23 @@ _CHUNK = 256  # where nothing was measured
 _CHUNKS = (32, 64, 128, 256, 512)  # that tuning measures
 
 
-def check(q, k, v, slopes, *, segmented, chunk_size):
+def check(q: Any, k: Any, v: Any, slopes: Any, *, segmented: bool, chunk_size: int) -> None:
     """Serves every shape."""
     del q, k, v, slopes, segmented, chunk_size
 
 
-def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    segments: Any,
+    initial_state: jax.Array,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array, Any]:
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
-    chunks, distances = _chunk_inputs((q, k, v), slopes, runs, _chunk_length(q, slopes, chunk_size))
+    chunks, distances = _chunk_inputs((q, k, v), slopes, segments, _chunk_length(q, slopes, chunk_size))
     precision = _precision(q.dtype)
     decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
@@ -50,9 +60,20 @@ def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
     return _merge_chunks(output, q.shape[1]), state, entry_states
 
 
-def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size):
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    segments: Any,
+    residuals: Any,
+    d_output: jax.Array,
+    d_state: jax.Array,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, ...]:
     """Gradients to q, k, v and the initial state."""
-    chunks, distances = _chunk_inputs((q, k, v, d_output), slopes, runs, _chunk_length(q, slopes, chunk_size))
+    chunks, distances = _chunk_inputs((q, k, v, d_output), slopes, segments, _chunk_length(q, slopes, chunk_size))
     precision = _precision(q.dtype)
     decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
@@ -74,9 +95,11 @@ def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size)
     return *(_merge_chunks(x, q.shape[1]) for x in gradients), d_initial
 
 
-def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+def end_state(
+    k: jax.Array, v: jax.Array, slopes: jax.Array, segments: Any, *, reverse: bool, chunk_size: int
+) -> jax.Array:
     """See `api.end_state`."""
-    chunks, distances = _chunk_inputs((k, v), slopes, runs, _chunk_length(k, slopes, chunk_size))
+    chunks, distances = _chunk_inputs((k, v), slopes, segments, _chunk_length(k, slopes, chunk_size))
     precision = _precision(k.dtype)
     decays = _decays_of_chunks(slopes, distances, chunks[0].shape[3])
 
@@ -124,7 +147,10 @@ def _decays_of_chunks(slopes, distances, length):
 
 def _decays(slopes, distances):
     """The weights of one chunk."""
-    weight = lambda distance: jnp.exp(-slopes[:, None, None] * distance)  # noqa: E731
+
+    def weight(distance):
+        return jnp.exp(-slopes[:, None, None] * distance)
+
     intra, entering, leaving, carried = distances
     return _Decays(
         intra=weight(intra[:, None]),
@@ -134,16 +160,16 @@ def _decays(slopes, distances):
     )
 
 
-def _distances(count, run, entry_run, exit_run):
+def _distances(count, segment, entry_segment, exit_segment):
     """The distances inside chunks.
 
     Args:
       count: int32 [..., C] real tokens of the chunk up to and including i.
-      run: int32 [..., C] document, 0 at padding.
-      entry_run, exit_run: int32 [...] documents that the entry and the exit state belong to.
+      segment: int32 [..., C] document, 0 at padding.
+      entry_segment, exit_segment: int32 [...] documents that the entry and the exit state belong to.
     """
     causal = jnp.tril(jnp.ones((count.shape[-1],) * 2, bool))
-    attends = causal & (run[..., :, None] == run[..., None, :]) & (run > 0)[..., None, :]
+    attends = causal & (segment[..., :, None] == segment[..., None, :]) & (segment > 0)[..., None, :]
     total = count[..., -1]
 
     def distance(tokens, keep):
@@ -151,9 +177,9 @@ def _distances(count, run, entry_run, exit_run):
 
     return _Distances(
         intra=distance(count[..., :, None] - count[..., None, :], attends),
-        entering=distance(count, run == entry_run[..., None]),
-        leaving=distance(total[..., None] - count, run == exit_run[..., None]),
-        carried=distance(total, entry_run == exit_run),
+        entering=distance(count, segment == entry_segment[..., None]),
+        leaving=distance(total[..., None] - count, segment == exit_segment[..., None]),
+        carried=distance(total, entry_segment == exit_segment),
     )
 
 
@@ -164,36 +190,39 @@ def _chunk_length(q, slopes, chunk_size):
     (heads,) = slopes.shape
     shape = dict(batch=batch, length=length, heads=heads, dim=width // heads, dtype=q.dtype.name)
     chosen = block_sizes.choose(
-        "lightning_attention", "chunked_xla", "chunks", shape,
+        "lightning_attention",
+        "chunked_xla",
+        "chunks",
+        shape,
         candidates=lambda: [dict(chunk=size) for size in sorted({min(size, length) for size in _CHUNKS})],
         heuristic=lambda: dict(chunk=min(_CHUNK, length)),
-    )  # fmt: skip
+    )
     return chosen["chunk"]
 
 
-def _chunk_inputs(tensors, slopes, runs, size):
-    """Cuts [B, T, H*D] into [N, B, H, C, D], and `runs` into stacked `_Distances` (None if rows are whole)."""
+def _chunk_inputs(tensors, slopes, segments, size):
+    """Cuts [B, T, H*D] into [N, B, H, C, D], and `segments` into stacked `_Distances` (None if rows are whole)."""
     batch, length, _ = tensors[0].shape
     heads = slopes.shape[0]
     count = cdiv(length, size)
     padding = count * size - length
-    if padding and runs is None:
-        runs = jnp.ones((batch, length), jnp.int32)
+    if padding and segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         return x.reshape(batch, count, size, heads, -1).transpose(1, 0, 3, 2, 4)
 
-    return tuple(map(cut, tensors)), None if runs is None else _distances_of_runs(runs, padding, size)
+    return tuple(map(cut, tensors)), None if segments is None else _distances_of_segments(segments, padding, size)
 
 
-def _distances_of_runs(runs, padding, size):
-    batch = runs.shape[0]
-    runs = jnp.pad(runs, ((0, 0), (0, padding))).reshape(batch, -1, size)
-    # Runs grow from left to right and the initial state continues run 1, also where a row starts with padding.
-    exit_run = jnp.maximum(lax.cummax(jnp.max(runs, axis=2), axis=1), 1)
-    entry_run = jnp.pad(exit_run, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
-    distances = _distances(jnp.cumsum(runs > 0, axis=2), runs, entry_run, exit_run)
+def _distances_of_segments(segments, padding, size):
+    batch = segments.shape[0]
+    segments = jnp.pad(segments, ((0, 0), (0, padding))).reshape(batch, -1, size)
+    # Segments grow from left to right and the initial state continues segment 1, also where a row starts with padding.
+    exit_segment = jnp.maximum(lax.cummax(jnp.max(segments, axis=2), axis=1), 1)
+    entry_segment = jnp.pad(exit_segment, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+    distances = _distances(jnp.cumsum(segments > 0, axis=2), segments, entry_segment, exit_segment)
     return _Distances(*(jnp.moveaxis(x, 1, 0) for x in distances))
 
 
@@ -209,4 +238,5 @@ def _precision(dtype):
 
 
 def _dot(equation, a, b, precision):
+    """An einsum with float32 accumulation; decayed factors are float32, and `precision` is that of the inputs."""
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -19,7 +19,7 @@ tables; a chunk with padding or a boundary in it makes its own.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ _VMEM_BYTES = 14 << 20  # of the 16 MiB that a kernel gets by default; the rest 
 _FAR = 1e30
 
 
-def check(q, k, v, slopes, *, segmented, chunk_size):
+def check(q: Any, k: Any, v: Any, slopes: Any, *, segmented: bool, chunk_size: int) -> None:
     """Serves head dims 64 and 128 in bfloat16 and float32, on TPU and interpreted on the CPU."""
     del k, segmented
     heads = slopes.shape[0]
@@ -63,26 +63,48 @@ def _refusal(what, served):
     return NotImplementedError(f'mosaic_tpu cannot serve {what}: it serves {served}. "chunked_xla" serves every shape')
 
 
-def forward(q, k, v, slopes, runs, initial_state, *, chunk_size):
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    segments: Any,
+    initial_state: jax.Array,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array, Any]:
     """See `api.lightning_attention`; returns (output, final state, residuals of the backward)."""
-    (output,), state = _scan(_FORWARD, (q, k, v), slopes, runs, initial_state, chunk_size)
+    (output,), state = _scan(_FORWARD, (q, k, v), slopes, segments, initial_state, chunk_size)
     return output, state, initial_state
 
 
-def backward(q, k, v, slopes, runs, residuals, d_output, d_state, *, chunk_size):
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slopes: jax.Array,
+    segments: Any,
+    residuals: Any,
+    d_output: jax.Array,
+    d_state: jax.Array,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, ...]:
     """Gradients to q, k, v and the initial state."""
     transposed = jnp.swapaxes(residuals, 2, 3)
-    (dq,), _ = _scan(_FORWARD, (d_output, v, k), slopes, runs, transposed, chunk_size)
-    (dk, dv), d_initial = _scan(_BACKWARD, (q, k, v, d_output), slopes, runs, d_state, chunk_size)
+    (dq,), _ = _scan(_FORWARD, (d_output, v, k), slopes, segments, transposed, chunk_size)
+    (dk, dv), d_initial = _scan(_BACKWARD, (q, k, v, d_output), slopes, segments, d_state, chunk_size)
     return dq, dk, dv, d_initial
 
 
-def end_state(k, v, slopes, runs, *, reverse, chunk_size):
+def end_state(
+    k: jax.Array, v: jax.Array, slopes: jax.Array, segments: Any, *, reverse: bool, chunk_size: int
+) -> jax.Array:
     """See `api.end_state`."""
     batch, _, width = k.shape
     heads = slopes.shape[0]
     zero = jnp.zeros((batch, heads, width // heads, width // heads), jnp.float32)
-    return _scan(_FIRST_STATE if reverse else _LAST_STATE, (k, v), slopes, runs, zero, chunk_size)[1]
+    return _scan(_FIRST_STATE if reverse else _LAST_STATE, (k, v), slopes, segments, zero, chunk_size)[1]
 
 
 class _Decays(NamedTuple):
@@ -125,7 +147,7 @@ def _first_state_step(decay, d_state, q, do):
 
 
 class _Walk(NamedTuple):
-    """What distinguishes the kernels."""
+    """Differences between the kernels."""
 
     name: str
     step: Callable
@@ -154,14 +176,14 @@ def _dot(a, b, a_axis, b_axis):
     )
 
 
-def _scan(walk, tensors, slopes, runs, initial_state, chunk_size):
-    """Runs the steps of `walk` over the chunks of all rows and heads.
+def _scan(walk, tensors, slopes, segments, initial_state, chunk_size):
+    """Segments the steps of `walk` over the chunks of all rows and heads.
 
     Args:
       walk: `_FORWARD`, `_BACKWARD`, or one of the two that make no outputs.
       tensors: what a step reads, [B, T, H*D] each.
       slopes: float32 [H].
-      runs: int32 [B, T] or None, as `number_segments` gives them.
+      segments: int32 [B, T] or None, as `number_segments` gives them.
       initial_state: float32 [B, H, D, D] before the first step.
       chunk_size: as in `api.lightning_attention`.
 
@@ -175,13 +197,17 @@ def _scan(walk, tensors, slopes, runs, initial_state, chunk_size):
     size, block_heads = _blocks(walk, tensors[0], heads, chunk_size)
     chunks = cdiv(length, size)
     padding = chunks * size - length
-    if padding and runs is None:
-        runs = jnp.ones((batch, length), jnp.int32)
+    if padding and segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
     if padding:
-        runs, *tensors = (jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (runs, *tensors))
-    # Without runs one description stands for all chunks.
-    shared = runs is None
-    description = _describe(jnp.ones((1, 1, size), int) if shared else runs.reshape(batch, chunks, size), walk.reverse)
+        segments, *tensors = (
+            jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (segments, *tensors)
+        )
+    # Without segments one description stands for all chunks.
+    shared = segments is None
+    description = _describe(
+        jnp.ones((1, 1, size), int) if shared else segments.reshape(batch, chunks, size), walk.reverse
+    )
 
     def time(c):
         return chunks - 1 - c if walk.reverse else c
@@ -248,19 +274,19 @@ def _kernel(slopes_ref, stale_ref, carried_ref, tokens_ref, *refs, walk, chunks,
 
 
 class _Description(NamedTuple):
-    """What the kernel knows of the chunks; [B, N] merged into one axis, or of length 1 where chunks are alike."""
+    """Segment facts of each chunk, as the kernel reads them; B*N is 1 where all chunks are alike."""
 
     stale: jax.Array  # int32 [B*N] 1 where the tables of the chunk before do not serve this one
     carried: jax.Array  # float32 [B*N] distance from the entry state to the exit state
-    tokens: jax.Array  # float32 [B, N, 8, C]: count, run, entering and leaving distance, in a tile of 8 rows
+    tokens: jax.Array  # float32 [B, N, 8, C]: count, segment, entering and leaving distance, in a tile of 8 rows
 
 
-def _describe(runs, reverse):
-    """Reads the chunks off their runs, int32 [B, N, C]."""
-    # Runs grow from left to right and the initial state continues run 1, also where a row starts with padding.
-    exit_run = jnp.maximum(lax.cummax(jnp.max(runs, axis=2), axis=1), 1)  # [B, N]
-    entry_run = jnp.pad(exit_run, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
-    count = jnp.cumsum(runs > 0, axis=2)
+def _describe(segments, reverse):
+    """Reads the chunks off their segments, int32 [B, N, C]."""
+    # Segments grow from left to right and the initial state continues segment 1, also where a row starts with padding.
+    exit_segment = jnp.maximum(lax.cummax(jnp.max(segments, axis=2), axis=1), 1)  # [B, N]
+    entry_segment = jnp.pad(exit_segment, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+    count = jnp.cumsum(segments > 0, axis=2)
     total = count[..., -1:]
 
     def distance(tokens, keep):
@@ -268,15 +294,15 @@ def _describe(runs, reverse):
 
     rows = [
         count.astype(jnp.float32),
-        runs.astype(jnp.float32),
-        distance(count, runs == entry_run[..., None]),
-        distance(total - count, runs == exit_run[..., None]),
+        segments.astype(jnp.float32),
+        distance(count, segments == entry_segment[..., None]),
+        distance(total - count, segments == exit_segment[..., None]),
     ]
-    whole = jnp.all(runs == entry_run[..., None], axis=2)
+    whole = jnp.all(segments == entry_segment[..., None], axis=2)
     before = jnp.roll(whole, -1 if reverse else 1, axis=1)  # what wraps around belongs to the first step
     return _Description(
         stale=(~(whole & before)).astype(jnp.int32).reshape(-1),
-        carried=distance(total[..., 0], entry_run == exit_run).reshape(-1),
+        carried=distance(total[..., 0], entry_segment == exit_segment).reshape(-1),
         tokens=jnp.pad(jnp.stack(rows, axis=2), ((0, 0), (0, 0), (0, 4), (0, 0))),
     )
 
@@ -290,14 +316,14 @@ def _distances(tokens, transposed):
     size = tokens.shape[1]
     down = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     across = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    count, run, entering, leaving = (tokens[i : i + 1] for i in range(4))
+    count, segment, entering, leaving = (tokens[i : i + 1] for i in range(4))
 
     def column(row):  # [1, C] -> [C, 1] by its diagonal, which asks nothing of C as a transpose does
         return jnp.sum(jnp.where(down == across, row, 0.0), axis=1, keepdims=True)
 
     between = count - column(count) if transposed else column(count) - count
     causal = across >= down if transposed else down >= across
-    attends = causal & (column(run) == run) & (run > 0)
+    attends = causal & (column(segment) == segment) & (segment > 0)
     return jnp.where(attends, between, _FAR), column(entering), column(leaving)
 
 
@@ -311,11 +337,13 @@ def _blocks(walk, tensor, heads, chunk_size):
         return size, largest
     sizes = sorted({_chunk_length(length, size) for size in _CHUNKS})
     chosen = block_sizes.choose(
-        "lightning_attention", "mosaic_tpu", "backward" if walk.reverse else "forward",
+        "lightning_attention",
+        "mosaic_tpu",
+        "backward" if walk.reverse else "forward",
         dict(batch=batch, length=length, heads=heads, dim=dim, dtype=tensor.dtype.name),
         candidates=lambda: [dict(chunk=c, heads=n) for c in sizes for n in _head_blocks(heads, dim, c, itemsize, walk)],
         heuristic=lambda: dict(chunk=size, heads=largest),
-    )  # fmt: skip
+    )
     return chosen["chunk"], chosen["heads"]
 
 
@@ -340,7 +368,7 @@ def _head_blocks(heads, dim, size, itemsize, walk):
 
 
 def _cost(walk, tensor, state, size):
-    """What XLA is told, for its schedule."""
+    """Cost estimate of a kernel, for the schedule of XLA."""
     within, across = walk.products
     return pl.CostEstimate(
         flops=2 * tensor.size * (within * size + across * state.shape[-1]),

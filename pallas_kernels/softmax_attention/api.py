@@ -4,6 +4,8 @@
 holds a [T, T] matrix.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,8 +19,8 @@ _KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 _CACHED = {"blockwise": blockwise_xla, "cudnn": cudnn}
 
 
-def default_implementation(q, k, v, *, segmented: bool) -> str:
-    """What `implementation="auto"` stands for: the kernel of the platform if it serves the shapes, or blockwise."""
+def default_implementation(q: Any, k: Any, v: Any, *, segmented: bool) -> str:
+    """The choice of `implementation="auto"`: the kernel of the platform if it serves the shapes, or blockwise."""
     kernel = _KERNELS.get(platform.platform())
     reason = kernel and platform.why_not(lambda: IMPLEMENTATIONS[kernel].check(q, k, v, segmented=segmented))
     chosen = kernel if kernel and reason is None else "blockwise"

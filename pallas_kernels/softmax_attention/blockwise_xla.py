@@ -6,7 +6,7 @@ are several, they are stacked on the leading axis.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,12 @@ class Residuals(NamedTuple):
     log_sums: jax.Array  # float32 [n, B, K, R]
 
 
-def check(q, k, v, *, segmented: bool):
+def check(q: Any, k: Any, v: Any, *, segmented: bool) -> None:
     """Blocks of XLA serve every shape."""
     del q, k, v, segmented
 
 
-def forward(q, k, v, segment_ids, *, block: int) -> jax.Array:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, block: int) -> jax.Array:
     """See `api.softmax_attention`."""
     length = q.shape[1]
     if segment_ids is None:
@@ -51,7 +51,7 @@ def forward(q, k, v, segment_ids, *, block: int) -> jax.Array:
     block = min(block, length)
     padding = cdiv(length, block) * block - length
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attend(block, q, k, v, jnp.pad(segment_ids, ((0, 0), (0, padding))))[:, :length]
+    return _attend(block, q, k, v, jnp.pad(segment_ids, ((0, 0), (0, padding))))[:, :length]  # pyright: ignore[reportIndexIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,7 +76,7 @@ def _attend_backward(block, saved, d_output):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def barrier(tree):
+def barrier(tree: Any) -> Any:
     """The same arrays behind one optimization barrier.
 
     Masks depend on no activation: without it jax would compute those of all blocks before the loop and keep them.
@@ -84,28 +84,28 @@ def barrier(tree):
     return lax.optimization_barrier(tree)
 
 
-def split_queries(q, kv_heads, block):
+def split_queries(q: jax.Array, kv_heads: int, block: int) -> jax.Array:
     """[B, T, H, D] -> [n, B, K, R, D]; T is a multiple of `block`."""
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length // block, block, kv_heads, heads // kv_heads, dim).transpose(1, 0, 3, 4, 2, 5)
     return q.reshape(length // block, batch, kv_heads, -1, dim)
 
 
-def split_keys(k, v, segment_ids, block) -> Keys:
+def split_keys(k: jax.Array, v: jax.Array, segment_ids: jax.Array, block: int) -> Keys:
     """[B, T, K, D] twice and [B, T] -> `Keys`; T is a multiple of `block`."""
     batch, length, kv_heads, dim = k.shape
     k, v = (x.reshape(batch, length // block, block, kv_heads, dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
     return Keys(k, v, segment_ids.reshape(batch, length // block, block).swapaxes(0, 1))
 
 
-def merge_blocks(x, block):
+def merge_blocks(x: jax.Array, block: int) -> jax.Array:
     """Blocks of queries or of keys -> [B, T, H, D] or [B, T, K, D]."""
     count, batch, kv_heads, _, dim = x.shape
     x = x.reshape(count, batch, kv_heads, -1, block, dim)
     return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, -1, dim)
 
 
-def causal_blocks(queries, keys: Keys, dtype):
+def causal_blocks(queries: Any, keys: Keys, dtype: jax.typing.DTypeLike) -> tuple[Any, Any]:
     """(output in `dtype` [n, B, K, R, D], log of the sums of exponentials float32 [n, B, K, R]) of whole rows."""
     groups = queries.shape[3] // keys.key.shape[3]
 
@@ -124,12 +124,12 @@ def causal_blocks(queries, keys: Keys, dtype):
     return results
 
 
-def residuals_of(d_output, output, log_sums) -> Residuals:
+def residuals_of(d_output: jax.Array, output: jax.Array, log_sums: jax.Array) -> Residuals:
     delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
     return Residuals(d_output, delta, log_sums)
 
 
-def causal_gradients(queries, keys: Keys, residuals: Residuals):
+def causal_gradients(queries: Any, keys: Keys, residuals: Residuals) -> tuple[jax.Array, ...]:
     """Gradients to queries, keys and values, float32 in blocks."""
     groups = queries.shape[3] // keys.key.shape[3]
 
@@ -145,7 +145,7 @@ def causal_gradients(queries, keys: Keys, residuals: Residuals):
     return lax.scan(step, zeros, pairs)[0]
 
 
-def attend_earlier(carry, queries, query_ids, keys: Keys):
+def attend_earlier(carry: Any, queries: Any, query_ids: jax.Array, keys: Keys) -> Any:
     """Steps of the online softmax of all blocks of queries over all blocks of keys, each of them earlier in the row.
 
     Args:
@@ -166,7 +166,7 @@ def attend_earlier(carry, queries, query_ids, keys: Keys):
     return lax.scan(row, None, (carry, queries, query_ids))[1]
 
 
-def earlier_gradients(gradients, queries, query_ids, keys: Keys, residuals: Residuals):
+def earlier_gradients(gradients: Any, queries: Any, query_ids: jax.Array, keys: Keys, residuals: Residuals) -> Any:
     """Adds what `attend_earlier` gives to the float32 gradients (dq, (dk, dv)), in blocks."""
     groups = queries.shape[3] // query_ids.shape[2]
     dq, d_keys = gradients
@@ -186,7 +186,7 @@ def earlier_gradients(gradients, queries, query_ids, keys: Keys, residuals: Resi
     return dq, d_keys
 
 
-def cached_forward(q, key, value, lengths, *, block: int) -> jax.Array:
+def cached_forward(q: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *, block: int) -> jax.Array:
     """See `api.cached_attention`."""
     length = q.shape[1]
     # Blocks of queries too: each reads the cache up to its own last slot alone, and its scores stay small. On
@@ -229,20 +229,20 @@ def _attend_cache(q, key, value, lengths, block):
     return output.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
-def empty_carry(queries):
+def empty_carry(queries: Any) -> Any:
     """The carry of `accumulate` before the first step: (weighted sum, maximum and normaliser without the last axis)."""
     shape = queries.shape[:-1]
     return jnp.zeros(queries.shape, jnp.float32), jnp.full(shape, _LOWEST_MAXIMUM), jnp.zeros(shape)
 
 
-def carry_of(output, log_sums, query_ids):
+def carry_of(output: jax.Array, log_sums: jax.Array, query_ids: jax.Array) -> Any:
     """The carry of `accumulate` behind the steps that `causal_blocks` finished to these results, float32."""
     # A query that is no padding has seen itself.
     token_mask = jnp.tile(query_ids > 0, (1, 1, log_sums.shape[3] // query_ids.shape[2]))[:, :, None]
     return output, jnp.where(token_mask, log_sums, _LOWEST_MAXIMUM), jnp.where(token_mask, jnp.ones_like(log_sums), 0.0)
 
 
-def accumulate(carry, queries, key, value, seen):
+def accumulate(carry: Any, queries: Any, key: jax.Array, value: jax.Array, seen: jax.Array) -> Any:
     """One step of the online softmax: `queries` over the keys that `seen`, bool [B, 1 or K, R, C], allows."""
     total, maximum, normaliser = carry
     scores = jnp.where(seen, _scores(queries, key), _MASKED)
@@ -253,7 +253,7 @@ def accumulate(carry, queries, key, value, seen):
     return total * shrink[..., None] + values, new_maximum, normaliser * shrink + jnp.sum(weights, axis=-1)
 
 
-def finish(carry):
+def finish(carry: Any) -> Any:
     """(output, log of the sum of exponentials); both 0 for queries that see nothing."""
     total, maximum, normaliser = carry
     empty = normaliser == 0

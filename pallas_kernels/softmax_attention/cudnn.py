@@ -1,6 +1,7 @@
 """Softmax attention by cuDNN's fused kernels, as jax calls them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pallas_kernels.softmax_attention import blockwise_xla
 MAX_DOCUMENTS, MAX_ELEMENTS = 64, 2**31 - 1
 
 
-def check(q, k, v, *, segmented: bool):
+def check(q: Any, k: Any, v: Any, *, segmented: bool) -> None:
     """Raises NotImplementedError where cuDNN cannot serve the shapes."""
     del k, v
     if platform.platform() != "gpu":
@@ -28,7 +29,7 @@ def check(q, k, v, *, segmented: bool):
         )
 
 
-def forward(q, k, v, segment_ids, *, block: int) -> jax.Array:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, block: int) -> jax.Array:
     """See `api.softmax_attention`. Packed rows that cuDNN has no form for run blockwise."""
     if segment_ids is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -57,7 +58,7 @@ def _packed(q, k, v, segment_ids, block):
             scale=1 / np.sqrt(q.shape[-1]),
             mask_type=MaskType.PADDING_CAUSAL,
         )
-        return jnp.where(token_mask, output, 0)
+        return jnp.where(token_mask, output, 0)  # pyright: ignore[reportArgumentType]
 
     served = (jnp.max(segment_ids) <= MAX_DOCUMENTS) & ~gaps
     blockwise = functools.partial(blockwise_xla.forward, segment_ids=segment_ids, block=block)
@@ -80,14 +81,14 @@ def _document_table(segment_ids, count):
     return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), lengths, gaps
 
 
-def cached_forward(q, key, value, lengths, *, block: int) -> jax.Array:
+def cached_forward(q: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *, block: int) -> jax.Array:
     """See `api.cached_attention`: one call over the earlier slots and one over the new ones, merged by log-sum-exp."""
     # jax's public function rounds the logarithms of the sums to bfloat16.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     del block
     batch, length, _, dim = q.shape
-    attend = functools.partial(
+    attend: Any = functools.partial(
         dot_product_attention, q.swapaxes(1, 2), scale=1 / np.sqrt(dim), qkv_layout="BNTH", return_residual=True
     )
     new_key, new_value = (_slots(x, lengths, length) for x in (key, value))

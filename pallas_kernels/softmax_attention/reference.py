@@ -1,17 +1,19 @@
 """The definition of softmax attention, quadratic in T: every other backend is tested against it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite: a query that sees no key must not make a NaN in the gradient
 
 
-def check(q, k, v, *, segmented: bool):
+def check(q: Any, k: Any, v: Any, *, segmented: bool) -> None:
     """The definition serves every shape."""
     del q, k, v, segmented
 
 
-def forward(q, k, v, segment_ids, *, block: int) -> jax.Array:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, block: int) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over the tokens of the same document up to the query's own; see `api`."""
     del block
     length, group = q.shape[1], q.shape[2] // k.shape[2]

@@ -1,5 +1,7 @@
 """Softmax attention by jax's own kernel for TPU, splash attention."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from pallas_kernels.platform import cdiv
 BLOCK = 512  # query and key tokens; a multiple of 128
 
 
-def check(q, k, v, *, segmented: bool):
+def check(q: Any, k: Any, v: Any, *, segmented: bool) -> None:
     """Raises NotImplementedError where the kernel cannot serve the shapes."""
     del k, v, segmented
     if q.shape[-1] % 128:
@@ -19,7 +21,7 @@ def check(q, k, v, *, segmented: bool):
         )
 
 
-def forward(q, k, v, segment_ids, *, block: int) -> jax.Array:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, block: int) -> jax.Array:
     """See `api.softmax_attention`: one call a row and key head, over the query heads that read it."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -34,7 +36,7 @@ def forward(q, k, v, segment_ids, *, block: int) -> jax.Array:
     ids = jnp.pad(segment_ids, ((0, 0), (0, padded - length)))
     q = (q / np.sqrt(dim)).astype(q.dtype).reshape(batch, padded, kv_heads, heads // kv_heads, dim)
     over_heads = jax.vmap(_kernel(padded, heads // kv_heads, size), in_axes=(0, 0, 0, None))
-    output = jax.vmap(lambda q, k, v, ids: over_heads(q, k, v, splash.SegmentIds(ids, ids)))(
+    output: Any = jax.vmap(lambda q, k, v, ids: over_heads(q, k, v, splash.SegmentIds(ids, ids)))(
         q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), ids
     )
     output = output.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, dim)[:, :length]

@@ -164,10 +164,8 @@ def resumed(folder, one):
     tasks = {
         "other half": dict(task="train", name="halves", steps=6, mesh=FSDP),
         "by one": dict(task="train", name="by one", steps=6, mesh=FSDP),
-        "endless": dict(
-            task="train", name="endless", mesh=FSDP, total_tokens=10**9, save_every_steps=10**6
-        ),
-    }  # fmt: skip
+        "endless": dict(task="train", name="endless", mesh=FSDP, total_tokens=10**9, save_every_steps=10**6),
+    }
     workers = start(folder, 2, *tasks.values())
     workers.wait(until=lambda: len(metrics.read_rows(folder / "endless/metrics.jsonl")) >= 3)
     workers.processes[1].send_signal(signal.SIGTERM)
@@ -333,10 +331,14 @@ def start_programs(*arguments):
     return [
         subprocess.Popen(
             [sys.executable, *arguments, f"--distributed={address},2,{index}"],
-            cwd=REPOSITORY, env=fake_devices.environment(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=REPOSITORY,
+            env=fake_devices.environment(1),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for index in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def kill_all(programs):
@@ -393,7 +395,7 @@ def test_a_process_that_is_silent_or_fails_stops_the_other():
             for program in programs:
                 assert "waits\n" in iter(program.stdout.readline, "")
             programs[silent].send_signal(signal.SIGSTOP)
-        lost = "another process of this run has ended or was silent for 15 s (see jax's lines above); this process stops too"
+        lost = "process of this run has ended or was silent for 15 s (see jax's lines above); this process stops too"
         for programs, other in zip(pairs, (1, 0), strict=True):
             _, err = programs[other].communicate(timeout=HANG_SECONDS)
             assert programs[other].returncode == -signal.SIGABRT

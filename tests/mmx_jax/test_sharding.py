@@ -110,9 +110,17 @@ def test_one_mesh_axis_on_two_dimensions_is_an_error():
 
 def test_shapes_that_do_not_divide_are_an_error():
     config = ModelConfig(
-        vocab_size=60, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=8,
-        num_kv_heads=2, head_dim=8, rotary_dim=4, mlp_dim=48, num_experts=4,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=32,
+        num_layers=2,
+        layer_pattern=("lightning", "softmax"),
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        rotary_dim=4,
+        mlp_dim=48,
+        num_experts=4,
+    )
     many_kv_heads = dataclasses.replace(config, num_kv_heads=8, num_experts=8)
     with pytest.raises(ConfigError, match=r"embed/embedding \(60, 32\): axis 'vocab' of size 60 .* 8 devices"):
         param_shardings(many_kv_heads, AbstractMesh((1, 1, 1, 1, 8, 1), MESH_AXES))

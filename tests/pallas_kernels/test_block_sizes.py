@@ -31,7 +31,7 @@ def table(tmp_path, monkeypatch):
 def choose(shape=SHAPE, candidates=(1, 2)):
     return block_sizes.choose(
         *KERNEL, shape, candidates=lambda: [dict(tile=n) for n in candidates], heuristic=lambda: dict(tile=1)
-    )["tile"]  # fmt: skip
+    )["tile"]
 
 
 def test_exactly_the_measured_shape_is_looked_up(table):
@@ -99,11 +99,11 @@ def test_a_failed_write_leaves_the_table_as_it_was(table, monkeypatch, step):
 ENTRY = dict(op="a", implementation="b", kernel="c", device="d", shape={}, parameters={}, ms=1.0, jax="e")
 BROKEN = {
     "no JSON": ("{", "is not JSON"),
-    "no table": ("[]", "is not {\"entries\""),
-    "no list": ('{"entries": 3}', "is not {\"entries\""),
+    "no table": ("[]", 'is not {"entries"'),
+    "no list": ('{"entries": 3}', 'is not {"entries"'),
     "a field too few": (json.dumps(dict(entries=[ENTRY, {"op": "a"}])), "entry 1 of the tuning table.*the fields op"),
     "a wrong type": (json.dumps(dict(entries=[ENTRY | dict(ms="fast")])), "entry 0.*ms is 'fast'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -134,9 +134,11 @@ def test_the_table_of_the_package_is_one_and_names_what_exists(monkeypatch):
 
 def chunks_of(length, chunk_size=None):
     x = jnp.zeros((1, length, 2 * 8))
-    text = str(jax.make_jaxpr(lambda x: lightning_attention(
-        x, x, x, jnp.ones(2), chunk_size=chunk_size, implementation="chunked_xla"
-    ))(x))  # fmt: skip
+    text = str(
+        jax.make_jaxpr(
+            lambda x: lightning_attention(x, x, x, jnp.ones(2), chunk_size=chunk_size, implementation="chunked_xla")
+        )(x)
+    )
     return next(n for n in range(1, length + 1) if f"length={n}\n" in text)
 
 
@@ -231,18 +233,25 @@ def test_the_fastest_right_candidate_wins(table, capsys, monkeypatch):
         if implementation == "reference":
             return x
         mode = block_sizes.choose(
-            "fake", "tiled_xla", "modes", dict(n=4, dtype="float32"),
-            candidates=lambda: [dict(mode=n) for n in range(5)], heuristic=lambda: dict(mode=0),
-        )["mode"]  # fmt: skip
+            "fake",
+            "tiled_xla",
+            "modes",
+            dict(n=4, dtype="float32"),
+            candidates=lambda: [dict(mode=n) for n in range(5)],
+            heuristic=lambda: dict(mode=0),
+        )["mode"]
         if mode == 3:
             raise RuntimeError("out of VMEM\nin a long message")
         return x + jax.lax.stop_gradient(jax.pure_callback(lambda x: host(x, mode), x, jax.lax.stop_gradient(x)) - x)
 
     fake = autotune._Op(
-        defaults=dict(n=None, dtype="float32"), implementations=dict(reference=None, tiled_xla=None),
-        inputs=lambda shape: ((jnp.ones(shape["n"]),), ()), apply=apply,
-        default=lambda arrays, others: "tiled_xla", shorten=lambda shape: shape,
-    )  # fmt: skip
+        defaults=dict(n=None, dtype="float32"),
+        implementations=dict(reference=None, tiled_xla=None),
+        inputs=lambda shape: ((jnp.ones(shape["n"]),), ()),
+        apply=apply,
+        default=lambda arrays, others: "tiled_xla",
+        shorten=lambda shape: shape,
+    )
     monkeypatch.setitem(autotune.OPS, "fake", fake)
     said = run(capsys, "--op=fake", "--shape=n=4")
     (entry,) = block_sizes.load(table)
@@ -260,15 +269,17 @@ REFUSED = {
     "no number": (("--op=grouped_matmul", "--shape=rows=many"), "rows is a positive number; got 'many'"),
     "an unknown dtype": (("--op=grouped_matmul", "--shape=dtype=int8"), "one of bfloat16, float32; got 'int8'"),
     "an unknown implementation": (
-        ("--op=grouped_matmul", SHAPES, "--implementation=cutlass"), "auto or one of reference.*got 'cutlass'",
+        ("--op=grouped_matmul", SHAPES, "--implementation=cutlass"),
+        "auto or one of reference.*got 'cutlass'",
     ),
     "an interpreted kernel": (
-        ("--op=grouped_matmul", SHAPES, "--implementation=megablox"), "megablox is interpreted on the CPU",
+        ("--op=grouped_matmul", SHAPES, "--implementation=megablox"),
+        "megablox is interpreted on the CPU",
     ),
     "a device without a kernel to tune": (("--op=grouped_matmul", SHAPES), "tiled_xla of grouped_matmul has nothing"),
     "a folder": (("--op=grouped_matmul", SHAPES, "--table=/"), "cannot read the tuning table /: Is a directory"),
     "no such folder": (("--op=grouped_matmul", SHAPES, "--table=/no/such/t.json"), "cannot write /no/such/t.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -300,15 +311,21 @@ def test_what_the_short_shape_has_no_room_for_is_held_against_the_heuristic(tabl
         if implementation == "reference":
             return x
         tile = block_sizes.choose(
-            *KERNEL, dict(n=x.size), candidates=lambda: [dict(tile=n) for n in (2, 4, 8) if n <= x.size],
+            *KERNEL,
+            dict(n=x.size),
+            candidates=lambda: [dict(tile=n) for n in (2, 4, 8) if n <= x.size],
             heuristic=lambda: dict(tile=2),
-        )["tile"]  # fmt: skip
+        )["tile"]
         return x * (1.1 if wrong and tile == 8 else 1)
 
     fake = autotune._Op(
-        defaults={}, implementations={}, inputs=lambda shape: ((jnp.ones(shape["n"]),), ()), apply=apply,
-        default=None, shorten=lambda shape: shape | dict(n=4),
-    )  # fmt: skip
+        defaults={},
+        implementations={},
+        inputs=lambda shape: ((jnp.ones(shape["n"]),), ()),
+        apply=apply,
+        default=None,
+        shorten=lambda shape: shape | dict(n=4),
+    )
     monkeypatch.setitem(autotune.OPS, "op", fake)
     own = autotune.job("op", "kernel", dict(n=16, dtype="float32"), rounds=1)
     measured = autotune.measure(own, KERNEL, dict(tile=8), {}, backward=False)

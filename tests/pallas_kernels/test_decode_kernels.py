@@ -72,9 +72,18 @@ def route_inputs(case):
 
 
 MODEL = ModelConfig(
-    vocab_size=64, hidden_size=256, num_layers=2, layer_pattern=("lightning",) * 2, num_heads=2, num_kv_heads=2,
-    head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=8, dtype="bfloat16",
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=256,
+    num_layers=2,
+    layer_pattern=("lightning",) * 2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=64,
+    rotary_dim=32,
+    mlp_dim=192,
+    num_experts=8,
+    dtype="bfloat16",
+)
 
 
 def layer_output(batch, dtype="bfloat16", runtime=RuntimeConfig()):

@@ -19,7 +19,11 @@ def answer_of(module, count=8):
     """What `python -m module` prints on `count` devices, as JSON."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", module],
-        env=environment(count), cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_SECONDS,
-    )  # fmt: skip
+        env=environment(count),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

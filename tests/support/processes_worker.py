@@ -46,15 +46,29 @@ from tests.support.patience import HANG_SECONDS
 
 TINY = FIXTURES / "text/tiny/hf"
 MODEL = ModelConfig(
-    vocab_size=320, hidden_size=32, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
-    head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=2, experts_per_token=1,
-    router_aux_loss_coef=0.01, dtype="float32", 
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=1,
+    layer_pattern=("lightning",),
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    max_position_embeddings=4096,
+    mlp_dim=32,
+    num_experts=2,
+    experts_per_token=1,
+    router_aux_loss_coef=0.01,
+    dtype="float32",
+)
 RUNTIME = RuntimeConfig(lightning_chunk=16, softmax_block=32, loss_chunk=64)
 TRAINING = TrainingConfig(
-    total_tokens=16 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, 
+    total_tokens=16 * 256,
+    sequence_length=32,
+    batch_tokens=256,
+    learning_rate=1e-2,
     adam_eps=1e-3,  # so that the rounding of a gradient of about nothing stays what it is
-)  # fmt: skip
+)
 
 
 def config_of_run(folder, **mesh):
@@ -64,14 +78,16 @@ def config_of_run(folder, **mesh):
         model=MODEL,
         mesh=MeshConfig(**mesh),
         data=DataConfig(
-            sources=(SourceConfig(path=str(folder / "text")),), tokenizer_vocab_size=300, eval_fraction=0.2,
+            sources=(SourceConfig(path=str(folder / "text")),),
+            tokenizer_vocab_size=300,
+            eval_fraction=0.2,
             packing_bins=4,
         ),
         runtime=RUNTIME,
         training=TRAINING,
         checkpoint=CheckpointConfig(save_every_steps=2, keep=8),
         monitoring=MonitoringConfig(eval_batches=2),
-    )  # fmt: skip
+    )
 
 
 def compile_once():
@@ -115,9 +131,11 @@ def steps(folder, index, count, *, layers=MODEL.layer_pattern, **mesh_sizes):
             targets = np.where(rng.random(tokens.shape) < 0.8, np.roll(tokens, -1, 1), -1)
             targets[0] = -1  # so that rows, and hence processes, weigh differently
             batch = {
-                "tokens": tokens, "targets": targets, "segment_ids": 1 + (np.arange(32) >= 20) + 0 * tokens,
+                "tokens": tokens,
+                "targets": targets,
+                "segment_ids": 1 + (np.arange(32) >= 20) + 0 * tokens,
                 "positions": np.arange(32) % 20 + 0 * tokens,
-            }  # fmt: skip
+            }
             own = device_batch.own_rows(mesh, len(tokens))
             batch = {key: value[own].astype(np.int32) for key, value in batch.items()}
             batch = device_batch.to_devices(batch, mesh, len(tokens))

@@ -46,9 +46,20 @@ CASES = [
 
 def config(**changes):
     return ModelConfig(
-        vocab_size=8, hidden_size=EMBED, num_layers=1, layer_pattern=("softmax",), num_heads=2, num_kv_heads=1,
-        head_dim=4, rotary_dim=2, mlp_dim=INNER, num_experts=EXPERTS, experts_per_token=2, dtype="float32", **changes,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=EMBED,
+        num_layers=1,
+        layer_pattern=("softmax",),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        rotary_dim=2,
+        mlp_dim=INNER,
+        num_experts=EXPERTS,
+        experts_per_token=2,
+        dtype="float32",
+        **changes,
+    )
 
 
 def inputs(shape, *, skewed, padded):
@@ -129,12 +140,14 @@ def equality():
             lowered = run.lower(*place(mesh, *batches[0]))
         compiled = lowered.compile()
         got = [compiled(*place(mesh, *arguments)) for arguments in batches]
-        results.append({
-            "errors": [error(found, alone(*arguments)) for found, arguments in zip(got, batches, strict=True)],
-            "dropped": float(got[1][1][1].dropped),
-            "collectives": collectives(compiled.as_text()),
-            "barriers": barriers(lowered.as_text()),
-        })  # fmt: skip
+        results.append(
+            {
+                "errors": [error(found, alone(*arguments)) for found, arguments in zip(got, batches, strict=True)],
+                "dropped": float(got[1][1][1].dropped),
+                "collectives": collectives(compiled.as_text()),
+                "barriers": barriers(lowered.as_text()),
+            }
+        )
     return results
 
 
@@ -167,9 +180,11 @@ def buffer():
             for expert in (2 * owner, 2 * owner + 1):
                 for sender in senders:
                     wanted[expert, sender] = [
-                        (r, choice) for choice in range(2) for r in np.flatnonzero((device == sender) & real)
+                        (r, choice)
+                        for choice in range(2)
+                        for r in np.flatnonzero((device == sender) & real)
                         if experts[r, choice] == expert
-                    ]  # fmt: skip
+                    ]
             total = sum(map(len, wanted.values()))
             for assignments in wanted.values():
                 count = len(assignments) if total <= room else len(assignments) * room // total

@@ -56,10 +56,21 @@ RUNTIME = RuntimeConfig(lightning_chunk=4, softmax_block=8)
 
 def config(num_layers=2, **changes):
     return ModelConfig(
-        vocab_size=64, hidden_size=32, num_layers=num_layers, layer_pattern=("lightning", "softmax"), num_heads=16,
-        num_kv_heads=8, head_dim=4, rotary_dim=2, rope_theta=1e4, mlp_dim=48, num_experts=8, experts_per_token=2,
-        dtype="float32", **changes,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=num_layers,
+        layer_pattern=("lightning", "softmax"),
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=4,
+        rotary_dim=2,
+        rope_theta=1e4,
+        mlp_dim=48,
+        num_experts=8,
+        experts_per_token=2,
+        dtype="float32",
+        **changes,
+    )
 
 
 def batch_of(segment_ids):
@@ -101,13 +112,15 @@ def train(run_config, mesh, state):
             losses.append(later["loss"])
         losses.append(run(now, batch)[2]["loss"])
         token_mask = np.asarray(batch["segment_ids"]) > 0
-        return jax.device_get({
-            "logits": np.asarray(logits)[token_mask],
-            "metrics": metrics,
-            "gradients": first,  # Adam's first moment behind one step
-            "losses": jnp.stack(losses),
-            "parameters": now["params"],
-        })  # fmt: skip
+        return jax.device_get(
+            {
+                "logits": np.asarray(logits)[token_mask],
+                "metrics": metrics,
+                "gradients": first,  # Adam's first moment behind one step
+                "losses": jnp.stack(losses),
+                "parameters": now["params"],
+            }
+        )
 
     return {name: outcome(batch) for name, batch in batches.items()}, run
 

@@ -18,16 +18,16 @@ from pallas_kernels.platform import platform
 ROWS = 8  # of the state that the threads of a program hold at once: a row is 16 threads with 4 numbers each
 
 
-def gated_step(projected, slopes, state, scale, real):
+def gated_step(projected, slopes, state, scale, token_mask):
     """See `api.gated_step`."""
-    real = None if real is None else real.astype(jnp.int32)
+    token_mask = None if token_mask is None else token_mask.astype(jnp.int32)
     # The decay is not for the kernel's approximate exponential: a state keeps its error for thousands of tokens.
-    return _jitted_step(projected, jnp.exp(-slopes), state, scale, real, interpreted=platform() == "cpu")
+    return _jitted_step(projected, jnp.exp(-slopes), state, scale, token_mask, interpreted=platform() == "cpu")
 
 
 # Jitted, so that the calls of a model's layers are traced and lowered once.
 @functools.partial(jax.jit, static_argnames="interpreted")
-def _jitted_step(projected, decays, state, scale, real, *, interpreted):
+def _jitted_step(projected, decays, state, scale, token_mask, *, interpreted):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -40,8 +40,8 @@ def _jitted_step(projected, decays, state, scale, real, *, interpreted):
     along_keys, along_values = held.reduce(1), held.reduce(0)
 
     def kernel(projected_ref, decay_ref, scale_ref, *refs):
-        real_ref = None if real is None else refs[0]
-        state_ref, output_ref, squares_ref = refs[real is not None :]
+        token_mask_ref = None if token_mask is None else refs[0]
+        state_ref, output_ref, squares_ref = refs[token_mask is not None :]
         b, h, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
         keys, values = pl.ds(h * dim, dim), pl.ds(h * dim + part * SQUARES, SQUARES)
 
@@ -67,8 +67,8 @@ def _jitted_step(projected, decays, state, scale, real, *, interpreted):
         q, k = (spread(activated(index, keys, along_keys), 0) for index in (0, 1))  # [D, SQUARES]
         v = spread(activated(2, values, along_values), 1)
         new = decay_ref[h] * old + k * v
-        if real is not None:
-            new = lax.cond(real_ref[b] > 0, lambda: new, lambda: old)
+        if token_mask is not None:
+            new = lax.cond(token_mask_ref[b] > 0, lambda: new, lambda: old)
         own_state[...] = new
         output = jnp.sum(q * new, axis=0)
         squares_ref[b, h * parts + part] = jnp.sum(output * output)
@@ -85,5 +85,5 @@ def _jitted_step(projected, decays, state, scale, real, *, interpreted):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **(dict(interpret=plgpu.InterpretGPUParams()) if interpreted else {}),
     )  # fmt: skip
-    output, squares = call(projected, decays, scale, *([] if real is None else [real]), state_ref)
+    output, squares = call(projected, decays, scale, *([] if token_mask is None else [token_mask]), state_ref)
     return output, squares, jax.freeze(state_ref)

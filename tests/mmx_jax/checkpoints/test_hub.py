@@ -12,10 +12,17 @@ from mmx_jax.checkpoints.hub import HubError, Repository
 from mmx_jax.checkpoints.open import CARRIED, resolve
 
 SIZES = {
-    "config.json": 10, "model-00000-of-00002.safetensors": 600, "model-00001-of-00002.safetensors": 400,
-    "model.safetensors.index.json": 5, "tokenizer.json": 20, "generation_config.json": 3, "README.md": 7000,
-    "pytorch_model.bin": 9000, "original/model.safetensors": 9000, "figures/config.json": 1,
-}  # fmt: skip
+    "config.json": 10,
+    "model-00000-of-00002.safetensors": 600,
+    "model-00001-of-00002.safetensors": 400,
+    "model.safetensors.index.json": 5,
+    "tokenizer.json": 20,
+    "generation_config.json": 3,
+    "README.md": 7000,
+    "pytorch_model.bin": 9000,
+    "original/model.safetensors": 9000,
+    "figures/config.json": 1,
+}
 WANTED = [name for name in SIZES if "/" not in name and name not in ("README.md", "pytorch_model.bin")]
 
 
@@ -93,8 +100,9 @@ def test_download_asks_for_what_is_needed_and_tells_the_size_first(install, tmp_
     assert hub.download(reference, lambda line: told.append((line, len(fake.asked)))) == hub.parse(reference).folder
     revision = "v2" if "@" in reference else None
     assert fake.asked == [
-        ("org/name", revision), ("org/name", "0123456789abcdef", reference, WANTED),
-    ]  # fmt: skip
+        ("org/name", revision),
+        ("org/name", "0123456789abcdef", reference, WANTED),
+    ]
     ((line, asked),) = told
     assert asked == 1 and "org/name at 0123456789ab: 6 files, 0.00 GB" in line and line.endswith(f"into {reference}")
 

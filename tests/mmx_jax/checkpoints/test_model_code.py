@@ -103,9 +103,9 @@ def test_the_report_begins_with_the_warning(tmp_path, monkeypatch):
     assert "WARNING" not in export_hf.export_checkpoint(ORIGINAL, tmp_path / "out2")
 
 
-def test_dropping_of_tokens_is_left_out_aloud():
+def test_dropping_of_tokens_is_told():
     code = model_code.choose(ModelConfig(capacity_factor=1.25), "original", "float32", ())
-    assert "drops no token: capacity_factor=1.25 is left out" in code.notes[0]
+    assert "drops no token: capacity_factor=1.25 is omitted" in code.notes[0]
 
 
 @pytest.mark.parametrize("naming", ["original", "transformers"])

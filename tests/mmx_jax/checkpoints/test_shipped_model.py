@@ -34,23 +34,43 @@ pytestmark = [
 VOCAB, LENGTH, BLOCK = 96, 70, 16
 TOLERANCE = 1e-5
 SHAPES = dict(
-    vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=8,
-    rope_theta=1e4, max_position_embeddings=512, mlp_dim=24, num_experts=4, experts_per_token=2, lightning_alpha=1.3,
-    softmax_alpha=1.7, mlp_alpha=1.5, lightning_beta=0.9, softmax_beta=1.1, mlp_beta=0.8, router_aux_loss_coef=0.01,
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    rope_theta=1e4,
+    max_position_embeddings=512,
+    mlp_dim=24,
+    num_experts=4,
+    experts_per_token=2,
+    lightning_alpha=1.3,
+    softmax_alpha=1.7,
+    mlp_alpha=1.5,
+    lightning_beta=0.9,
+    softmax_beta=1.1,
+    mlp_beta=0.8,
+    router_aux_loss_coef=0.01,
     dtype="float32",
-)  # fmt: skip
+)
 HYBRID = {"layer_pattern": ("lightning", "softmax")}
 CONFIGS = {
     "hybrid": HYBRID,
     "prenorm": dict(
-        layer_pattern=("softmax", "lightning", "lightning"), num_layers=3, num_heads=6, num_kv_heads=3, postnorm=False,
+        layer_pattern=("softmax", "lightning", "lightning"),
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=3,
+        postnorm=False,
         rotary_dim=16,
     ),
     "dense": dict(
         layer_pattern=("lightning",), num_layers=2, num_experts=1, experts_per_token=1, lightning_norm_eps=1e-2
     ),
     "softmax": dict(layer_pattern=("softmax",), num_layers=2, num_experts=5, experts_per_token=3, rotary_dim=2),
-}  # fmt: skip
+}
 NAMINGS = {"hybrid": "original", "prenorm": "transformers", "dense": "transformers", "softmax": "original"}
 
 

@@ -189,8 +189,11 @@ def test_recipe_of_the_report():
     assert dataclasses.replace(config.model, router_aux_loss_coef=0.001) == ModelConfig()
     assert [step.batch_tokens // 2**20 for step in training.batch_ramp] == [32, 64, 128]
     assert [(stage.sequence_length, stage.rope_theta) for stage in training.stages] == [
-        (8192, 1e4), (131072, 5e6), (524288, 1e7), (1048576, 1e7),
-    ]  # fmt: skip
+        (8192, 1e4),
+        (131072, 5e6),
+        (524288, 1e7),
+        (1048576, 1e7),
+    ]
     rates = [training.learning_rate * phase.end for phase in training.learning_rate_phases]
     assert rates == pytest.approx([2e-4, 2e-4, 1.3e-4, 3e-5, 3e-5])
     assert sum(phase.tokens for phase in training.learning_rate_phases) == training.stages[0].tokens == 11_400 * 10**9

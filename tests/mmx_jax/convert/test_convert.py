@@ -163,15 +163,30 @@ def model_configs(draw):
     head_dim, kv_heads, experts = draw(positive), draw(st.integers(1, 4)), draw(st.integers(1, 8))
     pattern = shortest_period(tuple(kinds))
     return ModelConfig(
-        vocab_size=draw(positive), hidden_size=draw(positive), num_layers=len(kinds), layer_pattern=pattern,
-        num_heads=kv_heads * draw(st.integers(1, 4)), num_kv_heads=kv_heads, head_dim=head_dim,
-        rotary_dim=2 * draw(st.integers(0, head_dim // 2)), rope_theta=draw(st.floats(1, 1e8)),
-        max_position_embeddings=draw(positive), mlp_dim=draw(positive), num_experts=experts,
-        experts_per_token=draw(st.integers(1, experts)), postnorm=draw(st.booleans()), lightning_alpha=draw(scale),
-        lightning_beta=draw(scale), softmax_alpha=draw(scale), softmax_beta=draw(scale), mlp_alpha=draw(scale),
-        mlp_beta=draw(scale), rms_norm_eps=draw(st.floats(1e-8, 1e-3)),
-        lightning_norm_eps=draw(st.floats(1e-8, 1e-3)), eos_token_id=draw(st.none() | positive),
-    )  # fmt: skip
+        vocab_size=draw(positive),
+        hidden_size=draw(positive),
+        num_layers=len(kinds),
+        layer_pattern=pattern,
+        num_heads=kv_heads * draw(st.integers(1, 4)),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.integers(0, head_dim // 2)),
+        rope_theta=draw(st.floats(1, 1e8)),
+        max_position_embeddings=draw(positive),
+        mlp_dim=draw(positive),
+        num_experts=experts,
+        experts_per_token=draw(st.integers(1, experts)),
+        postnorm=draw(st.booleans()),
+        lightning_alpha=draw(scale),
+        lightning_beta=draw(scale),
+        softmax_alpha=draw(scale),
+        softmax_beta=draw(scale),
+        mlp_alpha=draw(scale),
+        mlp_beta=draw(scale),
+        rms_norm_eps=draw(st.floats(1e-8, 1e-3)),
+        lightning_norm_eps=draw(st.floats(1e-8, 1e-3)),
+        eos_token_id=draw(st.none() | positive),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,8 +207,14 @@ def test_written_config_is_the_released_one():
 
 
 INERT = {
-    "architectures", "auto_map", "model_type", "transformers_version", "use_cache", "output_router_logits", "dtype",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "model_type",
+    "transformers_version",
+    "use_cache",
+    "output_router_logits",
+    "dtype",
+}
 ABSENT_IS_NONE = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
@@ -813,7 +834,7 @@ def test_damaged_journal_and_manifest_are_one_error(imported, tmp_path):
     partial.mkdir()
     for line in (b"5", b'{"part": 1}', b"[" * 10**5, b'{"part": "a"}', b'{"part": "a", "sha256": "", "tensors": []}'):
         (partial / "journal.jsonl").write_bytes(b"{}\n" + line + b"\n")
-        with pytest.raises(ConversionError, match=r"journal\.jsonl: damaged.*begin anew"):
+        with pytest.raises(ConversionError, match=r"journal\.jsonl: damaged.*start over"):
             journal.Job(tmp_path / "out", {}, overwrite=False)
     weights = tmp_path / "weights"
     shutil.copytree(imported, weights)
@@ -1170,8 +1191,11 @@ print("sharded equals whole")
 def test_import_onto_a_mesh_reads_only_its_shards(imported):
     process = subprocess.run(
         [sys.executable, "-c", SHARDED, str(BF16), str(imported)],
-        cwd=REPOSITORY, env=fake_devices.environment(8), capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=fake_devices.environment(8),
+        capture_output=True,
+        text=True,
+    )
     assert process.stdout == "sharded equals whole\n", process.stderr[-2000:]
 
 
@@ -1213,8 +1237,10 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     script = REPOSITORY / "benchmarks" / "convert_memory.py"
     process = subprocess.run(
         [sys.executable, script, "--gigabytes=0.6", f"--folder={tmp_path}", "--largest_megabytes=16"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 0, process.stderr[-2000:]
     result = json.loads(process.stdout.splitlines()[-1])
     for command in ("import", "export", "verify"):

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmx_jax.config import DataConfig, ReadingConfig, SourceConfig
-from mmx_jax.data.packing import batches_of, pack, split_document
+from mmx_jax.data.packing import PackingSpec, batches_of, pack, split_document
 from mmx_jax.data.pipeline import (
     content_hash,
     corpus_statistics,
@@ -109,8 +109,8 @@ def test_packing_keeps_every_token_once(lengths, length, bins, alignment, shuffl
     documents = [np.arange(end - n, end, dtype=np.int32) for n, end in zip(lengths, ends, strict=True)]  # all distinct
     pieces = [piece for document in documents for piece in split_document(document, length)]
     dataset = grain.MapDataset.source(pieces).to_iter_dataset(grain.ReadOptions(0, 0))
-    options = dict(length=length, bins=bins, alignment=alignment, pad_id=999, seed=1, shuffle=shuffle)
-    rows = list(pack(grain, dataset, **options))
+    spec = PackingSpec(length=length, bins=bins, alignment=alignment, pad_id=999)
+    rows = list(pack(grain, dataset, spec, seed=1, shuffle=shuffle))
     batch = {name: np.stack([row[name] for row in rows]) for name in NAMES}
     last_of_document = set((ends - 1).tolist())
     seen, piece_starts = [], {piece["tokens"][0]: len(piece["tokens"]) for piece in pieces}
@@ -132,7 +132,8 @@ def test_packing_keeps_every_token_once(lengths, length, bins, alignment, shuffl
 def test_packing_is_first_fit():
     pieces = [piece for n in (5, 6, 3, 2, 4) for piece in split_document(np.full(n, n, np.int32), 8)]
     dataset = grain.MapDataset.source(pieces).to_iter_dataset(grain.ReadOptions(0, 0))
-    rows = list(pack(grain, dataset, length=8, bins=3, alignment=1, pad_id=0, seed=0, shuffle=False))
+    spec = PackingSpec(length=8, bins=3, alignment=1, pad_id=0)
+    rows = list(pack(grain, dataset, spec, seed=0, shuffle=False))
     assert [row["tokens"].tolist() for row in rows] == [
         [5, 5, 5, 5, 5, 3, 3, 3],
         [6, 6, 6, 6, 6, 6, 2, 2],
@@ -345,14 +346,14 @@ def test_documents_of_which_nothing_is_left_are_skipped_and_counted(tmp_path):
     for opened in (make_train_iterator, make_eval_batches):
         options = {} if opened is make_train_iterator else {"batches": 1}
         part = dataclasses.replace(data, eval_fraction=0 if opened is make_train_iterator else 0.2)
-        with pytest.raises(DataError, match=r"t\.jsonl has nothing to train on: .*tokenizer leaves nothing"):
+        with pytest.raises(DataError, match=r"t\.jsonl has nothing to train on: .*tokenizer makes no token"):
             opened(part, tokenizer, sequence_length=8, rows=2, **options)
     write_jsonl(tmp_path / "t.jsonl", [*rows, {"text": "a word"}])
     corpus = open_corpus(data, tokenizer)
     batch = next(make_train_iterator(corpus, tokenizer, sequence_length=8, rows=2))
     assert {tokenizer.decode(tokens) for tokens, _, _ in segments(batch)} == {"a word"}
     assert corpus_statistics(corpus, tokenizer).documents == 1
-    assert "20 documents were left out" in corpus.left_out[0]
+    assert "20 documents were skipped" in corpus.skipped[0]
 
 
 def test_an_evaluation_share_that_holds_nothing_is_refused_with_the_remedy(tmp_path):
@@ -629,7 +630,7 @@ def test_tokens_out_of_the_vocabulary_are_refused(tmp_path, bad):
     corpus = open_corpus(data, TOKENIZER)
     batches = take(make_train_iterator(corpus, TOKENIZER, sequence_length=32, rows=3), 2)
     assert all(tokens.tolist() == [7, 8, TOKENIZER.eos_id] for batch in batches for tokens, _, _ in segments(batch))
-    assert corpus.bad_rows == 1 and f"holds token {bad}" in corpus.left_out[0]
+    assert corpus.bad_rows == 1 and f"holds token {bad}" in corpus.skipped[0]
 
 
 def test_grain_is_imported_only_when_used():

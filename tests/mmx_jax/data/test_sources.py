@@ -1,4 +1,4 @@
-"""Files of a data source: compression, formats by content, what is left out, rows that cannot be read, damage."""
+"""Files of a data source: compression, formats by content, what is skipped, rows that cannot be read, damage."""
 
 import bz2
 import gzip
@@ -109,7 +109,7 @@ def test_a_changed_compressed_file_is_not_read_from_an_old_copy(tmp_path):
 # -- what a folder holds ----------------------------------------------------------------------------------------------
 
 
-def test_files_left_out_are_counted_by_suffix_with_an_example(tmp_path):
+def test_files_skipped_are_counted_by_suffix_with_an_example(tmp_path):
     (tmp_path / "0.jsonl").write_bytes(lines_of(TEXTS))
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "sub").mkdir()
@@ -119,7 +119,7 @@ def test_files_left_out_are_counted_by_suffix_with_an_example(tmp_path):
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     documents, source = read(tmp_path)
     (note,) = source.notes
-    assert documents == TEXTS and "1 files are read, 8 are left out" in note
+    assert documents == TEXTS and "1 files are read, 8 are skipped" in note
     for part in ("1 .md (as README.md)", "2 .png (as sub/", "1 hidden", "1 .gz", "1 empty", "1 links to", "1 broken"):
         assert part in note, note
 
@@ -247,7 +247,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("message", sorted(BAD_ROWS))
-def test_a_bad_row_is_named_when_opened_or_left_out(tmp_path, message):
+def test_a_bad_row_is_named_when_opened_or_skipped(tmp_path, message):
     data = lines_of(TEXTS[:4]) + b"\n" + BAD_ROWS[message] + b"\n" + lines_of(TEXTS[4:])
     (tmp_path / "a.jsonl").write_bytes(data)
     place = rf"line 6 \(at byte {len(lines_of(TEXTS[:4])) + 1}\) of .*a\.jsonl"
@@ -258,7 +258,7 @@ def test_a_bad_row_is_named_when_opened_or_left_out(tmp_path, message):
     assert documents == [*TEXTS[:4], "", *TEXTS[4:]]
     documents = [source[i] for i in range(len(source))]  # an epoch later it is the same row
     (line,) = source.summary()
-    assert "1 bad rows were left out" in line and message in line
+    assert "1 bad rows were skipped" in line and message in line
 
 
 def test_half_a_surrogate_pair_is_found_when_a_large_file_is_opened(tmp_path, monkeypatch):

@@ -132,10 +132,21 @@ def test_long_prompt_in_chunks_equals_whole(fixture):
 
 
 CONFIG = ModelConfig(
-    vocab_size=320, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=2, num_kv_heads=1,
-    head_dim=16, rotary_dim=8, max_position_embeddings=256, mlp_dim=32, num_experts=2, experts_per_token=1,
-    pad_token_id=1, dtype="float32",
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=2,
+    layer_pattern=("lightning", "softmax"),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rotary_dim=8,
+    max_position_embeddings=256,
+    mlp_dim=32,
+    num_experts=2,
+    experts_per_token=1,
+    pad_token_id=1,
+    dtype="float32",
+)
 TEXT = "the quick brown fox jumps over the lazy dog, äöü and 日本語 too; "
 
 
@@ -477,9 +488,19 @@ def test_bad_requests(model):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("temperature", -1.0), ("temperature", math.nan), ("top_k", 0), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1),
-     ("min_p", -0.1), ("min_p", 2.0), ("repetition_penalty", 0.0), ("repetition_penalty", math.inf)],
-)  # fmt: skip
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+    ],
+)
 def test_bad_sampling_settings_are_named(setting, value):
     with pytest.raises(SamplingError, match=f"{setting}="):
         SamplingParams(**{setting: value})
@@ -794,11 +815,15 @@ def test_export_tells_that_it_could_not_ask_the_tokenizer(model, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "holds a JSON list"), ("{", "not JSON"), ('{"eos_token_id": "2"}', "eos_token_id='2'"),
-        ('{"eos_token_id": [1, null]}', "list of token ids"), ('{"eos_token_id": 320}', "320 .* outside"),
-        ('{"pad_token_id": [1, 2]}', "pad_token_id"), ('{"eos_token_id": true}', "eos_token_id=True"),
+        ("[1]", "holds a JSON list"),
+        ("{", "not JSON"),
+        ('{"eos_token_id": "2"}', "eos_token_id='2'"),
+        ('{"eos_token_id": [1, null]}', "list of token ids"),
+        ('{"eos_token_id": 320}', "320 .* outside"),
+        ('{"pad_token_id": [1, 2]}', "pad_token_id"),
+        ('{"eos_token_id": true}', "eos_token_id=True"),
     ],
-)  # fmt: skip
+)
 def test_malformed_generation_config(checkpoint, tmp_path, text, message):
     shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text(text)

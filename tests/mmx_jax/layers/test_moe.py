@@ -24,10 +24,20 @@ EMBED, INNER = 12, 20
 
 def moe_config(num_experts=5, k=2, **changes):
     return ModelConfig(
-        vocab_size=8, hidden_size=EMBED, num_layers=1, layer_pattern=("softmax",), num_heads=2, num_kv_heads=1,
-        head_dim=4, rotary_dim=2, mlp_dim=INNER, num_experts=num_experts, experts_per_token=k, dtype="float32",
+        vocab_size=8,
+        hidden_size=EMBED,
+        num_layers=1,
+        layer_pattern=("softmax",),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        rotary_dim=2,
+        mlp_dim=INNER,
+        num_experts=num_experts,
+        experts_per_token=k,
+        dtype="float32",
         **changes,
-    )  # fmt: skip
+    )
 
 
 def random_layer(rows, num_experts=5, seed=0):

@@ -66,9 +66,14 @@ def run_layer(config, kind, params, x, slopes):
     """(output, router probabilities) of one layer."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     (y, _, _), captured = DecoderLayer(config, kind).apply(
-        {"params": params}, x, LayerInputs(positions, None, None), slopes, None,
-        capture_intermediates=lambda module, _: isinstance(module, RMSNorm), mutable=["intermediates"],
-    )  # fmt: skip
+        {"params": params},
+        x,
+        LayerInputs(positions, None, None),
+        slopes,
+        None,
+        capture_intermediates=lambda module, _: isinstance(module, RMSNorm),
+        mutable=["intermediates"],
+    )
     (normed,) = captured["intermediates"]["mlp_norm"]["__call__"]
     rows = normed.reshape(-1, config.hidden_size)
     routing = route(rows, params["mlp"]["router"], config.experts_per_token)
@@ -274,11 +279,26 @@ def test_rotary(rotary_dim):
 
 def small_config(**changes):
     values = dict(
-        vocab_size=64, hidden_size=24, num_layers=4, layer_pattern=("lightning", "softmax"), num_heads=4,
-        num_kv_heads=2, head_dim=8, rotary_dim=4, rope_theta=1e4, mlp_dim=32, num_experts=4, experts_per_token=2,
-        lightning_alpha=1.3, softmax_alpha=1.7, mlp_alpha=1.5, lightning_beta=0.9, softmax_beta=1.1, mlp_beta=0.8,
+        vocab_size=64,
+        hidden_size=24,
+        num_layers=4,
+        layer_pattern=("lightning", "softmax"),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rotary_dim=4,
+        rope_theta=1e4,
+        mlp_dim=32,
+        num_experts=4,
+        experts_per_token=2,
+        lightning_alpha=1.3,
+        softmax_alpha=1.7,
+        mlp_alpha=1.5,
+        lightning_beta=0.9,
+        softmax_beta=1.1,
+        mlp_beta=0.8,
         dtype="float32",
-    )  # fmt: skip
+    )
     return ModelConfig(**(values | changes))
 
 

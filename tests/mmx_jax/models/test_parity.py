@@ -30,11 +30,27 @@ VOCAB, LENGTH = 96, 300  # more than one of the peer's blocks of 256
 TOLERANCE = 1e-5
 
 SHAPES = dict(
-    vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=16,
-    rope_theta=1e4, max_position_embeddings=512, mlp_dim=48, num_experts=4, experts_per_token=2,
-    lightning_alpha=1.3, softmax_alpha=1.7, mlp_alpha=1.5, lightning_beta=0.9, softmax_beta=1.1, mlp_beta=0.8,
-    router_aux_loss_coef=0.01, dtype="float32",
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=16,
+    rope_theta=1e4,
+    max_position_embeddings=512,
+    mlp_dim=48,
+    num_experts=4,
+    experts_per_token=2,
+    lightning_alpha=1.3,
+    softmax_alpha=1.7,
+    mlp_alpha=1.5,
+    lightning_beta=0.9,
+    softmax_beta=1.1,
+    mlp_beta=0.8,
+    router_aux_loss_coef=0.01,
+    dtype="float32",
+)
 PATTERNS = {"hybrid": ("lightning", "softmax"), "aperiodic": ("softmax", "lightning", "lightning", "softmax")}
 
 
@@ -94,12 +110,27 @@ def saved(tmp_path_factory):
     """(stock model of random weights, the folder of its save_pretrained)."""
     torch.manual_seed(0)
     config = transformers.MiniMaxConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=512, num_experts_per_tok=2, num_local_experts=6,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e4}, bos_token_id=None, eos_token_id=None,
-        layer_types=["linear_attention", "full_attention"] * 2, initializer_range=0.15, router_aux_loss_coef=0.05,
-        full_attn_alpha_factor=1.2, linear_attn_alpha_factor=1.4, mlp_alpha_factor=1.6, mlp_beta_factor=0.7,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        num_experts_per_tok=2,
+        num_local_experts=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        bos_token_id=None,
+        eos_token_id=None,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        initializer_range=0.15,
+        router_aux_loss_coef=0.05,
+        full_attn_alpha_factor=1.2,
+        linear_attn_alpha_factor=1.4,
+        mlp_alpha_factor=1.6,
+        mlp_beta_factor=0.7,
+    )
     model = transformers.MiniMaxForCausalLM._from_config(config, attn_implementation="eager").eval()
     folder = tmp_path_factory.mktemp("peer") / "saved"
     model.save_pretrained(folder)

@@ -119,9 +119,18 @@ def schedule(topology, groups):
     """The order of transfers and products in a layer compiled for 8 chips: "start i", "done i", "product"."""
     embed, inner = 512, 1024
     config = ModelConfig(
-        vocab_size=8, hidden_size=embed, num_layers=1, layer_pattern=("softmax",), num_heads=2, num_kv_heads=1,
-        head_dim=4, rotary_dim=2, mlp_dim=inner, num_experts=8, expert_buffer=1.5,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=embed,
+        num_layers=1,
+        layer_pattern=("softmax",),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        rotary_dim=2,
+        mlp_dim=inner,
+        num_experts=8,
+        expert_buffer=1.5,
+    )
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
 
@@ -131,8 +140,10 @@ def schedule(topology, groups):
     up, down = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
     params = {
         "router": array(("embed", "router_experts"), embed, 8),
-        "gate": array(up, 8, embed, inner), "up": array(up, 8, embed, inner), "down": array(down, 8, inner, embed),
-    }  # fmt: skip
+        "gate": array(up, 8, embed, inner),
+        "up": array(up, 8, embed, inner),
+        "down": array(down, 8, inner, embed),
+    }
     x = array(("batch", "length", None), len(devices), 512, embed, dtype=jnp.bfloat16)
     with platform.target("tpu"), jax.set_mesh(mesh):
         layer = jax.jit(
@@ -159,9 +170,12 @@ def summed_over_all(topology):
     mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
     group = MeshGroup.of(mesh, ("fsdp",))
     total = jax.shard_map(
-        lambda x: group.reduce_scatter(jnp.stack([x.T @ x] * 4), 1), mesh=mesh.abstract_mesh, in_specs=P("fsdp"),
-        out_specs=P(None, "fsdp"), check_vma=False,
-    )  # fmt: skip
+        lambda x: group.reduce_scatter(jnp.stack([x.T @ x] * 4), 1),
+        mesh=mesh.abstract_mesh,
+        in_specs=P("fsdp"),
+        out_specs=P(None, "fsdp"),
+        check_vma=False,
+    )
     x = jax.ShapeDtypeStruct((len(devices) * 2048, 2048), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return collectives(jax.jit(total).lower(x).compile().as_text())

@@ -39,10 +39,21 @@ from tests.support.paths import REPOSITORY
 
 FIXTURE = REPOSITORY / "tests/fixtures/text/tiny/hf"
 MODEL = ModelConfig(
-    vocab_size=320, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=2, num_kv_heads=1,
-    head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=4, experts_per_token=2,
-    router_aux_loss_coef=0.001, dtype="float32", 
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=2,
+    layer_pattern=("lightning", "softmax"),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rotary_dim=8,
+    max_position_embeddings=4096,
+    mlp_dim=32,
+    num_experts=4,
+    experts_per_token=2,
+    router_aux_loss_coef=0.001,
+    dtype="float32",
+)
 TEXTS = [f"number {i} says " + " ".join("state decay query key value norm".split()[i % 5 :] * 20) for i in range(20)]
 
 
@@ -61,13 +72,15 @@ def config(tmp_path_factory):
             reading=ReadingConfig(prefetch=0),
         ),
         training=TrainingConfig(
-            total_tokens=8 * 256, sequence_length=32, batch_tokens=256, learning_rate=1e-2, 
-            
+            total_tokens=8 * 256,
+            sequence_length=32,
+            batch_tokens=256,
+            learning_rate=1e-2,
         ),
         runtime=RuntimeConfig(lightning_chunk=16, softmax_block=32, loss_chunk=64),
         checkpoint=CheckpointConfig(save_every_steps=2, keep=8),
         monitoring=MonitoringConfig(eval_batches=2),
-    )  # fmt: skip
+    )
 
 
 def save_model(folder, tokenizer, edit=None, **changes):

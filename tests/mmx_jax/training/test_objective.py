@@ -22,13 +22,25 @@ from mmx_jax.training import optimizer, train_step
 ROWS, LENGTH, VOCABULARY, WIDTH, EXPERTS, TOP_K, LAYERS = 4, 8, 24, 8, 3, 2, 2
 # Coefficients so large that no term hides behind another, and an eps that keeps Adam smooth at zero.
 TRAINING = TrainingConfig(
-    total_tokens=1000, sequence_length=LENGTH, batch_tokens=ROWS * LENGTH, z_loss_coef=0.2,
-    adam_eps=1e-3, adam_b1=0.8, adam_b2=0.9, weight_decay=0.3, gradient_clip=0.0,
-)  # fmt: skip
+    total_tokens=1000,
+    sequence_length=LENGTH,
+    batch_tokens=ROWS * LENGTH,
+    z_loss_coef=0.2,
+    adam_eps=1e-3,
+    adam_b1=0.8,
+    adam_b2=0.9,
+    weight_decay=0.3,
+    gradient_clip=0.0,
+)
 MODEL = ModelConfig(
-    vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS, layer_pattern=("softmax",), num_experts=EXPERTS,
-    experts_per_token=TOP_K, router_aux_loss_coef=0.7,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    num_layers=LAYERS,
+    layer_pattern=("softmax",),
+    num_experts=EXPERTS,
+    experts_per_token=TOP_K,
+    router_aux_loss_coef=0.7,
+)
 WHOLE = Config(model=MODEL, runtime=RuntimeConfig(loss_chunk=16), training=TRAINING)
 # Two micro-batches of two rows, the report's form of the balancing loss, and clipping.
 PARTS = Config(
@@ -162,9 +174,13 @@ def parts_of(config, params, part):
     pooled = scale * jnp.sum(share.mean(0) * mean.mean(0))
     balance = pooled if config.training.aux_loss_pooling == "pooled" else per_layer.mean()
     return Parts(
-        jnp.where(here, log_z - chosen, 0.0), jnp.where(here, log_z**2, 0.0),
-        here & (logits.argmax(-1) == target), per_layer, balance, out.router,
-    )  # fmt: skip
+        jnp.where(here, log_z - chosen, 0.0),
+        jnp.where(here, log_z**2, 0.0),
+        here & (logits.argmax(-1) == target),
+        per_layer,
+        balance,
+        out.router,
+    )
 
 
 def objective(config, params, whole):

@@ -42,10 +42,20 @@ from mmx_jax.training import run as training_run
 from tests.support import plain_steps
 
 MODEL = ModelConfig(
-    vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
-    rotary_dim=4, max_position_embeddings=512, mlp_dim=16, num_experts=1, experts_per_token=1, dtype="float32",
-    
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=16,
+    num_layers=1,
+    layer_pattern=("lightning",),
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    rotary_dim=4,
+    max_position_embeddings=512,
+    mlp_dim=16,
+    num_experts=1,
+    experts_per_token=1,
+    dtype="float32",
+)
 
 
 def make_step(config, mesh):
@@ -220,7 +230,7 @@ def test_a_named_step_may_go_on_with_another_optimizer_and_order_of_data(run, co
         train(other, run)
     result, text = train(other, run, resume="2", steps=3)
     assert result.step == 3 and steps_of(run) == [2, 3]
-    assert "another training.learning_rate: 0.01 -> 0.003" in text and "begin anew in the order of seed 7" in text
+    assert "another training.learning_rate: 0.01 -> 0.003" in text and "start over in the order of seed 7" in text
     assert "discarded the later steps 4" in text
     assert metrics.read_rows(run / "metrics.jsonl")[2]["learning_rate"] == 3e-3
     wider = dataclasses.replace(other, model=dataclasses.replace(MODEL, mlp_dim=32))

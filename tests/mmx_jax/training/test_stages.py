@@ -35,20 +35,33 @@ from tests.support import plain_steps
 
 BASE, LONG_BASE = 1e4, 5e6
 MODEL = ModelConfig(
-    vocab_size=300, hidden_size=16, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2, head_dim=8,
-    rotary_dim=4, rope_theta=BASE, max_position_embeddings=512, mlp_dim=16, num_experts=1, experts_per_token=1,
-    dtype="float32", 
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=16,
+    num_layers=1,
+    layer_pattern=("lightning",),
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    rotary_dim=4,
+    rope_theta=BASE,
+    max_position_embeddings=512,
+    mlp_dim=16,
+    num_experts=1,
+    experts_per_token=1,
+    dtype="float32",
+)
 # Stage 0: steps of 64, 64, then 128 tokens by the ramp; stage 1: 128 tokens in rows of 64; stage 2 as stage 0 again.
 TRAINING = TrainingConfig(
-    batch_tokens=64, batch_ramp=(BatchRampStep(from_tokens=128, batch_tokens=128),), learning_rate=1.0,
-    learning_rate_phases=(LearningRatePhase(shape="linear", start=1.0, end=0.0),), 
+    batch_tokens=64,
+    batch_ramp=(BatchRampStep(from_tokens=128, batch_tokens=128),),
+    learning_rate=1.0,
+    learning_rate_phases=(LearningRatePhase(shape="linear", start=1.0, end=0.0),),
     stages=(
         StageConfig(tokens=256, sequence_length=32, source_weights=(7.0, 1.0)),
         StageConfig(tokens=256, sequence_length=64, source_weights=(1.0, 1.0), rope_theta=LONG_BASE),
         StageConfig(tokens=128, sequence_length=32, source_weights=(1.0, 7.0)),
     ),
-)  # fmt: skip
+)
 # (stage, rows, length, tokens seen before) of every step.
 STEPS = [(0, 2, 32, 0), (0, 2, 32, 64), (0, 4, 32, 128), (1, 2, 64, 256), (1, 2, 64, 384), (2, 4, 32, 512)]
 BASES = [BASE, BASE, BASE, LONG_BASE, LONG_BASE, BASE]
@@ -81,7 +94,7 @@ def config(tmp_path_factory):
         ),
         checkpoint=CheckpointConfig(save_every_steps=1, keep=99, asynchronous=False),
         monitoring=MonitoringConfig(eval_batches=1, eval_every_steps=1),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -123,9 +136,13 @@ def expected_batches(config, tokenizer):
     for stage, rows, length, _ in STEPS:
         if stage not in iterators:
             iterators[stage] = pipeline.make_train_iterator(
-                config.data, tokenizer, sequence_length=length, rows=units[stage],
-                source_weights=TRAINING.stages[stage].source_weights, seed=17 + stage,
-            )  # fmt: skip
+                config.data,
+                tokenizer,
+                sequence_length=length,
+                rows=units[stage],
+                source_weights=TRAINING.stages[stage].source_weights,
+                seed=17 + stage,
+            )
         parts = [next(iterators[stage]) for _ in range(rows // units[stage])]
         batches.append({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
     for iterator in iterators.values():

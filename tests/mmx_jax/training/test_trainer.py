@@ -51,10 +51,21 @@ from tests.support.patience import HANG_SECONDS, wait_until
 TINY = FIXTURES / "text/tiny"
 
 MODEL = ModelConfig(
-    vocab_size=320, hidden_size=32, num_layers=2, layer_pattern=("lightning", "softmax"), num_heads=2, num_kv_heads=1,
-    head_dim=16, rotary_dim=8, max_position_embeddings=4096, mlp_dim=32, num_experts=4, experts_per_token=2,
-    router_aux_loss_coef=0.01, dtype="float32", 
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=2,
+    layer_pattern=("lightning", "softmax"),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rotary_dim=8,
+    max_position_embeddings=4096,
+    mlp_dim=32,
+    num_experts=4,
+    experts_per_token=2,
+    router_aux_loss_coef=0.01,
+    dtype="float32",
+)
 RUNTIME = RuntimeConfig(lightning_chunk=16, softmax_block=32, loss_chunk=64)
 TRAINING = TrainingConfig(
     total_tokens=8 * 256,
@@ -218,19 +229,25 @@ def test_schedule_of_the_report():
 
 def test_cosine_and_the_open_last_phase():
     training = TrainingConfig(
-        total_tokens=100 * 8192, batch_tokens=8192, learning_rate=1.0,
+        total_tokens=100 * 8192,
+        batch_tokens=8192,
+        learning_rate=1.0,
         learning_rate_phases=(LearningRatePhase(shape="cosine", start=1.0, end=0.1),),
-    )  # fmt: skip
+    )
     rates = [schedule.learning_rate(training, part * 8192) for part in (0, 25, 50, 100, 500)]
     np.testing.assert_allclose(rates, [1.0, 0.1 + 0.9 * (0.5 + np.sqrt(0.125)), 0.55, 0.1, 0.1], rtol=1e-12)
 
 
 def test_stages_and_plans():
     training = TrainingConfig(
-        batch_tokens=128, microbatch_rows=1, stages=(StageConfig(tokens=200, sequence_length=32), StageConfig(
-            tokens=300, sequence_length=128, rope_theta=5e6)),
+        batch_tokens=128,
+        microbatch_rows=1,
+        stages=(
+            StageConfig(tokens=200, sequence_length=32),
+            StageConfig(tokens=300, sequence_length=128, rope_theta=5e6),
+        ),
         batch_ramp=(BatchRampStep(from_tokens=256, batch_tokens=384),),
-    )  # fmt: skip
+    )
     tokens, plans = 0, []
     while (plan := schedule.plan_step(training, tokens)) is not None:
         plans.append((plan.stage_index, plan.rows, plan.microbatches, plan.tokens))
@@ -276,8 +293,11 @@ def test_adamw_matches_numpy():
             lambda p, m, v, d, n=number, r=rate: (
                 -r * (m / (1 - 0.9**n) / (np.sqrt(v / (1 - 0.95**n)) + 1e-3) + 0.2 * d * p)
             ),
-            want, mu, nu, decays,
-        )  # fmt: skip
+            want,
+            mu,
+            nu,
+            decays,
+        )
         want = jax.tree.map(np.add, want, changes)
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
 
@@ -704,9 +724,11 @@ def test_a_run_goes_on_on_another_mesh(straight, config, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     flags = ["--steps=7", "--set", "mesh.data=2", "--set", "mesh.fsdp=2", "--set", "mesh.expert=2"]
     process = start_train(
-        f"--config={config_file(config, tmp_path)}", f"--workdir={tmp_path / 'run'}", *flags,
+        f"--config={config_file(config, tmp_path)}",
+        f"--workdir={tmp_path / 'run'}",
+        *flags,
         env=fake_devices.environment(8),
-    )  # fmt: skip
+    )
     out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, err
     assert "continues from step 6 with another mesh.fsdp: 1 -> 2" in out
@@ -796,9 +818,10 @@ def test_a_run_of_an_earlier_version_that_means_the_same_goes_on(config):
     stored = stored_as(
         config,
         learning_rate_phases=[
-            dict(shape="linear", tokens=512, start=0.0, end=1.0), dict(shape="cosine", tokens=1536, start=1.0, end=0.1)
+            dict(shape="linear", tokens=512, start=0.0, end=1.0),
+            dict(shape="cosine", tokens=1536, start=1.0, end=0.1),
         ],
-    )  # fmt: skip
+    )
     stored["model"] |= dict.fromkeys(("lightning_alpha", "softmax_alpha", "mlp_alpha"), 4**0.25)
     shares = LearningRatePhase(shape="linear", share=0.25, start=0.0), LearningRatePhase(shape="cosine", end=0.1)
     now = stored_as(with_phases(config, *shares))
@@ -886,7 +909,7 @@ def test_a_non_finite_loss_stops_the_run_with_names(config, tmp_path):
     assert "gradients that are not finite: blocks/layer_0/attention/gate (layers 0), " in text
     assert "router by layer: " in text and "max_load" in text
     assert "step 1, is finite, and the very next step failed on it" in text  # nothing good was saved before it
-    assert "it is the only one: begin anew in another --workdir with a lower learning rate" in text
+    assert "it is the only one: start over in another --workdir with a lower learning rate" in text
 
 
 # -- the program ------------------------------------------------------------------------------------------------------

@@ -212,9 +212,19 @@ def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
     """Lowering needs no GPU. "dots" repeats no kernel of the experts in the backward, "full" two a layer."""
     layers = 2
     config = ModelConfig(
-        vocab_size=64, hidden_size=128, num_layers=layers, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
-        head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=4, max_position_embeddings=1024, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=128,
+        num_layers=layers,
+        layer_pattern=("lightning",),
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
+        rotary_dim=32,
+        mlp_dim=192,
+        num_experts=4,
+        max_position_embeddings=1024,
+        dtype="bfloat16",
+    )
 
     def lowered(remat):
         model = decoder.Decoder(config, RuntimeConfig(remat=remat, scan_blocks=False))
@@ -239,9 +249,18 @@ def test_a_model_lowers_for_cuda_and_repeats_what_its_remat_policy_says():
 @interpreter.needed
 def test_few_tokens_of_a_layer_are_not_sorted_unless_differentiated():
     config = ModelConfig(
-        vocab_size=64, hidden_size=128, num_layers=1, layer_pattern=("lightning",), num_heads=2, num_kv_heads=2,
-        head_dim=64, rotary_dim=32, mlp_dim=192, num_experts=4, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=128,
+        num_layers=1,
+        layer_pattern=("lightning",),
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
+        rotary_dim=32,
+        mlp_dim=192,
+        num_experts=4,
+        dtype="bfloat16",
+    )
 
     def total(params, x):
         return jnp.sum(moe.MixtureOfExperts(config).apply({"params": params}, x, None)[0])

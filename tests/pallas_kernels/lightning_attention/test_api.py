@@ -53,9 +53,13 @@ def test_matches_the_recurrence(implementation, segments):
     state = initial_state()
     want, want_state = oracles.lightning_attention(q, k, v, SLOPES, segment_ids, state)
     got, got_state = attend(
-        *map(merged, (q, k, v)), SLOPES, segment_ids=segment_ids, initial_state=state,
-        implementation=implementation, chunk_size=8,
-    )  # fmt: skip
+        *map(merged, (q, k, v)),
+        SLOPES,
+        segment_ids=segment_ids,
+        initial_state=state,
+        implementation=implementation,
+        chunk_size=8,
+    )
     np.testing.assert_allclose(got, want.reshape(BATCH, 30, -1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got_state, want_state, rtol=1e-5, atol=1e-5)
 
@@ -87,9 +91,14 @@ def test_reverse_is_the_flipped_problem(implementation):
     flip = lambda x: x[:, ::-1]  # noqa: E731
     want, want_state = oracles.lightning_attention(*map(flip, (q, k, v)), SLOPES, flip(segment_ids), state)
     got, got_state = attend(
-        *map(merged, (q, k, v)), SLOPES, segment_ids=segment_ids, initial_state=state, reverse=True,
-        implementation=implementation, chunk_size=8,
-    )  # fmt: skip
+        *map(merged, (q, k, v)),
+        SLOPES,
+        segment_ids=segment_ids,
+        initial_state=state,
+        reverse=True,
+        implementation=implementation,
+        chunk_size=8,
+    )
     np.testing.assert_allclose(got, flip(want).reshape(BATCH, 30, -1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got_state, want_state, rtol=1e-5, atol=1e-5)
 
@@ -128,9 +137,13 @@ def test_gradients_match_central_differences(implementation, segments):
 
     def loss(q, k, v, state):
         output, final = lightning_attention(
-            *map(merged, (q, k, v)), SLOPES, segment_ids=segment_ids, initial_state=state,
-            implementation=implementation, chunk_size=8,
-        )  # fmt: skip
+            *map(merged, (q, k, v)),
+            SLOPES,
+            segment_ids=segment_ids,
+            initial_state=state,
+            implementation=implementation,
+            chunk_size=8,
+        )
         return (output * merged(weight_o)).sum() + (final * weight_s).sum()
 
     inputs = [x.astype(np.float64) for x in (q, k, v, state)]
@@ -201,7 +214,7 @@ def test_recurrent_step_equals_the_scan():
         output, state = recurrent_step(q[:, t], k[:, t], v[:, t], SLOPES, state)
         np.testing.assert_allclose(output, want[:, t], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
-    _, kept = recurrent_step(q[:, 0], k[:, 0], v[:, 0], SLOPES, state, real=np.array([False, True]))
+    _, kept = recurrent_step(q[:, 0], k[:, 0], v[:, 0], SLOPES, state, token_mask=np.array([False, True]))
     np.testing.assert_array_equal(kept[0], state[0])
     assert np.any(kept[1] != state[1])
 

@@ -38,11 +38,13 @@ CASES = {
     "in_time_128": dict(length=128, dim=128, in_time=2),
     "in_time_ragged": dict(length=230, dim=64, in_time=2),
     "in_time_packed": dict(
-        length=384, dim=64, in_time=3,
+        length=384,
+        dim=64,
+        in_time=3,
         segments=[(0, 74), (1, 54), (2, 64), (3, 100), (0, 20), (3, 30), (0, 42)],
     ),
     "in_time_padding": dict(length=256, dim=64, in_time=4, segments=[(1, 70), (0, 64), (1, 58), (2, 64)]),
-}  # fmt: skip
+}
 END_STATES = "packed", "above_the_guard", "in_time", "in_time_packed"  # of these the end states alone are computed too
 TABLES = {  # ids of whole chunks; whether they are runs already, of which 1 goes on from the left
     "far_back": ([(1, 10), (0, 1500), (1, 30), (2, 60), (0, 64), (1, 64)], False),  # looks back more than once
@@ -73,9 +75,15 @@ def results(case, implementation, dtype):
 
     def attend(q, k, v, initial):
         return lightning_attention(
-            q, k, v, jnp.asarray(slopes), segment_ids=ids, initial_state=initial, implementation=implementation,
+            q,
+            k,
+            v,
+            jnp.asarray(slopes),
+            segment_ids=ids,
+            initial_state=initial,
+            implementation=implementation,
             reverse=CASES[case].get("reverse", False),
-        )  # fmt: skip
+        )
 
     @jax.jit
     def run(q, k, v, initial, do, d_state):

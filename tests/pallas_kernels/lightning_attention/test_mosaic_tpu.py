@@ -81,9 +81,15 @@ def errors(segments, chunk_size, *, dim, dtype, slopes=SLOPES):
     def run(q, k, v, state, cotangents):
         def attend(q, k, v, state):
             return lightning_attention(
-                q, k, v, slopes, segment_ids=segment_ids, initial_state=state, chunk_size=chunk_size,
+                q,
+                k,
+                v,
+                slopes,
+                segment_ids=segment_ids,
+                initial_state=state,
+                chunk_size=chunk_size,
                 implementation="mosaic_tpu",
-            )  # fmt: skip
+            )
 
         results, vjp = jax.vjp(attend, q, k, v, state)
         return *results, *vjp(cotangents)
@@ -131,9 +137,7 @@ def test_end_states_alone(case):
     runs = None if segment_ids is None else number_segments(segment_ids)
     for inputs, want, reverse in (((k, v), last, False), ((q, d_output), first, True)):
         merged = (jnp.asarray(x.reshape(BATCH, length, -1), jnp.float32) for x in inputs)
-        got = end_state(
-            *merged, SLOPES, runs, reverse=reverse, chunk_size=chunk_size, implementation="mosaic_tpu"
-        )  # fmt: skip
+        got = end_state(*merged, SLOPES, runs, reverse=reverse, chunk_size=chunk_size, implementation="mosaic_tpu")
         assert oracles.relative_error(got, want) < 2e-6
 
 
@@ -172,9 +176,13 @@ def test_padded_positions_do_not_matter():
     @jax.jit
     def attend(*tensors):
         return lightning_attention(
-            *tensors, SLOPES, segment_ids=segment_ids, initial_state=jnp.float32(state), chunk_size=chunk_size,
+            *tensors,
+            SLOPES,
+            segment_ids=segment_ids,
+            initial_state=jnp.float32(state),
+            chunk_size=chunk_size,
             implementation="mosaic_tpu",
-        )  # fmt: skip
+        )
 
     tensors = [jnp.float32(x.reshape(*segment_ids.shape, -1)) for x in (q, k, v)]
     output, final = attend(*tensors)
@@ -233,9 +241,15 @@ def compiled(
 
     def attend(q, k, v, slopes, segment_ids, state):
         return lightning_attention(
-            q, k, v, slopes, segment_ids=segment_ids, initial_state=state, chunk_size=chunk_size,
+            q,
+            k,
+            v,
+            slopes,
+            segment_ids=segment_ids,
+            initial_state=state,
+            chunk_size=chunk_size,
             implementation="mosaic_tpu",
-        )  # fmt: skip
+        )
 
     def attend_and_back(q, k, v, slopes, segment_ids, state, cotangents):
         results, vjp = jax.vjp(lambda q, k, v, s: attend(q, k, v, slopes, segment_ids, s), q, k, v, state)

@@ -272,9 +272,7 @@ class PaddedCudnnByItsContract:
         CAUSAL, PADDING = "causal", "padding"
 
     @staticmethod
-    def dot_product_attention(
-        q, k, v, *, scale, mask_type, qkv_layout, return_residual, q_seqlen=None, kv_seqlen=None
-    ):  # fmt: skip
+    def dot_product_attention(q, k, v, *, scale, mask_type, qkv_layout, return_residual, q_seqlen=None, kv_seqlen=None):
         assert qkv_layout == "BNTH" and return_residual and (mask_type == "causal") == (kv_seqlen is None)
         k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
         scores = jnp.einsum("bhtd,bhsd->bhts", q, k, precision="highest") * scale
