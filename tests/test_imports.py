@@ -13,6 +13,7 @@ from tests.support.paths import REPOSITORY
 ALLOWED = {
     "pallas_kernels": set(),
     "storage": set(),
+    "progress": set(),
     "config": {"storage"},
     "distributed": set(),
     "sharding": {"config"},
@@ -21,11 +22,12 @@ ALLOWED = {
     "layers": {"config", "sharding", "parallel", "pallas_kernels"},
     "models": {"config", "sharding", "layers"},
     "data": {"config", "storage", "sharding"},
-    "checkpoints": {"config", "storage", "sharding", "models", "data"},
-    "convert": {"config", "storage", "models", "checkpoints"},
+    "checkpoints": {"config", "storage", "progress", "sharding", "models", "data"},
+    "convert": {"config", "storage", "progress", "models", "checkpoints"},
     "training": {
         "config",
         "storage",
+        "progress",
         "distributed",
         "sharding",
         "metrics",

@@ -17,7 +17,6 @@ from mmx_jax.checkpoints.hf_config import TOKEN_IDS, describe, model_config_to_h
 from mmx_jax.checkpoints.journal import Job, check_free_space, disk_errors
 from mmx_jax.checkpoints.manifest import FORMAT, MANIFEST, read_manifest, sha256, sha256_file
 from mmx_jax.checkpoints.open import HuggingFaceTensors, carried_files, open_tensors, resolve
-from mmx_jax.checkpoints.progress import Progress
 from mmx_jax.checkpoints.safetensors import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -29,6 +28,7 @@ from mmx_jax.checkpoints.safetensors import (
     write_index,
     write_shard,
 )
+from mmx_jax.progress import ConversionProgress
 from mmx_jax.storage import filesystem
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -169,7 +169,7 @@ class _Export:
         return self._report(finished, carried)
 
     def _write_shards(self, job, finished):
-        with Progress("export", self._total) as progress:
+        with ConversionProgress("export", self._total) as progress:
             for file, specs in self._shards.items():
                 if file in finished:
                     progress.advance(sum(spec.nbytes for spec in specs), skipped=True)

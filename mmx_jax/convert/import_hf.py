@@ -18,7 +18,6 @@ from mmx_jax.checkpoints.journal import Job, check_free_space, disk_errors
 from mmx_jax.checkpoints.manifest import FORMAT, MANIFEST, sha256
 from mmx_jax.checkpoints.open import HuggingFaceTensors, WeightsSource, resolve
 from mmx_jax.checkpoints.orbax_slices import ParamsReader, ParamsWriter, flatten
-from mmx_jax.checkpoints.progress import Progress
 from mmx_jax.checkpoints.safetensors import (
     summarize,
     write_atomically,
@@ -26,6 +25,7 @@ from mmx_jax.checkpoints.safetensors import (
 from mmx_jax.config import Config, ModelConfig, TrainingConfig
 from mmx_jax.config.io import config_to_json
 from mmx_jax.models.params import abstract_params
+from mmx_jax.progress import ConversionProgress
 
 
 def _add_stop_tokens(folder: Path, eos: tuple[int, ...]):
@@ -110,7 +110,7 @@ class _Import:
         convert = functools.partial(self._convert, job, writer, reader)
         skipped = 0
         with (
-            Progress("import", self._total) as progress,
+            ConversionProgress("import", self._total) as progress,
             bounded_map(convert, order, lambda m: specs[m.hf].nbytes, largest_tensor(specs.values())) as results,
         ):
             for mapping, (digest, was_done) in results:

@@ -7,7 +7,7 @@ from mmx_jax.checkpoints.bounded_map import bounded_map
 from mmx_jax.checkpoints.difference import difference
 from mmx_jax.checkpoints.manifest import sha256
 from mmx_jax.checkpoints.open import open_tensors, resolve
-from mmx_jax.checkpoints.progress import Progress
+from mmx_jax.progress import ConversionProgress
 
 
 def verify_checkpoints(
@@ -46,7 +46,7 @@ def verify_checkpoints(
 
     unequal = 0
     with (
-        Progress("verify", sum(map(size, names))) as progress,
+        ConversionProgress("verify", sum(map(size, names))) as progress,
         bounded_map(compare, names, size, max(map(size, names))) as results,
     ):
         for name, (digests, differs) in results:

@@ -11,9 +11,9 @@ from mmx_jax.checkpoints.manager import Checkpointer, NotFiniteError
 from mmx_jax.config import Config
 from mmx_jax.config import io as config_io
 from mmx_jax.data.pipeline import Corpus
+from mmx_jax.progress import TrainingProgress
 from mmx_jax.training.batches import TrainBatches
 from mmx_jax.training.errors import NonFiniteError
-from mmx_jax.training.progress import Progress
 from mmx_jax.training.trainer import Hook, StepRecord, Trainer
 from mmx_jax.training.validate import HeldOut
 
@@ -30,7 +30,7 @@ class MetricsHook(Hook):
         self,
         config: Config,
         writer: metrics.MetricsWriter | None,
-        progress: Progress,
+        progress: TrainingProgress,
         corpus: Corpus,
         unigram_entropy: float,
     ):

@@ -20,6 +20,7 @@ from mmx_jax.data.pipeline import Corpus
 from mmx_jax.data.tokenizer import Tokenizer
 from mmx_jax.models import flops
 from mmx_jax.models import params as model_params
+from mmx_jax.progress import TrainingProgress
 from mmx_jax.storage import filesystem
 from mmx_jax.training import initialize, schedule, train_step
 from mmx_jax.training import resume as resuming
@@ -27,7 +28,6 @@ from mmx_jax.training.batches import TrainBatches, check_batches
 from mmx_jax.training.errors import TrainingError
 from mmx_jax.training.hooks import CheckpointHook, MetricsHook, ProfileHook
 from mmx_jax.training.preemption import StopSignals
-from mmx_jax.training.progress import Progress
 from mmx_jax.training.same_run import check_same_run
 from mmx_jax.training.tokenizer_of_run import prepare_tokenizer
 from mmx_jax.training.trainer import Hook, Position, Trainer
@@ -210,7 +210,7 @@ class _Run:
         self._log_to_wandb(watch.wandb)
         training = self.config.training
         end_step, end_tokens = schedule.end_of_run(training, self.begin.step, self.begin.tokens_seen, steps)
-        progress = Progress(
+        progress = TrainingProgress(
             end_tokens, self.begin.tokens_seen, step=self.begin.step, total_steps=end_step, console=console
         )
         with progress:

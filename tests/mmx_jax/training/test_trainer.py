@@ -43,7 +43,6 @@ from mmx_jax.models import decoder, flops
 from mmx_jax.models import params as model_params
 from mmx_jax.training import errors, loss, optimizer, same_run, schedule, train_step
 from mmx_jax.training import run as training_run
-from mmx_jax.training.progress import Progress
 from tests.support import fake_devices
 from tests.support.paths import FIXTURES, REPOSITORY
 from tests.support.patience import HANG_SECONDS, wait_until
@@ -457,24 +456,7 @@ def test_metrics_are_truncated_on_resume_and_valid_json(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_says_the_same_on_a_terminal_and_in_lines(terminal):
-    out = io.StringIO()
-    console = rich.console.Console(file=out, force_terminal=terminal, width=120, highlight=False)
-    with Progress(1000, 0, console=console) as progress:
-        progress.message("[not markup]")
-        progress.update(step=1, tokens_seen=100, loss=2.0, tokens_per_second=None, mfu=None)
-        progress.update(step=10, tokens_seen=1000, loss=1.25, tokens_per_second=1234.5, mfu=0.5)
-    text = out.getvalue()
-    for part in ("[not markup]", "step 10", "loss 1.2500", "1,234 tokens/s", "ETA 0:00:00", "MFU 50.0%"):
-        assert part in text
-    assert ("\x1b[" in text) == terminal
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_counts_toward_the_step_where_the_run_ends(terminal):
-    out = io.StringIO()
-    console = rich.console.Console(file=out, force_terminal=terminal, width=120, highlight=False)
+def test_a_run_ends_where_its_tokens_or_its_steps_end():
     training = TrainingConfig(
         total_tokens=10_000,
         sequence_length=10,
@@ -484,9 +466,6 @@ def test_progress_counts_toward_the_step_where_the_run_ends(terminal):
     assert schedule.end_of_run(training, 0, 0, 6) == (6, 900)
     assert schedule.end_of_run(training, 0, 0) == (3 + 49, 10_100)  # the last step is taken whole
     assert schedule.end_of_run(training, 7, 1100, 6) == (7, 1100)
-    with Progress(900, 300, step=3, total_steps=6, console=console) as progress:
-        progress.update(step=6, tokens_seen=900, loss=2.0, tokens_per_second=100.0, mfu=None)
-    assert "step 6/6" in out.getvalue() and "100" in out.getvalue() and "ETA 0:00:00" in out.getvalue()
 
 
 WANDB = """
