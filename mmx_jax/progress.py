@@ -1,7 +1,7 @@
 """Progress of long work: a live bar on a terminal, plain lines now and then elsewhere."""
 
 import time
-from typing import Self
+from typing import Any, Self
 
 import rich.console
 import rich.progress
@@ -24,7 +24,7 @@ class _Progress:
         total: int,
         done: int = 0,
         seconds_between_lines: float,
-        **fields: object,
+        **fields: Any,
     ):
         self._console, self._total = console, total
         self._seconds_between_lines = seconds_between_lines
@@ -47,7 +47,7 @@ class _Progress:
         """Prints one line that stays, above the bar."""
         self._console.print(text, markup=False)
 
-    def _show(self, done: int, line: str, *, always: bool = False, **fields: object) -> None:
+    def _show(self, done: int, line: str, *, always: bool = False, **fields: Any) -> None:
         """Updates the bar; or prints `line`, if the last one is old enough or `always`."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, **fields)
