@@ -21,6 +21,11 @@ def platform() -> str:
     return "gpu" if backend in ("cuda", "rocm") else backend
 
 
+def interpret() -> bool:
+    """Whether kernels are interpreted here: they compile for accelerators only."""
+    return platform() == "cpu"
+
+
 @contextlib.contextmanager
 def target(name: str) -> Iterator[None]:
     """Makes `platform()` answer `name` inside: for compiling ahead of time for hardware that this host lacks.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import block_sizes
 from pallas_kernels.grouped_matmul import swiglu
-from pallas_kernels.platform import cdiv, platform
+from pallas_kernels.platform import cdiv, interpret, platform
 
 _LANES = 128
 _SUBLANES = 16  # rows of a packed bfloat16 tile
@@ -108,7 +108,7 @@ def _rows(lhs, rhs, group_sizes, *, transposed=False):
             lhs.dtype,
             tuple(tile),
             transpose_rhs=transposed,
-            interpret=platform() == "cpu",
+            interpret=interpret(),
         )
     return output[: lhs.shape[0]]
 
@@ -120,7 +120,7 @@ def _columns(lhs, rhs, group_sizes):
     tile = _choose("columns", _columns_tiles, lhs, rhs.shape[1], group_sizes)
     lhs, rhs = (_pad_rows(x, tile.rows) for x in (lhs, rhs))
     with _precision(lhs.dtype):
-        return tgmm(lhs.T, rhs, group_sizes, lhs.dtype, tuple(tile), interpret=platform() == "cpu")
+        return tgmm(lhs.T, rhs, group_sizes, lhs.dtype, tuple(tile), interpret=interpret())
 
 
 def _pad_rows(x, multiple):

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
 from pallas_kernels.lightning_attention import reference
-from pallas_kernels.platform import cdiv, platform
+from pallas_kernels.platform import cdiv, interpret, platform
 
 documents = reference.documents
 
@@ -227,7 +227,7 @@ def _scan(walk, tensors, slopes, segments, initial_state, chunk_size):
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=_cost(walk, written, initial_state, size),
-        interpret=platform() == "cpu",
+        interpret=interpret(),
         name=walk.name,
     )(slopes, description.stale, description.carried, description.tokens, *tensors, initial_state)
     return tuple(x[:, :length] if padding else x for x in outputs), state

@@ -54,5 +54,5 @@ def _kernel(length, heads, block):
     return splash.make_splash_mqa_single_device(
         causal,
         block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-        interpret=platform.platform() == "cpu",
+        interpret=platform.interpret(),
     )

@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import block_sizes, mosaic_gpu_common
 from pallas_kernels.grouped_matmul import row_tiles, swiglu
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import interpret
 
 ALIGNMENT = 8  # rows of a swizzled block
 ROWS = 64  # of one worker: the rows of a wgmma
@@ -89,7 +89,7 @@ def few_tokens_swiglu(x, ranking, chosen, w_gate, w_up, w_down):
     A group that any token has chosen takes all of them, for a tile of rows has room for them; so there is no order, no
     table and no copy of rows, each a kernel of its own. Matrices that nobody has chosen are not read.
     """
-    multiply = functools.partial(_multiply_tokens, ranking=ranking, chosen=chosen, interpreted=platform() == "cpu")
+    multiply = functools.partial(_multiply_tokens, ranking=ranking, chosen=chosen, interpreted=interpret())
     hidden = multiply(x, [w_gate, w_up], finish=_activate)
     output = multiply(hidden, [w_down], finish=_as_it_is).reshape(-1, ROWS, x.shape[1])
     if x.shape[0] == 1:
@@ -112,11 +112,11 @@ def _activate_and_keep(gate, up):
 
 # Jitted, so that the calls of a model's layers are traced and lowered once: a kernel takes a second of it.
 def _rows(terms, group_sizes, *, transposed=False, finish=_as_it_is):
-    return _multiply_rows(terms, group_sizes, transposed=transposed, finish=finish, interpreted=platform() == "cpu")
+    return _multiply_rows(terms, group_sizes, transposed=transposed, finish=finish, interpreted=interpret())
 
 
 def _columns(lhs, rhs, group_sizes):
-    return _multiply_columns(lhs, rhs, group_sizes, interpreted=platform() == "cpu")
+    return _multiply_columns(lhs, rhs, group_sizes, interpreted=interpret())
 
 
 class _Tiling(NamedTuple):

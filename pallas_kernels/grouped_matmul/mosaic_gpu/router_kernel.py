@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic_gpu_common
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import interpret
 
 NUMBERS = 1 << 14  # of the router that a program holds at once, in half of its registers
 MOST_NUMBERS = 1 << 16  # of a router
@@ -32,7 +32,7 @@ def check(x, experts):
 
 def norm_and_route(x, scale, eps, router, chosen):
     """See `api.norm_and_route`."""
-    return _jitted_route(x, scale, router, eps=eps, chosen=chosen, interpreted=platform() == "cpu")
+    return _jitted_route(x, scale, router, eps=eps, chosen=chosen, interpreted=interpret())
 
 
 # Jitted, so that the calls of a model's layers are traced and lowered once.

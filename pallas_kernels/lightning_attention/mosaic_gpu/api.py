@@ -29,7 +29,7 @@ from pallas_kernels.lightning_attention.mosaic_gpu import segment_table_kernel
 from pallas_kernels.lightning_attention.mosaic_gpu import time_split as rows
 from pallas_kernels.lightning_attention.mosaic_gpu.scan_kernel import COLUMNS, scan
 from pallas_kernels.lightning_attention.mosaic_gpu.time_split import CHUNK
-from pallas_kernels.platform import cdiv, platform
+from pallas_kernels.platform import cdiv, interpret
 
 MAX_EXPONENT = 80.0  # exp of it and its reciprocal are normal in float32 and bfloat16
 
@@ -101,7 +101,7 @@ def end_state(k, v, slopes, documents, *, reverse, chunk_size):
     def kernel():
         count = _segments(k)
         tables = _tables(documents, k, count)
-        state = _jitted_end_state(k, v, slopes, tables, count, reverse=reverse, interpreted=platform() == "cpu")
+        state = _jitted_end_state(k, v, slopes, tables, count, reverse=reverse, interpreted=interpret())
         return state * jnp.exp(-slopes)[:, None, None] if reverse else state
 
     def steep():
@@ -138,17 +138,17 @@ def _tables(documents, q, count):
         if q.shape[1] % (CHUNK * count) == 0:
             return None
         documents = segment_table_kernel.Documents(jnp.ones(q.shape[:2], jnp.int32), numbered=True)
-    return _jitted_tables(documents, count, interpreted=platform() == "cpu")
+    return _jitted_tables(documents, count, interpreted=interpret())
 
 
 def _scans(problems, slopes, tables, states, count, *, reverse):
-    return _jitted_scans(problems, slopes, tables, states, count, reverse=reverse, interpreted=platform() == "cpu")
+    return _jitted_scans(problems, slopes, tables, states, count, reverse=reverse, interpreted=interpret())
 
 
 def _entry_states(k, v, slopes, tables, initial, count, *, reverse):
     if count == 1:
         return initial
-    return _jitted_entry_states(k, v, slopes, tables, initial, count, reverse=reverse, interpreted=platform() == "cpu")
+    return _jitted_entry_states(k, v, slopes, tables, initial, count, reverse=reverse, interpreted=interpret())
 
 
 @functools.partial(jax.jit, static_argnames=("count", "interpreted"))

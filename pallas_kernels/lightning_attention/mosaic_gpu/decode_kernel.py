@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lightning_attention.reference import SQUARES
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import interpret
 
 ROWS = 8  # of the state that the threads of a program hold at once: a row is 16 threads with 4 numbers each
 
@@ -22,7 +22,7 @@ def gated_step(projected, slopes, state, scale, token_mask):
     """See `api.gated_step`."""
     token_mask = None if token_mask is None else token_mask.astype(jnp.int32)
     # The decay is not for the kernel's approximate exponential: a state keeps its error for thousands of tokens.
-    return _jitted_step(projected, jnp.exp(-slopes), state, scale, token_mask, interpreted=platform() == "cpu")
+    return _jitted_step(projected, jnp.exp(-slopes), state, scale, token_mask, interpreted=interpret())
 
 
 # Jitted, so that the calls of a model's layers are traced and lowered once.
