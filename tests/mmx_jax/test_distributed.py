@@ -395,7 +395,8 @@ def test_a_process_that_is_silent_or_fails_stops_the_other():
             for program in programs:
                 assert "waits\n" in iter(program.stdout.readline, "")
             programs[silent].send_signal(signal.SIGSTOP)
-        lost = "process of this run has ended or was silent for 15 s (see jax's lines above); this process stops too"
+        silent = "another process of this run has ended or was silent for 15 s"
+        lost = f"{silent} (see jax's lines above); this process stops too"
         for programs, other in zip(pairs, (1, 0), strict=True):
             _, err = programs[other].communicate(timeout=HANG_SECONDS)
             assert programs[other].returncode == -signal.SIGABRT
