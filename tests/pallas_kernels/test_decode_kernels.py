@@ -210,8 +210,8 @@ def test_a_step_of_a_model_is_few_kernels_unless_differentiated():
     params = model_params.abstract_params(MODEL)
     state = jax.eval_shape(lambda: init_state(MODEL, 3, 16))
 
-    def calls(compute, length=1, **changes):
-        model = decoder.Decoder(MODEL, RuntimeConfig(**changes))
+    def calls(compute, length=1, dtype=MODEL.dtype, **changes):
+        model = decoder.Decoder(dataclasses.replace(MODEL, dtype=dtype), RuntimeConfig(**changes))
         tokens = jax.ShapeDtypeStruct((3, length), jnp.int32)
 
         def logits(params, tokens, state):
